@@ -1,0 +1,3 @@
+from vlv.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,62 @@
+"""The `vlv` command: finds the command that is asked for, runs it, and turns its errors into one line."""
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    module: str  # imported only when the command runs; its `main(argv)` returns an exit status or None for success
+    summary: str
+
+
+COMMANDS = {
+    "caption": Command("vlv.commands.caption", "write a caption for each image"),
+    "reconstruct": Command("vlv.commands.reconstruct", "rebuild images from what their captions are made of"),
+    "train": Command("vlv.train", "train or fine-tune with a recipe"),
+    "evaluate": Command("vlv.commands.evaluate", "measure captions and reconstructions"),
+    "scenes": Command("vlv.commands.scenes", "draw the demo data set"),
+    "demo": Command("vlv.commands.demo", "caption and rebuild a dozen drawn scenes with the bundled checkpoint"),
+}
+
+
+def overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: vlv COMMAND [ARGUMENT ...]", "", "commands:", *lines, "", "vlv COMMAND --help tells more about each."]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status: 2 for wrong input, 130 after Ctrl-C."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if name == "--version":
+        from vlv import __version__
+
+        print(f"vlv {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
+        print(f"vlv: error: there is no command {name!r}; {mend}", file=sys.stderr)
+        return 2
+    try:
+        return import_module(COMMANDS[name].module).main(rest) or 0
+    except KeyboardInterrupt:
+        print(f"\nvlv {name}: interrupted", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(f"vlv {name}: error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def one_line(error: Exception) -> str:
+    """The error's sentence on one line; an OSError without a sentence of its own gets its file and reason."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

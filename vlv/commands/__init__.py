@@ -1,0 +1,1 @@
+"""The commands of `vlv`, one module each; `vlv.cli` lists them."""

@@ -1,0 +1,29 @@
+"""The argument parser that all commands share."""
+
+from difflib import get_close_matches
+from typing import NoReturn
+
+from transformers import HfArgumentParser
+
+
+class CommandParser(HfArgumentParser):
+    """`HfArgumentParser` whose every complaint is one line that names the mend.
+
+    Dataclass fields become options; positional arguments are added with `add_argument` and come back, as a
+    namespace, behind the dataclasses.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help lists the arguments\n")
+
+    def parse(self, argv: list[str]) -> tuple:
+        """Parse `argv` into the dataclasses, then the namespace of positional arguments where there are any."""
+        *parsed, unknown = self.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            near = get_close_matches(unknown[0].split("=")[0], known, n=1)
+            mend = f" (did you mean {near[0]}?)" if near else ""
+            self.error(f"unknown argument {unknown[0]}{mend}")
+        return tuple(parsed)
