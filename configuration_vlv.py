@@ -1,0 +1,153 @@
+"""Configuration of a VLV (Vision-Language-Vision) auto-encoder, arXiv 2507.07104."""
+
+from transformers import AutoConfig, CLIPTextConfig, Florence2Config, PreTrainedConfig
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_vlv.VLVConfig",
+    "AutoProcessor": "processing_vlv.VLVProcessor",
+    "AutoModel": "modeling_vlv.VLVModel",
+    "AutoModelForImageTextToText": "modeling_vlv.VLVForConditionalGeneration",
+}
+# transformers 5 dropped its own image-to-text task; the repo brings it along, and reconstruction with it.
+CUSTOM_PIPELINES = {
+    "image-to-text": {"impl": "pipeline_vlv.VLVImageToTextPipeline", "pt": ["AutoModelForImageTextToText"]},
+    "image-text-to-text": {"impl": "pipeline_vlv.VLVImageTextToTextPipeline", "pt": ["AutoModelForImageTextToText"]},
+    "image-to-image": {"impl": "pipeline_vlv.VLVReconstructionPipeline", "pt": ["AutoModel"]},
+}
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+class VLVConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`VLVModel`] and [`VLVForConditionalGeneration`].
+
+    Args:
+        encoder_config (`Florence2Config` or `dict`):
+            The Florence-2 that reads the image.
+        text_encoder_config (`CLIPTextConfig` or `dict`):
+            The diffusion model's text encoder; its `hidden_size` is the width E of the caption embeddings.
+        decoder_config (`dict`, *optional*):
+            The frozen diffusion decoder as the plain diffusers dictionaries `unet`, `vae` and `scheduler`.
+            `None`: the model has no decoder and cannot reconstruct.
+        caption_config (`PreTrainedConfig` or `dict`, *optional*):
+            The decoder-only language model that writes the caption. `None`: the model has none and cannot caption.
+        num_queries (`int`, defaults to 77):
+            Number Q of learned queries, hence of caption embeddings per image; at most the text encoder's positions.
+        image_size (`int`, *optional*):
+            Height and width, in pixels, of the images the decoder rebuilds (384 in the paper). Defaults to the
+            size that the UNet was trained at.
+        prompt_ids (`list[int]`):
+            The task prompt that follows the image tokens into the encoder, in the encoder's own token ids.
+        empty_prompt_ids (`list[int]`):
+            The empty prompt in the text encoder's token ids, padded to its positions: the unconditional context.
+        denoising_loss (`str`, defaults to `"mse"`):
+            `"mse"` or `"l1"`, between the UNet's prediction and the scheduler's target.
+        min_snr_gamma (`float`, *optional*):
+            Weights the denoising loss by min(SNR, gamma) (arXiv 2303.09556); `None` weights every timestep alike.
+        context_dropout (`float`, defaults to 0.0):
+            Share of training images whose context is replaced by the empty prompt's.
+        sample_latents (`bool`, defaults to `True`):
+            Whether latents are sampled from the VAE's posterior, as in the paper, or are its mean.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of new queries and projections.
+
+    Raises:
+        ValueError: when the parts do not fit together; the sentence names both sizes.
+    """
+
+    model_type = "vlv"
+    sub_configs = {
+        "encoder_config": Florence2Config,
+        "text_encoder_config": CLIPTextConfig,
+        "caption_config": AutoConfig,
+    }
+
+    def __init__(
+        self,
+        encoder_config=None,
+        text_encoder_config=None,
+        decoder_config=None,
+        caption_config=None,
+        num_queries=77,
+        image_size=None,
+        prompt_ids=(),
+        empty_prompt_ids=(),
+        denoising_loss="mse",
+        min_snr_gamma=None,
+        context_dropout=0.0,
+        sample_latents=True,
+        initializer_range=0.02,
+        **kwargs,
+    ):
+        self.encoder_config = _as_config(encoder_config, Florence2Config) or Florence2Config()
+        self.text_encoder_config = _as_config(text_encoder_config, CLIPTextConfig) or CLIPTextConfig()
+        self.caption_config = _as_config(caption_config)
+        self.decoder_config = None if decoder_config is None else _plain(decoder_config)
+        self.num_queries = num_queries
+        self.image_size = image_size
+        self.prompt_ids = list(prompt_ids)
+        self.empty_prompt_ids = list(empty_prompt_ids)
+        self.denoising_loss = denoising_loss
+        self.min_snr_gamma = min_snr_gamma
+        self.context_dropout = context_dropout
+        self.sample_latents = sample_latents
+        self.initializer_range = initializer_range
+        # Each part ties its own embeddings, or not, by its own config.
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+        # Set last and always, so that every saved config names the code of this repo, whatever it was loaded from.
+        self.auto_map = dict(AUTO_MAP)
+        self.custom_pipelines = {task: dict(options) for task, options in CUSTOM_PIPELINES.items()}
+        self._check()
+
+    def _check(self):
+        positions = self.text_encoder_config.max_position_embeddings
+        if not 1 <= self.num_queries <= positions:
+            raise ValueError(
+                f"num_queries is {self.num_queries}, but the text encoder has {positions} positions: "
+                f"choose between 1 and {positions}."
+            )
+        if self.denoising_loss not in ("mse", "l1"):
+            raise ValueError(f"denoising_loss is {self.denoising_loss!r}: choose 'mse' or 'l1'.")
+        if self.decoder_config is None:
+            return
+        missing = {"unet", "vae", "scheduler"} - self.decoder_config.keys()
+        if missing:
+            raise ValueError(f"decoder_config lacks {', '.join(sorted(missing))}: it holds unet, vae and scheduler.")
+        width, cross = self.text_encoder_config.hidden_size, self.decoder_config["unet"].get("cross_attention_dim")
+        if cross != width:
+            raise ValueError(
+                f"The text encoder is {width} wide, but the UNet attends to a context of width {cross}: "
+                "take both from the same diffusion model."
+            )
+        prediction = self.decoder_config["scheduler"].get("prediction_type", "epsilon")
+        if prediction not in PREDICTION_TYPES:
+            raise ValueError(
+                f"The scheduler predicts {prediction!r}; VLV trains with {' or '.join(PREDICTION_TYPES)}."
+            )
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """The caption head's config, which sizes vocabulary, cache and generation; this config where there is none."""
+        return self if self.caption_config is None else self.caption_config
+
+
+def _as_config(config, config_class=None):
+    """A config object from a config object or its dictionary; `None` stays `None`."""
+    if not isinstance(config, dict):
+        return config
+    config = dict(config)
+    if config_class is not None:
+        return config_class(**config)
+    return AutoConfig.for_model(config.pop("model_type"), **config)
+
+
+def _plain(value):
+    """Plain dicts and lists: diffusers' FrozenDicts do not survive a JSON round trip unchanged."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+__all__ = ["VLVConfig"]

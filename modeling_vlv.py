@@ -1,0 +1,733 @@
+"""VLV (Vision-Language-Vision) auto-encoder, arXiv 2507.07104.
+
+The data flow, with Q queries, D the encoder's width, E the text encoder's, L the caption head's:
+
+    pixel_values (B, 3, H, W) ─ Florence-2, asked by the queries ─► (B, Q, D) ─ projection ─► caption_embeds (B, Q, E)
+    caption_embeds ─ CLIP text encoder, entered at its embedding layer ─► context (B, Q, E)
+    context ─ frozen UNet and VAE ─► the image again               (stage 1 trains this: the denoising loss)
+    context ─ prefix_projection ─► (B, Q, L) ─ LLM ─► the caption  (stage 2 trains this: the caption loss)
+"""
+
+import copy
+import inspect
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.training_utils import compute_snr
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPTextModel,
+    Florence2ForConditionalGeneration,
+    Florence2Model,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.utils import ModelOutput, cached_file
+
+try:
+    from .configuration_vlv import VLVConfig
+    from .pipeline_vlv import VLVImageToTextPipeline  # noqa: F401  (a saved repo brings all of its code along)
+    from .processing_vlv import VLVProcessor  # noqa: F401
+except ImportError:
+    from configuration_vlv import VLVConfig
+
+CODE_FILES = ("configuration_vlv.py", "modeling_vlv.py", "processing_vlv.py", "pipeline_vlv.py")
+
+# What each stage trains unless told otherwise (paper section 3; REFERENCE table in docs/training.md).
+STAGES = {
+    "autoencode": ("queries", "projection", "language_model"),
+    "caption": ("prefix_projection", "caption_head"),
+    "frozen": (),
+}
+
+
+@dataclass
+class VLVOutput(ModelOutput):
+    """
+    Output of [`VLVModel`]; what was not asked for is `None`.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): the sum of the losses below.
+        denoising_loss (`torch.FloatTensor` of shape `()`): stage 1, MSE or L1 in latent units.
+        caption_loss (`torch.FloatTensor` of shape `()`): stage 2, nats per caption token, the end-of-text included.
+        logits (`torch.FloatTensor` of shape `(B, T + 1, vocabulary)`): `logits[:, i]` predicts `input_ids[:, i]`, and
+            the last one the token after them.
+        caption_embeds (`torch.FloatTensor` of shape `(B, Q, E)`): the bottleneck.
+        context (`torch.FloatTensor` of shape `(B, Q, E)`): the text encoder's reading of it.
+    """
+
+    loss: torch.FloatTensor | None = None
+    denoising_loss: torch.FloatTensor | None = None
+    caption_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    caption_embeds: torch.FloatTensor | None = None
+    context: torch.FloatTensor | None = None
+
+
+class VLVProjection(torch.nn.Sequential):
+    """Linear, GELU, Linear: from one part's width to the next one's."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(
+            torch.nn.Linear(in_features, out_features), torch.nn.GELU(), torch.nn.Linear(out_features, out_features)
+        )
+
+
+class VLVTextEncoder(torch.nn.Module):
+    """
+    CLIP's text encoder with a second door: it can be entered with embeddings in place of token ids.
+
+    Its parts are held directly, because the prefix that `CLIPTextModel` gives their weights differs between
+    releases of transformers 5 and a checkpoint must load in all of them.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        clip = CLIPTextModel(config)
+        clip = getattr(clip, "text_model", clip)
+        self.embeddings, self.encoder, self.final_layer_norm = clip.embeddings, clip.encoder, clip.final_layer_norm
+
+    def forward(self, input_ids=None, inputs_embeds=None):
+        """`input_ids` (B, Q) or `inputs_embeds` (B, Q, E), to which positions are added here -> context (B, Q, E)."""
+        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        # Given, because the embeddings' own buffer of them is not part of a checkpoint.
+        position_ids = torch.arange(length, device=self.final_layer_norm.weight.device)[None]
+        hidden_states = self.embeddings(input_ids, position_ids, inputs_embeds)
+        mask = None
+        if self.config._attn_implementation == "eager":  # the only implementation that does not read is_causal
+            mask = torch.full((length, length), torch.finfo(hidden_states.dtype).min, device=hidden_states.device)
+            mask = mask.to(hidden_states.dtype).triu(1)[None, None]
+        hidden_states = self.encoder(inputs_embeds=hidden_states, attention_mask=mask, is_causal=True)[0]
+        return self.final_layer_norm(hidden_states)
+
+
+class VLVPreTrainedModel(PreTrainedModel):
+    config_class = VLVConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D", "VLVTextEncoder"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, VLVModel):
+            init.normal_(module.queries, std=self.config.initializer_range)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As `PreTrainedModel.from_pretrained`; UNet, VAE and text encoder come back frozen (loading thaws them)."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_decoder()
+        return loaded
+
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        """As `PreTrainedModel.save_pretrained`, and the repo's code with it, so that the folder is complete."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if not is_main_process:
+            return
+        for name in CODE_FILES:
+            # Code loaded from the Hub lies in a module cache that may lack the files nobody has imported yet.
+            source = Path(__file__).parent / name
+            if not source.is_file():
+                source = Path(cached_file(self.config._name_or_path, name))
+            target = Path(save_directory) / name
+            if not (target.exists() and target.samefile(source)):
+                shutil.copyfile(source, target)
+
+
+class VLVModel(VLVPreTrainedModel, GenerationMixin):
+    """
+    The whole auto-encoder: Florence-2 encoder, frozen diffusion decoder, and the LLM that writes captions.
+
+    `config.decoder_config=None` or `config.caption_config=None` leave that part out; [`VLVForConditionalGeneration`]
+    always leaves the decoder out.
+
+    Example:
+
+    ```python
+    >>> import vlv
+    >>> from transformers import AutoModel, AutoProcessor
+
+    >>> repo = vlv.tiny_checkpoint()
+    >>> model = AutoModel.from_pretrained(repo, trust_remote_code=True)
+    >>> processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+    >>> inputs = processor(images="scene.png")
+    >>> processor.batch_decode(model.generate(**inputs))
+    >>> model.reconstruct(**inputs)[0].save("rebuilt.png")
+    ```
+    """
+
+    def __init__(self, config: VLVConfig):
+        super().__init__(config)
+        encoder_width = config.encoder_config.text_config.d_model
+        context_width = config.text_encoder_config.hidden_size
+        self.encoder = Florence2Model(config.encoder_config)
+        self.queries = torch.nn.Parameter(torch.empty(config.num_queries, encoder_width))
+        self.projection = VLVProjection(encoder_width, context_width)
+        self.text_encoder = VLVTextEncoder(config.text_encoder_config)
+        self.unet = self.vae = self.noise_scheduler = None
+        if config.decoder_config is not None:
+            self.unet = UNet2DConditionModel.from_config(config.decoder_config["unet"])
+            self.vae = AutoencoderKL.from_config(config.decoder_config["vae"])
+            with torch.device("cpu"):  # its tables are no weights: never on the meta device
+                self.noise_scheduler = DDPMScheduler.from_config(config.decoder_config["scheduler"])
+        self.prefix_projection = self.caption_head = None
+        if config.caption_config is not None:
+            self.prefix_projection = VLVProjection(context_width, config.caption_config.hidden_size)
+            self.caption_head = AutoModelForCausalLM.from_config(config.caption_config)
+        # A checkpoint may hold parts that this model was asked not to have: they are skipped, not warned about.
+        absent = [name for name, part in self.named_parts() if part is None]
+        self._keys_to_ignore_on_load_unexpected = [rf"^{name}\." for name in absent]
+        self.post_init()
+        self.freeze_decoder()
+
+    # ---- parts: what trains and what is frozen -------------------------------------------------------------
+
+    def named_parts(self) -> Iterable[tuple[str, torch.nn.Module | torch.nn.Parameter | None]]:
+        """The parts that [`set_stage`] can train, by name; together they are all of the model's weights."""
+        language_model = self.encoder.language_model
+        return (
+            ("vision_tower", self.encoder.vision_tower),
+            ("image_projection", self.encoder.multi_modal_projector),
+            ("word_embeddings", language_model.shared),
+            ("language_model", torch.nn.ModuleList([language_model.encoder, language_model.decoder])),
+            ("queries", self.queries),
+            ("projection", self.projection),
+            ("text_encoder", self.text_encoder),
+            ("unet", self.unet),
+            ("vae", self.vae),
+            ("prefix_projection", self.prefix_projection),
+            ("caption_head", self.caption_head),
+        )
+
+    def set_stage(self, stage: str, train: Sequence[str] | None = None) -> "VLVModel":
+        """
+        Sets what trains: the one owner of `requires_grad`, and of eval mode for whatever is frozen.
+
+        Args:
+            stage (`str`): `"autoencode"` (stage 1), `"caption"` (stage 2) or `"frozen"`.
+            train (sequence of `str`, *optional*): part names (see `named_parts`) in place of the stage's own.
+
+        Raises:
+            ValueError: for an unknown stage or part, or a part that this checkpoint does not have.
+        """
+        if stage not in STAGES:
+            raise ValueError(f"Unknown stage {stage!r}: choose {', '.join(STAGES)}.")
+        train = STAGES[stage] if train is None else tuple(train)
+        parts = dict(self.named_parts())
+        for name in train:
+            if name not in parts:
+                raise ValueError(f"There is no part {name!r} to train: choose among {', '.join(parts)}.")
+            if parts[name] is None:
+                raise ValueError(f"Stage {stage!r} trains {name}, which this checkpoint does not have.")
+        needed = {"autoencode": "unet", "caption": "caption_head"}.get(stage)
+        if needed and parts[needed] is None:
+            raise ValueError(f"Stage {stage!r} needs the part {needed}, which this checkpoint does not have.")
+        self.requires_grad_(False)
+        for name in train:
+            parts[name].requires_grad_(True)
+        if "word_embeddings" not in train:  # the language model's own table, tied into both of its halves
+            self.encoder.language_model.shared.requires_grad_(False)
+        return self.train(self.training)
+
+    def freeze_decoder(self) -> None:
+        """Freezes text encoder, UNet and VAE, which never train in either stage."""
+        for part in (self.text_encoder, self.unet, self.vae):
+            if part is not None:
+                part.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "VLVModel":
+        """As `Module.train`, but a part with nothing to train stays in eval mode: no dropout in the teacher."""
+        super().train(mode)
+        for _, part in self.named_parts():
+            if isinstance(part, torch.nn.Module) and not any(p.requires_grad for p in part.parameters()):
+                part.eval()
+        return self
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict | None = None,
+        parts: Sequence[str] = ("encoder", "unet", "caption_head"),
+    ) -> None:
+        """Trades a second forward pass for activation memory, part by part: encoder, unet, caption_head."""
+        for name in parts:
+            part = getattr(self, name)
+            if name == "unet" and part is not None:
+                part.enable_gradient_checkpointing()
+            elif part is not None:
+                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Switches gradient checkpointing off in every part."""
+        if self.unet is not None:
+            self.unet.disable_gradient_checkpointing()
+        for part in (self.encoder, self.caption_head):
+            if part is not None:
+                part.gradient_checkpointing_disable()
+
+    def get_input_embeddings(self):
+        """The caption head's token embeddings: the model's text side."""
+        return (
+            self.encoder.language_model.shared
+            if self.caption_head is None
+            else self.caption_head.get_input_embeddings()
+        )
+
+    def set_input_embeddings(self, value):
+        self.caption_head.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return None if self.caption_head is None else self.caption_head.get_output_embeddings()
+
+    # ---- image -> caption embeddings -> context ------------------------------------------------------------
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`pixel_values` (B, 3, H, W), normalised by the processor -> image tokens (B, T, D)."""
+        self._check_pixel_values(pixel_values)
+        features = self.encoder.vision_tower(_cast(pixel_values, self.encoder.vision_tower)).last_hidden_state
+        return self.encoder.multi_modal_projector(features)
+
+    def encode(
+        self, pixel_values: torch.Tensor | None = None, image_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Writes an image down as caption embeddings (paper section 3.1).
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images from the processor, of any float dtype.
+            image_features (`torch.FloatTensor` of shape `(B, T, D)`): [`get_image_features`] of them, if at hand.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, Q, E)`: the caption embeddings.
+        """
+        if image_features is None:
+            image_features = self.get_image_features(pixel_values)
+        language_model = self.encoder.language_model
+        image_features = _cast(image_features, language_model)
+        batch_size = image_features.shape[0]
+        prompt = torch.tensor(self.config.prompt_ids, dtype=torch.long, device=image_features.device)
+        prompt = language_model.encoder.embed_tokens(prompt).expand(batch_size, -1, -1)
+        tokens = torch.cat([image_features, prompt.to(image_features.dtype)], dim=1)  # (B, T + P, D)
+        memory = language_model.encoder(inputs_embeds=tokens).last_hidden_state
+        queries = self.queries.to(image_features.device, image_features.dtype).expand(batch_size, -1, -1)
+        answers = language_model.decoder(
+            inputs_embeds=queries, encoder_hidden_states=memory, use_cache=False
+        ).last_hidden_state  # (B, Q, D)
+        return self.projection(_cast(answers, self.projection))
+
+    def encode_context(self, caption_embeds: torch.Tensor) -> torch.Tensor:
+        """`caption_embeds` (B, Q, E) -> `context` (B, Q, E), what the UNet and the caption head read."""
+        width, positions = (
+            self.config.text_encoder_config.hidden_size,
+            self.config.text_encoder_config.max_position_embeddings,
+        )
+        if caption_embeds.ndim != 3 or caption_embeds.shape[-1] != width or caption_embeds.shape[1] > positions:
+            raise ValueError(
+                f"caption_embeds have shape {tuple(caption_embeds.shape)}: expected (batch, queries, {width}) with at "
+                f"most {positions} queries, as encode() returns them."
+            )
+        return self.text_encoder(inputs_embeds=_cast(caption_embeds, self.text_encoder))
+
+    def empty_context(self, length: int | None = None) -> torch.Tensor:
+        """The unconditional context (1, Q, E): the empty prompt through the text encoder, at the queries' length."""
+        length = self.config.num_queries if length is None else length
+        if len(self.config.empty_prompt_ids) < length:
+            raise ValueError(
+                f"config.empty_prompt_ids holds {len(self.config.empty_prompt_ids)} ids, but the context is {length} "
+                "long: set it to the empty prompt, padded to the text encoder's positions."
+            )
+        device = self.text_encoder.final_layer_norm.weight.device
+        ids = torch.tensor(self.config.empty_prompt_ids[:length], device=device)
+        return self.text_encoder(input_ids=ids[None])
+
+    # ---- the frozen decoder: context -> image --------------------------------------------------------------
+
+    def encode_latents(self, decoder_pixel_values: torch.Tensor, sample: bool | None = None) -> torch.Tensor:
+        """
+        `decoder_pixel_values` (B, 3, h, w) in -1..1 -> `latents` (B, C, h/f, w/f), shifted and scaled as the UNet
+        expects them. `sample`: from the posterior, or its mean; `config.sample_latents` by default.
+        """
+        self._require_decoder("encode latents")
+        if decoder_pixel_values.ndim != 4 or not decoder_pixel_values.is_floating_point():
+            raise ValueError(
+                f"decoder_pixel_values are {tuple(decoder_pixel_values.shape)} {decoder_pixel_values.dtype}: expected "
+                "floats of shape (batch, 3, height, width) in -1..1: processor(..., return_decoder_pixel_values=True)."
+            )
+        if not torch.compiler.is_compiling() and decoder_pixel_values.abs().amax() > 1.01:
+            raise ValueError(
+                "decoder_pixel_values leave the range -1..1: use processor(..., return_decoder_pixel_values=True)."
+            )
+        posterior = self.vae.encode(_cast(decoder_pixel_values, self.vae)).latent_dist
+        sample = self.config.sample_latents if sample is None else sample
+        latents = posterior.sample() if sample else posterior.mean
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """`latents` (B, C, h/f, w/f), as [`encode_latents`] gives them -> images (B, 3, h, w), about -1..1."""
+        self._require_decoder("decode latents")
+        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return self.vae.decode(_cast(latents, self.vae)).sample
+
+    def denoise(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """The UNet's prediction (B, C, h/f, w/f): noise or velocity, as the scheduler's config says."""
+        return self.unet(
+            _cast(noisy_latents, self.unet), timesteps, encoder_hidden_states=_cast(context, self.unet)
+        ).sample
+
+    def compute_denoising_loss(
+        self,
+        latents: torch.Tensor,
+        context: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The stage-1 objective (paper section 3.1): the UNet must tell, from `context` (B, Q, E) alone, what was done to
+        `latents` (B, C, h/f, w/f). `noise` (as latents) and `timesteps` (B,) are drawn where not given.
+        """
+        scheduler = self.noise_scheduler
+        if noise is None:
+            noise = torch.randn_like(latents)
+        if timesteps is None:
+            timesteps = torch.randint(scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device)
+        if self.training and self.config.context_dropout > 0:
+            dropped = torch.rand(context.shape[0], 1, 1, device=context.device) < self.config.context_dropout
+            context = torch.where(dropped, self.empty_context(context.shape[1]).to(context), context)
+        prediction = self.denoise(scheduler.add_noise(latents, noise, timesteps), timesteps, context).float()
+        is_velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
+        distance = F.mse_loss if self.config.denoising_loss == "mse" else F.l1_loss
+        if self.config.min_snr_gamma is None:
+            return distance(prediction, target.float())
+        snr = compute_snr(scheduler, timesteps)
+        weights = snr.clamp(max=self.config.min_snr_gamma) / (snr + 1 if is_velocity else snr.clamp(min=1e-8))
+        return (distance(prediction, target.float(), reduction="none").mean(dim=(1, 2, 3)) * weights).mean()
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 2.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        scheduler: diffusers.SchedulerMixin | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable | None = None,
+    ):
+        """
+        Rebuilds images from their caption embeddings by classifier-free-guided sampling.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images to rebuild; or
+            caption_embeds (`torch.FloatTensor` of shape `(B, Q, E)`): their embeddings, from [`encode`] or composed.
+            num_inference_steps (`int`): sampling steps.
+            guidance_scale (`float`): 1.0 switches guidance off, and with it half of the work.
+            generator (`torch.Generator` or one per image): makes the result repeatable; one per image makes it
+                independent of the batch it is drawn in.
+            height, width (`int`, *optional*): pixels; `config.image_size` or the UNet's own size by default.
+            scheduler (*optional*): a diffusers scheduler in place of the checkpoint's.
+            output_type (`str`): `"pil"`, `"np"` or `"pt"`.
+            callback_on_step_end: called as `(model, step, timestep, {"latents": latents})` after each step, as in
+                diffusers' pipelines; the dictionary that it returns may hold new latents.
+
+        Returns:
+            A list of B `PIL.Image` (or an array or tensor in 0..1).
+
+        Raises:
+            ValueError: when the checkpoint has no decoder, or when not exactly one input is given.
+        """
+        self._require_decoder("reconstruct")
+        context = self._context(pixel_values, caption_embeds)
+        if scheduler is None:
+            scheduler_config = self.config.decoder_config["scheduler"]
+            scheduler_class = getattr(diffusers, scheduler_config.get("_class_name", "DDIMScheduler"))
+            scheduler = scheduler_class.from_config(scheduler_config)
+        scheduler.set_timesteps(num_inference_steps, device=context.device)
+        step_accepts = inspect.signature(scheduler.step).parameters
+        step_arguments = {"generator": generator} if "generator" in step_accepts else {}
+        context = _cast(context, self.unet)
+        batch_size = context.shape[0]
+        guided = guidance_scale > 1
+        if guided:
+            empty = _cast(self.empty_context(context.shape[1]), self.unet)
+            context = torch.cat([empty.expand_as(context), context])
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        size = self.config.image_size or self.unet.config.sample_size * factor
+        shape = (batch_size, self.unet.config.in_channels, (height or size) // factor, (width or size) // factor)
+        latents = randn_tensor(shape, generator=generator, device=context.device, dtype=context.dtype)
+        latents = latents * scheduler.init_noise_sigma
+        for step, timestep in enumerate(scheduler.timesteps):
+            noisy = torch.cat([latents, latents]) if guided else latents
+            prediction = self.denoise(scheduler.scale_model_input(noisy, timestep), timestep, context)
+            if guided:
+                without, with_context = prediction.chunk(2)
+                prediction = without + guidance_scale * (with_context - without)
+            latents = scheduler.step(prediction, timestep, latents, **step_arguments).prev_sample
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, step, timestep, {"latents": latents}).get("latents", latents)
+        images = self.decode_latents(latents)
+        return VaeImageProcessor().postprocess(images.float(), output_type=output_type)
+
+    # ---- the caption head: context -> text -----------------------------------------------------------------
+
+    def _caption_inputs(self, context, input_ids=None, attention_mask=None):
+        """The prefix and then the caption's tokens: embeddings (B, Q + T, L) and their attention mask (B, Q + T)."""
+        prefix = self.prefix_projection(_cast(context, self.prefix_projection))
+        embeddings = self.caption_head.get_input_embeddings()
+        prefix = prefix.to(embeddings.weight.dtype)
+        mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        if input_ids is None or input_ids.shape[1] == 0:
+            return prefix, mask
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        embeds = torch.cat([prefix, embeddings(input_ids).to(prefix.device)], dim=1)
+        return embeds, torch.cat([mask, attention_mask.to(mask)], dim=1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs,
+    ):
+        """
+        Writes captions: `GenerationMixin.generate` of the caption head behind the images' prefix, with all of its
+        arguments (beams, sampling, streamers, logits processors, `max_new_tokens`, ...).
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images to caption; or
+            caption_embeds (`torch.FloatTensor` of shape `(B, Q, E)`): their embeddings, from [`encode`] or composed.
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the beginning of each caption, which is
+                continued; padded on the left, with its `attention_mask`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, new tokens)`: only what was written, without `input_ids`.
+
+        Raises:
+            ValueError: when the checkpoint has no caption head, or when not exactly one input is given.
+        """
+        self._require_caption_head("caption")
+        context = self._context(pixel_values, caption_embeds)
+        inputs_embeds, attention_mask = self._caption_inputs(context, input_ids, attention_mask)
+        generation_config = copy.deepcopy(generation_config or self.generation_config)
+        kwargs = generation_config.update(**kwargs)  # what is no generation setting: streamer, logits_processor, ...
+        return self.caption_head.generate(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=generation_config, **kwargs
+        )
+
+    # ---- training ------------------------------------------------------------------------------------------
+
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        decoder_pixel_values: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> VLVOutput:
+        """
+        What is given decides what is computed: `decoder_pixel_values` or `latents` the denoising loss (stage 1),
+        `input_ids` the logits and, with `labels`, the caption loss (stage 2), and always the context.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images from the processor. In its place:
+            image_features (`torch.FloatTensor` of shape `(B, T, D)`): cached image tokens ([`get_image_features`]), or
+            caption_embeds (`torch.FloatTensor` of shape `(B, Q, E)`): cached caption embeddings ([`encode`]).
+            decoder_pixel_values (`torch.FloatTensor` of shape `(B, 3, h, w)`): the same images, -1..1. In its place:
+            latents (`torch.FloatTensor` of shape `(B, C, h/f, w/f)`): cached latents ([`encode_latents`]).
+            noise, timesteps: as latents, and `(B,)`: fixed in place of drawn ones, for comparable evaluations.
+            input_ids, attention_mask (`torch.LongTensor` of shape `(B, T)`): the captions, padded on the right.
+            labels (`torch.LongTensor` of shape `(B, T)`): the captions again, -100 where nothing is to be learnt.
+            num_items_in_batch: the label count to divide by, which Trainer gives under gradient accumulation.
+
+        Returns:
+            [`VLVOutput`].
+        """
+        if caption_embeds is None:
+            caption_embeds = self.encode(pixel_values, image_features)
+        context = self.encode_context(caption_embeds)
+        output = VLVOutput(caption_embeds=caption_embeds, context=context)
+        losses = []
+        if latents is None and decoder_pixel_values is not None:
+            with torch.no_grad():
+                latents = self.encode_latents(decoder_pixel_values)
+        if latents is not None:
+            self._require_decoder("compute the denoising loss")
+            output.denoising_loss = self.compute_denoising_loss(latents, context, noise, timesteps)
+            losses.append(output.denoising_loss)
+        if input_ids is not None:
+            self._require_caption_head("read captions")
+            inputs_embeds, attention_mask = self._caption_inputs(context, input_ids, attention_mask)
+            # The prefix is not projected to the vocabulary: only its last position, which predicts the first token.
+            output.logits = self.caption_head(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                use_cache=False,
+                logits_to_keep=input_ids.shape[1] + 1,
+            ).logits
+            if labels is not None:
+                output.caption_loss = self.caption_head.loss_function(
+                    logits=output.logits,
+                    labels=F.pad(labels, (1, 0), value=-100),  # the prefix's last position has no label of its own
+                    vocab_size=output.logits.shape[-1],
+                    num_items_in_batch=num_items_in_batch,
+                )
+                losses.append(output.caption_loss)
+        if losses:
+            output.loss = sum(losses)
+        return output if return_dict else output.to_tuple()
+
+    # ---- assembling ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_components(
+        cls,
+        encoder: str,
+        decoder: str,
+        caption_head: str | None = None,
+        *,
+        num_queries: int | None = None,
+        image_size: int | None = None,
+        prompt: str = "Describe with a paragraph what is shown in the image.",
+        **kwargs,
+    ) -> "VLVModel":
+        """
+        A VLV from pretrained parts, with new queries and projections.
+
+        Args:
+            encoder (`str`): id or folder of a Florence-2.
+            decoder (`str`): id or folder of a Stable Diffusion 1.x or 2.x in diffusers' layout.
+            caption_head (`str`, *optional*): id or folder of a decoder-only language model.
+            num_queries (`int`, *optional*): the text encoder's positions (77 for CLIP's) by default.
+            image_size (`int`, *optional*): pixels of a reconstruction's side; the UNet's own by default.
+            prompt (`str`): the task prompt, in words.
+            kwargs: `dtype`, `revision`, `token`, `local_files_only`, ... as every part's `from_pretrained` takes them.
+        """
+        florence = Florence2ForConditionalGeneration.from_pretrained(encoder, **kwargs)
+        clip = CLIPTextModel.from_pretrained(decoder, subfolder="text_encoder", **kwargs)
+        hub_kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
+        dtype = {"torch_dtype": florence.dtype}
+        unet = UNet2DConditionModel.from_pretrained(decoder, subfolder="unet", **dtype, **hub_kwargs)
+        vae = AutoencoderKL.from_pretrained(decoder, subfolder="vae", **dtype, **hub_kwargs)
+        llm = None if caption_head is None else AutoModelForCausalLM.from_pretrained(caption_head, **kwargs)
+        scheduler_config = DDPMScheduler.load_config(decoder, subfolder="scheduler", **hub_kwargs)
+        positions = clip.config.max_position_embeddings
+        text_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
+        config = VLVConfig(
+            encoder_config=florence.config,
+            text_encoder_config=clip.config,
+            decoder_config={"unet": dict(unet.config), "vae": dict(vae.config), "scheduler": dict(scheduler_config)},
+            caption_config=None if llm is None else llm.config,
+            num_queries=positions if num_queries is None else num_queries,
+            image_size=image_size,
+            prompt_ids=AutoTokenizer.from_pretrained(encoder, **hub_kwargs)(prompt).input_ids,
+            empty_prompt_ids=text_tokenizer("", padding="max_length", max_length=positions).input_ids,
+            dtype=florence.dtype,
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        model.encoder, model.unet, model.vae, model.caption_head = florence.model, unet, vae, llm
+        text_model = getattr(clip, "text_model", clip)
+        for name in ("embeddings", "encoder", "final_layer_norm"):
+            setattr(model.text_encoder, name, getattr(text_model, name))
+        model.queries = torch.nn.Parameter(torch.empty_like(model.queries, device="cpu", dtype=florence.dtype))
+        for module in (model.projection, model.prefix_projection):
+            if module is not None:
+                module.to_empty(device="cpu").to(florence.dtype).apply(model._init_weights)
+        model._init_weights(model)
+        if llm is not None:
+            model.generation_config = llm.generation_config
+        model.freeze_decoder()
+        return model.eval()
+
+    # ---- checks --------------------------------------------------------------------------------------------
+
+    def _context(self, pixel_values, caption_embeds):
+        if (pixel_values is None) == (caption_embeds is None):
+            raise ValueError("Give either pixel_values or caption_embeds.")
+        return self.encode_context(self.encode(pixel_values) if caption_embeds is None else caption_embeds)
+
+    def _check_pixel_values(self, pixel_values):
+        if pixel_values is None:
+            raise ValueError("Nothing to encode: give pixel_values, image_features or caption_embeds.")
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {tuple(pixel_values.shape)} {pixel_values.dtype}: expected floats of shape "
+                "(batch, 3, height, width) from the processor."
+            )
+        if not torch.compiler.is_compiling() and pixel_values.abs().amax() > 20:
+            raise ValueError("pixel_values are not normalised (values beyond 20): take them from the processor.")
+        vision = self.config.encoder_config.vision_config
+        stride = 1
+        for step in vision.patch_stride:
+            stride *= step
+        if max(pixel_values.shape[2:]) > stride * vision.max_position_embeddings:
+            raise ValueError(
+                f"pixel_values are {pixel_values.shape[2]}x{pixel_values.shape[3]} pixels, but the encoder "
+                f"has positions for {stride * vision.max_position_embeddings}: resize the images with the processor."
+            )
+
+    def _require_decoder(self, purpose):
+        if self.unet is None:
+            raise ValueError(
+                f"This model has no diffusion decoder and cannot {purpose}: load a checkpoint that has one with "
+                "AutoModel (AutoModelForImageTextToText leaves it out)."
+            )
+
+    def _require_caption_head(self, purpose):
+        if self.caption_head is None:
+            raise ValueError(
+                f"This checkpoint has no caption head and cannot {purpose}: train one (stage 2), or load another."
+            )
+
+
+class VLVForConditionalGeneration(VLVModel):
+    """The captioner alone: a [`VLVModel`] that never builds or reads UNet and VAE, whatever the checkpoint holds."""
+
+    def __init__(self, config: VLVConfig):
+        config = copy.copy(config)  # the caller's keeps its decoder
+        config.decoder_config = None
+        super().__init__(config)
+
+
+def _cast(tensor: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    """The tensor on the device and in the dtype of the module that reads it."""
+    weight = next(module.parameters())
+    # An offloaded module's weights are on the meta device until its hooks fetch them, and the inputs with them.
+    return tensor.to(weight.dtype) if weight.is_meta else tensor.to(weight.device, weight.dtype)
+
+
+__all__ = ["VLVForConditionalGeneration", "VLVModel", "VLVOutput"]

@@ -1,0 +1,103 @@
+"""The pipelines that a VLV repo brings along: image-to-text, image-text-to-text and image-to-image."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import ImageTextToTextPipeline, Pipeline
+from transformers.utils import logging
+
+try:
+    from .processing_vlv import load_image
+except ImportError:
+    from processing_vlv import load_image
+
+logger = logging.get_logger(__name__)
+
+
+class _ImagePipeline(Pipeline):
+    """
+    Images in, one result each: a single image gives its result or raises; of several, an unreadable one gives a row
+    `{..., "error": sentence}` in its place, so that the others are not lost.
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __call__(self, inputs: Any, **kwargs):
+        """
+        Args:
+            inputs: a path, URL, bytes, PIL image or array; or a list, generator, `datasets` column or torch dataset of
+                them. Generators and datasets are answered by an iterator, anything else by a list.
+        """
+        if isinstance(inputs, (str, bytes, os.PathLike, Image.Image, np.ndarray)) or hasattr(inputs, "read"):
+            return super().__call__(load_image(inputs), **kwargs)
+        if (
+            isinstance(inputs, Iterable)
+            and not isinstance(inputs, (list, dict, Dataset))
+            and hasattr(inputs, "__len__")
+        ):
+            return list(super().__call__((image for image in inputs), **kwargs))
+        return super().__call__(inputs, **kwargs)
+
+    def preprocess(self, image, crop=None):
+        try:
+            return {"pixel_values": self.processor(images=image, crop=crop)["pixel_values"], "error": None}
+        except (ValueError, OSError) as error:
+            logger.warning(f"Left out: {error}")
+            # A blank keeps the batch in shape; what is made of it is thrown away again.
+            blank = Image.new("RGB", (self.processor.image_width, self.processor.image_height))
+            return {"pixel_values": self.processor(images=blank)["pixel_values"], "error": str(error)}
+
+
+class VLVImageToTextPipeline(_ImagePipeline):
+    """`pipeline("image-to-text")`: each image gives `[{"generated_text": caption}]`, or n of them when asked for n."""
+
+    def _sanitize_parameters(self, crop=None, generate_kwargs=None, **generation_arguments):
+        return {"crop": crop}, {**(generate_kwargs or {}), **generation_arguments}, {}
+
+    def _forward(self, model_inputs, **generation_arguments):
+        pixel_values = model_inputs["pixel_values"]
+        ids = self.model.generate(pixel_values=pixel_values, **generation_arguments)
+        return {"generated_ids": ids.reshape(len(pixel_values), -1, ids.shape[-1]), "error": model_inputs["error"]}
+
+    def postprocess(self, model_outputs):
+        if model_outputs["error"]:
+            return [{"generated_text": None, "error": model_outputs["error"]}]
+        ids = model_outputs["generated_ids"]
+        return [{"generated_text": caption} for caption in self.processor.batch_decode(ids.flatten(0, -2))]
+
+
+class VLVReconstructionPipeline(_ImagePipeline):
+    """`pipeline("image-to-image")`: each image gives the image that the decoder makes of its caption embeddings."""
+
+    def _sanitize_parameters(self, crop=None, seed=None, **sampling_arguments):
+        return {"crop": crop}, {"seed": seed, **sampling_arguments}, {}
+
+    def _forward(self, model_inputs, seed=None, **sampling_arguments):
+        pixel_values = model_inputs["pixel_values"]
+        if seed is not None:  # one generator each, so that an image does not depend on the batch it is drawn in
+            sampling_arguments["generator"] = [torch.Generator().manual_seed(seed) for _ in pixel_values]
+        return {
+            "images": self.model.reconstruct(pixel_values=pixel_values, output_type="pt", **sampling_arguments),
+            "error": model_inputs["error"],
+        }
+
+    def postprocess(self, model_outputs):
+        if model_outputs["error"]:
+            return {"image": None, "error": model_outputs["error"]}
+        pixels = model_outputs["images"].reshape(model_outputs["images"].shape[-3:]).permute(1, 2, 0)
+        return Image.fromarray((pixels * 255).round().to(torch.uint8).cpu().numpy())
+
+
+class VLVImageTextToTextPipeline(ImageTextToTextPipeline):
+    """The stock `pipeline("image-text-to-text")`; `text` is the caption's beginning, which the model continues."""
+
+    def check_model_type(self, supported_models):
+        """The stock list holds only the library's own classes and would log an error for any other."""

@@ -1,0 +1,289 @@
+"""Processor of a VLV: images to tensors, captions to token ids and back."""
+
+import io
+import os
+import urllib.request
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+
+# Tokenizers of the parts, kept so that a checkpoint can be taken apart again; each is absent where its part came
+# without one.
+PART_TOKENIZERS = ("encoder_tokenizer", "decoder_tokenizer")
+
+
+def load_image(source: Any) -> Image.Image:
+    """
+    Any image, as people expect to see it, in RGB: EXIF orientation applied, transparency over white, 16-bit and float
+    scaled to 8 bits, CMYK and palettes converted, the first frame of an animation.
+
+    Args:
+        source: a path, an http(s) URL, the bytes of a file, a file object, a PIL image, an (H, W[, C]) array of uint8,
+            or a row of `datasets` (`{"bytes": ..., "path": ...}`).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, no image, cut short or too large; the sentence begins with its name.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "image")
+    if isinstance(source, np.ndarray):
+        return _to_rgb(Image.fromarray(source), "image array")
+    if isinstance(source, dict) and "bytes" in source:
+        name = source.get("path") or "image"
+        source = source["bytes"] if source["bytes"] is not None else source["path"]
+        return _read(source, name)
+    if isinstance(source, (str, os.PathLike)):
+        return _read(source, os.fspath(source))
+    if isinstance(source, (bytes, bytearray)) or hasattr(source, "read"):
+        return _read(source, getattr(source, "name", "image"))
+    raise ValueError(f"An image cannot be read from a {type(source).__name__}: give a path, URL, bytes or PIL image.")
+
+
+def _read(source, name):
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        with urllib.request.urlopen(source, timeout=30) as response:
+            source = response.read()
+    if isinstance(source, (str, os.PathLike)):
+        if not os.path.exists(source):
+            raise FileNotFoundError(f"{name}: there is no such file.")
+        if os.path.isdir(source):
+            raise ValueError(f"{name}: this is a folder, not an image.")
+        if os.path.getsize(source) == 0:
+            raise ValueError(f"{name}: the file is empty.")
+    elif isinstance(source, (bytes, bytearray)):
+        source = io.BytesIO(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is fine; only a bomb is refused
+            with Image.open(source) as image:
+                return _to_rgb(image, name)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: this is not an image that PIL can read.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name}: the image is larger than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make it smaller "
+            "first (or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it)."
+        ) from error
+    except (OSError, SyntaxError, EOFError) as error:  # what PIL's decoders raise on damaged data
+        raise ValueError(f"{name}: the image is damaged or cut short ({error}).") from error
+
+
+def _to_rgb(image, name):
+    if image.width == 0 or image.height == 0:
+        raise ValueError(f"{name}: the image has no pixels.")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        top = float(values.max())
+        scale = 255.0 if image.mode == "F" and top <= 1 else 1.0 if top <= 255 and image.mode != "I;16" else 1 / 257
+        image = Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+class VLVProcessor(ProcessorMixin):
+    r"""
+    Prepares images and captions for [`VLVModel`], with PIL throughout, so that the pixels do not depend on what else
+    is installed.
+
+    Args:
+        tokenizer: the caption head's tokenizer (the decoder's, in a checkpoint without a caption head).
+        image_height, image_width (`int`): pixels that the encoder reads; the whole image is resized to them.
+        image_mean, image_std (`list[float]`): the encoder's normalisation of values in 0..1.
+        decoder_image_size (`int`): pixels of a side of the square image that the decoder rebuilds.
+        crop (`str`, *optional*): `None` reads the whole image, its sides stretched to the encoder's as Florence-2
+            does; `"center"` first resizes the shorter side to `decoder_image_size` and cuts out the centre, as the
+            paper does.
+        encoder_tokenizer, decoder_tokenizer (*optional*): the Florence-2's and the text-to-image model's own.
+    """
+
+    def __init__(
+        self,
+        tokenizer=None,
+        image_height: int = 768,
+        image_width: int = 768,
+        image_mean: Sequence[float] = (0.485, 0.456, 0.406),
+        image_std: Sequence[float] = (0.229, 0.224, 0.225),
+        decoder_image_size: int = 384,
+        crop: str | None = None,
+        chat_template: str | None = None,
+        **parts,
+    ):
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.image_height, self.image_width = image_height, image_width
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.decoder_image_size = decoder_image_size
+        self.crop = _check_crop(crop)
+        self._part_tokenizers = {name: parts[name] for name in PART_TOKENIZERS if parts.get(name) is not None}
+
+    @property
+    def encoder_tokenizer(self):
+        """Florence-2's tokenizer, or `None`."""
+        return self._part_tokenizers.get("encoder_tokenizer")
+
+    @property
+    def decoder_tokenizer(self):
+        """The tokenizer of the diffusion model's text encoder, or `None`."""
+        return self._part_tokenizers.get("decoder_tokenizer")
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["pixel_values", "decoder_pixel_values", "input_ids", "attention_mask", "labels"]
+
+    # ---- images --------------------------------------------------------------------------------------------
+
+    def preprocess_image(self, image: Any, crop: str | None = None) -> Image.Image:
+        """The part of an image that the model sees (see `crop`), as a PIL image in RGB."""
+        image = load_image(image)
+        if (crop or self.crop) != "center":
+            return image
+        size = self.decoder_image_size
+        scale = size / min(image.size)
+        image = image.resize(
+            (max(size, int(image.width * scale)), max(size, int(image.height * scale))), Image.Resampling.BILINEAR
+        )
+        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+        return image.crop((left, top, left + size, top + size))
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        crop: str | None = None,
+        return_decoder_pixel_values: bool = False,
+        return_labels: bool = False,
+        return_tensors: str = "pt",
+        max_length: int | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Args:
+            images: one image or several, each anything that `load_image` reads.
+            text: one caption or several. Without `return_labels` they are beginnings to be continued, padded on the
+                left; with it they are whole captions: the end-of-text token is added, padding is on the right.
+            crop (`str`, *optional*): `"center"` in place of the whole image.
+            return_decoder_pixel_values (`bool`): also the images as the decoder rebuilds them.
+            return_labels (`bool`): also `labels`, the captions' ids with -100 on the padding.
+            return_tensors (`str`): `"pt"` is the only one.
+            max_length (`int`, *optional*): cuts longer captions (their end-of-text with them).
+
+        Returns:
+            [`BatchFeature`] with, of shapes and in the order (batch, ...):
+
+            - **pixel_values** `(B, 3, H, W)` float32, normalised.
+            - **decoder_pixel_values** `(B, 3, h, w)` float32 in -1..1.
+            - **input_ids**, **attention_mask**, **labels** `(B, T)` int64.
+        """
+        if images is None and text is None:
+            raise ValueError("Nothing to process: give images, text, or both.")
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors is {return_tensors!r}: VLV works on PyTorch tensors, 'pt'.")
+        _check_crop(crop)
+        data = {}
+        if images is not None:
+            seen = [self.preprocess_image(image, crop) for image in _as_list(images)]
+            data["pixel_values"] = self._normalise(seen)
+            if return_decoder_pixel_values:
+                data["decoder_pixel_values"] = self._for_decoder(seen)
+        if text is not None:
+            data.update(self._tokenize([text] if isinstance(text, str) else list(text), return_labels, max_length))
+        return BatchFeature(data)
+
+    def _normalise(self, images):
+        size = (self.image_width, self.image_height)
+        pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
+        mean, std = np.float32(self.image_mean), np.float32(self.image_std)
+        pixels = (pixels.astype(np.float32) * np.float32(1 / 255) - mean) / std  # (B, H, W, 3)
+        return torch.from_numpy(pixels.transpose(0, 3, 1, 2)).contiguous()
+
+    def _for_decoder(self, images):
+        size = (self.decoder_image_size, self.decoder_image_size)
+        pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images])
+        return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+
+    # ---- text ----------------------------------------------------------------------------------------------
+
+    def _tokenize(self, text, return_labels, max_length):
+        # No special tokens: a caption begins right behind the image's prefix, where another beginning would be noise.
+        ids = [self.tokenizer(caption, add_special_tokens=False).input_ids for caption in text]
+        if return_labels:
+            ids = [caption + [self.tokenizer.eos_token_id] for caption in ids]
+        ids = [caption[:max_length] for caption in ids]
+        length = max(map(len, ids))
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        input_ids = torch.full((len(ids), length), pad)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, caption in enumerate(ids):
+            filled = slice(0, len(caption)) if return_labels else slice(length - len(caption), length)
+            input_ids[row, filled] = torch.tensor(caption, dtype=torch.long)
+            attention_mask[row, filled] = 1
+        data = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if return_labels:
+            data["labels"] = input_ids.masked_fill(attention_mask == 0, -100)
+        return data
+
+    def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> list[str]:
+        """Token ids (B, T) from `model.generate` -> B captions."""
+        captions = self.tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [caption.strip() for caption in captions]
+
+    def decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> str:
+        """Token ids (T,) of one caption -> the caption."""
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
+        """What the image-text-to-text pipeline calls: decoding that keeps the space between text and caption."""
+        return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens)
+
+    # ---- saving and loading --------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output.pop("_part_tokenizers", None)
+        output["part_tokenizers"] = list(self._part_tokenizers)
+        return output
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As `ProcessorMixin.save_pretrained`; the parts' tokenizers go into folders of their own names."""
+        saved = super().save_pretrained(save_directory, **kwargs)
+        for name, tokenizer in self._part_tokenizers.items():
+            tokenizer.save_pretrained(Path(save_directory) / name)
+        return saved
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As `ProcessorMixin.from_pretrained`, with the parts' tokenizers that the repo has."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        hub_kwargs = {
+            key: kwargs[key] for key in ("revision", "token", "local_files_only", "cache_dir") if key in kwargs
+        }
+        processor._part_tokenizers = {
+            name: AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=name, **hub_kwargs)
+            for name in processor.__dict__.pop("part_tokenizers", ())
+        }
+        return processor
+
+
+def _as_list(images):
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _check_crop(crop):
+    if crop not in (None, "center"):
+        raise ValueError(f"crop is {crop!r}: choose None (the whole image) or 'center'.")
+    return crop
+
+
+VLVProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["VLVProcessor", "load_image"]
