@@ -1,0 +1,66 @@
+"""What an evaluation leaves behind: values with their errors, and everything needed to get them again."""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlv.files import atomic_writer
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """
+    Args:
+        value: the metric.
+        n: how many things it is measured on (objects, captions, images: the metric's name says which).
+        standard_error: of `value`, with images as the independent units; 0 when all images agree.
+    """
+
+    value: float
+    n: int
+    standard_error: float
+
+    @classmethod
+    def share(cls, right: np.ndarray, total: np.ndarray | None = None) -> "Measurement":
+        """
+        A share of things that come in clusters: `right` of the `total` things of each image are right, (images,).
+        Without `total` each image counts once.
+
+        Raises:
+            ValueError: when there is nothing to measure on.
+        """
+        right = np.asarray(right, dtype=float)
+        total = np.ones_like(right) if total is None else np.asarray(total, dtype=float)
+        if total.sum() == 0:
+            raise ValueError("There is nothing to measure: the data set holds no images, or no objects in them.")
+        value = right.sum() / total.sum()
+        residuals = right - value * total  # of a ratio of sums, each image being one draw
+        error = np.sqrt(np.square(residuals).sum()) / total.sum()
+        return cls(float(value), int(total.sum()), float(error))
+
+
+def write_results(file: Path, metrics: Mapping[str, Measurement], settings: Mapping[str, Any]) -> None:
+    """Writes `results.json`: one object per metric, and the commit, versions and settings that they come from."""
+    record = {
+        "metrics": {name: asdict(measurement) for name, measurement in metrics.items()},
+        **settings,
+        "commit": git_commit(),
+        "versions": {name: version(name) for name in ("vlv", "torch", "transformers", "diffusers")},
+    }
+    with atomic_writer(file) as output:
+        output.write(json.dumps(record, indent=2) + "\n")
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this file lies in; `None` when it lies in none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
