@@ -1,9 +1,17 @@
 """The argument parser that all commands share."""
 
+from argparse import Action, ArgumentDefaultsHelpFormatter
 from difflib import get_close_matches
 from typing import NoReturn
 
 from transformers import HfArgumentParser
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Appends each default to its help; `None` is no value that a user could give."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class CommandParser(HfArgumentParser):
@@ -12,6 +20,9 @@ class CommandParser(HfArgumentParser):
     Dataclass fields become options; positional arguments are added with `add_argument` and come back, as a
     namespace, behind the dataclasses.
     """
+
+    def __init__(self, *dataclass_types, **kwargs):
+        super().__init__(dataclass_types, formatter_class=_HelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help lists the arguments\n")

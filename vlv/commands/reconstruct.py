@@ -1,0 +1,99 @@
+"""`vlv reconstruct`: rebuild images from their caption embeddings, and show them beside the originals."""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from tqdm import tqdm
+
+from vlv.commands.parser import CommandParser
+from vlv.images import ImageFile, find_images, read_images
+from vlv.sheets import Pair, contact_sheet, side_by_side
+
+CONTACT_SHEET = "contact_sheet.png"
+ON_SHEET = 60  # pairs; a sheet of thousands would open in no viewer
+
+
+@dataclass
+class ReconstructArguments:
+    output: str = field(
+        metadata={
+            "help": "Folder to write to: one PNG per image, the original on the left and the reconstruction on the "
+            f"right, and {CONTACT_SHEET} with the first {ON_SHEET} of them."
+        }
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a VLV (default: the bundled vlv-tiny, for drawn scenes)."}
+    )
+    num_inference_steps: int = field(default=20, metadata={"help": "Sampling steps: more are slower and finer."})
+    guidance_scale: float = field(
+        default=2.0, metadata={"help": "How closely to follow the embeddings; 1 switches guidance off."}
+    )
+    seed: int = field(default=0, metadata={"help": "Another seed starts from other noise."})
+    batch_size: int = field(default=8, metadata={"help": "Images that are rebuilt at once."})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the accelerator."})
+
+    def __post_init__(self):
+        for name in ("num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+def main(argv: list[str]) -> None:
+    parser = CommandParser(
+        ReconstructArguments,
+        prog="vlv reconstruct",
+        description="Rebuild each image from its caption embeddings alone, beside the original. An image that cannot "
+        "be read is reported and left out.",
+        epilog="example: vlv reconstruct photos --output rebuilt",
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="Image files, and folders to search for images.")
+    arguments, inputs = parser.parse(argv)
+
+    # Imported only now: torch would keep --help and wrong arguments waiting.
+    from vlv.inference import reconstruct_images
+    from vlv.loading import load_autoencoder
+
+    files = find_images(inputs.paths)
+    folder = Path(arguments.output)
+    targets = _targets(files, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, processor = load_autoencoder(arguments.model, arguments.device)
+    pairs = []
+    with tqdm(files, desc="Rebuilding", unit="image") as progress:
+        images = read_images(progress, report=lambda text: tqdm.write(f"vlv reconstruct: {text}", file=sys.stderr))
+        rebuilt = reconstruct_images(
+            model,
+            processor,
+            images,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            num_inference_steps=arguments.num_inference_steps,
+            guidance_scale=arguments.guidance_scale,
+        )
+        for file, image, reconstruction in rebuilt:
+            targets[file].parent.mkdir(parents=True, exist_ok=True)
+            side_by_side(image, reconstruction).save(targets[file])
+            if len(pairs) < ON_SHEET:
+                image.thumbnail((512, 512))
+                pairs.append(Pair(image, reconstruction, file.name))
+    sheet = contact_sheet(
+        pairs, "Reconstructions", f"original on the left, rebuilt on the right: {model.name_or_path}"
+    )
+    sheet.save(folder / CONTACT_SHEET)
+    print(folder / CONTACT_SHEET)
+
+
+def _targets(files: list[ImageFile], folder: Path) -> dict[ImageFile, Path]:
+    """Where each image's PNG goes: x.png for x.jpg, but x.jpg.png where there is more than one x."""
+    stems = Counter(PurePosixPath(file.name).with_suffix("") for file in files)
+    targets = {}
+    for file in files:
+        name = PurePosixPath(file.name)
+        stem = name.with_suffix("")
+        targets[file] = folder / (f"{name}.png" if stems[stem] > 1 else f"{stem}.png")
+    originals = {file.path.resolve() for file in files}
+    for target in (*targets.values(), folder / CONTACT_SHEET):
+        if target.resolve() in originals:
+            raise ValueError(f"--output {folder} would overwrite the image {target}; choose another folder.")
+    return targets

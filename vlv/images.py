@@ -1,0 +1,73 @@
+"""Image files on disk: finding them, and reading them one by one past the broken ones."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+# What a folder is searched for. A file that is named itself is read whatever its suffix.
+SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
+    *(".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)
+
+
+class ImageFile(NamedTuple):
+    path: Path
+    name: str  # its `file_name`: relative, with forward slashes, different for every file of a run
+
+
+def find_images(paths: Iterable[str | os.PathLike]) -> list[ImageFile]:
+    """
+    List the image files that `paths` stand for, each once, in the order given.
+
+    A folder stands for all images in it and its subfolders, sorted, hidden ones left out. What is not there, and a
+    folder without images, is listed as it is: reading it says what is wrong, and costs the others nothing.
+    Names are relative to the folder given, or to the deepest folder that holds everything given.
+    """
+    paths = [Path(path) for path in paths]
+    root = os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in paths])
+    found = {}
+    for path in paths:
+        for file in (_images_in(path) or [path]) if path.is_dir() else [path]:
+            absolute = os.path.abspath(file)
+            found.setdefault(absolute, ImageFile(file, Path(os.path.relpath(absolute, root)).as_posix()))
+    return list(found.values())
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+
+
+def read_images(files: Iterable[ImageFile], report: Callable[[str], None]) -> Iterator[tuple[ImageFile, Image.Image]]:
+    """
+    Read the files as upright RGB images, in their order. One that cannot be read is left out and `report` is told
+    why.
+
+    Raises:
+        ValueError: at the end, when there were files and none of them could be read.
+    """
+    from processing_vlv import load_image  # imported only when needed: torch comes with it
+
+    readable = unreadable = 0
+    for file in files:
+        try:
+            if file.path.is_dir():
+                raise ValueError(f"{file.path} holds no images (looked for {' '.join(SUFFIXES)}).")
+            image = load_image(file.path)
+        except (OSError, ValueError) as error:
+            unreadable += 1
+            report(f"left out: {error}")
+            continue
+        readable += 1
+        yield file, image
+    if unreadable and not readable:
+        raise ValueError("There is nothing to do: no image could be read.")

@@ -1,0 +1,105 @@
+"""Models for the commands: from a folder or the Hub, checked, on their device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
+
+from configuration_vlv import VLVConfig
+from modeling_vlv import VLVForConditionalGeneration, VLVModel
+from processing_vlv import VLVProcessor
+from vlv import tiny_checkpoint
+
+Model = TypeVar("Model", bound=VLVModel)
+
+# The installed code reads every VLV: code that lies beside the weights is never run, nor asked about.
+AutoConfig.register(VLVConfig.model_type, VLVConfig, exist_ok=True)
+
+
+def load_captioner(source: str | None, device: str = "auto") -> tuple[VLVForConditionalGeneration, VLVProcessor]:
+    """
+    Load what writes captions: the model without UNet and VAE, and its processor.
+
+    Args:
+        source: folder or Hub id; `None` is the bundled checkpoint.
+        device: as torch names it, or `"auto"`: the accelerator where there is one. On the CPU the model is in fp32,
+            elsewhere in the dtype that it was saved in.
+
+    Raises:
+        OSError, ValueError: when there is no such model, when it is damaged or no VLV, or has no caption head.
+    """
+    source = source or tiny_checkpoint()
+    if _read_config(source).caption_config is None:
+        raise ValueError(
+            f"{source} has no caption head and cannot caption: train one with `vlv train`, or take another --model."
+        )
+    return _load(VLVForConditionalGeneration, source, device)
+
+
+def load_autoencoder(source: str | None, device: str = "auto") -> tuple[VLVModel, VLVProcessor]:
+    """Load the whole model, decoder and all, and its processor; else as [`load_captioner`]."""
+    source = source or tiny_checkpoint()
+    if _read_config(source).decoder_config is None:
+        raise ValueError(f"{source} has no diffusion decoder and cannot reconstruct: take another --model.")
+    return _load(VLVModel, source, device)
+
+
+def _read_config(source: str) -> VLVConfig:
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{source} is no model: there is no config.json in it.")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source)
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise FileNotFoundError(
+            f"There is no folder {source}, and no model of that name could be had from the Hub."
+        ) from error
+    if config.get("model_type") != VLVConfig.model_type:
+        raise ValueError(f"{source} is no VLV: its config.json names the model type {config.get('model_type')!r}.")
+    return VLVConfig.from_dict(config)
+
+
+def _load(model_class: type[Model], source: str, device: str) -> tuple[Model, VLVProcessor]:
+    place = _find_device(device)
+    dtype = torch.float32 if place.type == "cpu" else "auto"
+    try:
+        with _quiet_transformers():
+            model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            processor = VLVProcessor.from_pretrained(source)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"The weights of {source} cannot be read: {error}") from error
+    if info["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"{source} lacks {len(info['missing_keys'])} of the weights that its config asks for: {some}")
+    return model.to(place).eval(), processor
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Leave out its bar over the weights and its notes; what matters of them is raised here."""
+    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
+
+
+def _find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
