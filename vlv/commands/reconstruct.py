@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+
 from tqdm import tqdm
 
 from vlv.commands.parser import CommandParser
