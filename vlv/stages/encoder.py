@@ -1,0 +1,169 @@
+"""Stage `encoder`: a small Florence-2 learns to say one thing about an image, in a short caption."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    BartConfig,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    Florence2VisionConfig,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from vlv.data import Alternatives, captions_of, decode_images, require_column, tokenize
+from vlv.stages.base import Settings, Stage
+from vlv.tokenization import train_tokenizer
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass
+class EncoderSettings(Settings):
+    caption_column: str = field(
+        default="short",
+        metadata={"help": "Column of short captions, one or a list per image (one is drawn per epoch)."},
+    )
+    image_size: int = field(default=64, metadata={"help": "Side of the images in pixels, a multiple of 8."})
+    max_length: int = field(default=16, metadata={"help": "Caption length in tokens, <s>, </s> and padding included."})
+    vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
+    task_prompt: str = field(
+        default="Describe with a paragraph what is shown in the image.",
+        metadata={"help": "What the language encoder reads behind the image."},
+    )
+
+
+def tiny_florence2(tokenizer: PreTrainedTokenizerBase, image_size: int) -> Florence2ForConditionalGeneration:
+    """A randomly initialised Florence-2: a DaViT of two stages and stride 8, and a BART of width 192."""
+    width = 192
+    model = Florence2ForConditionalGeneration(
+        Florence2Config(
+            vision_config=Florence2VisionConfig(
+                depths=(1, 2),
+                patch_size=[7, 3],
+                patch_stride=[4, 2],
+                patch_padding=[3, 1],
+                patch_prenorm=[False, True],
+                embed_dim=(64, 128),
+                num_heads=[2, 4],
+                num_groups=[2, 4],
+                window_size=8,
+                drop_path_rate=0.0,
+                projection_dim=width,
+                max_position_embeddings=image_size // 8,
+                max_temporal_embeddings=1,
+            ),
+            text_config=BartConfig(
+                vocab_size=len(tokenizer),
+                d_model=width,
+                encoder_layers=2,
+                decoder_layers=3,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=4 * width,
+                decoder_ffn_dim=4 * width,
+                max_position_embeddings=128,
+                dropout=0.0,
+                bos_token_id=tokenizer.bos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                decoder_start_token_id=tokenizer.eos_token_id,
+                forced_eos_token_id=None,
+            ),
+            image_token_id=tokenizer.image_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    # At the default of 0.02 the places drown in the image features, and learning where things are takes far longer.
+    positions = model.model.multi_modal_projector.image_position_embed
+    for embedding in (positions.row_embeddings, positions.column_embeddings):
+        nn.init.normal_(embedding.weight, std=0.5)
+    return model
+
+
+class EncoderStage(Stage):
+    Settings = EncoderSettings
+
+    def __init__(self, settings: EncoderSettings, args: TrainingArguments):
+        super().__init__(settings, args)
+        train, self.eval_rows = self.load_data()
+        require_column(train, settings.caption_column, "caption_column")
+        captions = list(captions_of(train, settings.caption_column))
+        # As many prompts as captions, so that each word of the prompt becomes one token too.
+        self.tokenizer = train_tokenizer(
+            [*captions, *[settings.task_prompt] * len(captions)],
+            settings.vocab_size,
+            bos_token="<s>",
+            eos_token="</s>",
+            pad_token="<pad>",
+            extra_special_tokens={"image_token": "<image>"},
+        )
+        self.model = tiny_florence2(self.tokenizer, settings.image_size)
+        self.image_processor = CLIPImageProcessorPil(
+            size={"height": settings.image_size, "width": settings.image_size},
+            do_center_crop=False,
+            image_mean=list(IMAGE_MEAN),
+            image_std=list(IMAGE_STD),
+            image_seq_length=(settings.image_size // 8) ** 2 + 1,
+        )
+        # Image tokens, then the task prompt: the order in which VLV's encoder reads them.
+        image_tokens = [self.tokenizer.image_token_id] * self.image_processor.image_seq_length
+        self.prompt = torch.tensor(image_tokens + self.tokenizer(settings.task_prompt)["input_ids"])
+        self.train_dataset, self.eval_dataset = self.table(train), self.table(self.eval_rows)
+
+    def table(self, rows: Dataset) -> Alternatives:
+        settings = self.settings
+        images = decode_images(rows, settings.image_column, settings.image_size)
+        captions = [[c] if isinstance(c, str) else c for c in rows[settings.caption_column][:]]
+        counts = torch.tensor([len(alternatives) for alternatives in captions])
+        ids = tokenize(self.tokenizer, [c for alternatives in captions for c in alternatives], settings.max_length)
+        padded = nn.utils.rnn.pad_sequence(ids.split(counts.tolist()), batch_first=True)  # (N, K, L)
+        return Alternatives(padded, counts, self.args.seed, images=images)
+
+    def collate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        labels = batch["labels"]
+        return {
+            "pixel_values": normalise(batch["images"]),
+            "input_ids": self.prompt.expand(len(labels), -1),
+            "labels": labels.masked_fill(labels == self.tokenizer.pad_token_id, -100),
+        }
+
+    def save(self, folder: Path) -> None:
+        self.model.generation_config.max_new_tokens = self.settings.max_length
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    @torch.inference_mode()
+    def evaluate(self) -> dict[str, float]:
+        """Share of generated captions that are true of their picture, and how many different ones there are."""
+        device, images = self.model.device, self.eval_dataset.columns["images"]
+        said: list[str] = []
+        for batch in images.split(250):
+            ids = self.model.generate(
+                input_ids=self.prompt.expand(len(batch), -1).to(device),
+                pixel_values=normalise(batch).to(device),
+                max_new_tokens=self.settings.max_length,
+                num_beams=1,
+                do_sample=False,
+            )
+            said += [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        truths = self.eval_rows[self.settings.caption_column][:]
+        true = sum(
+            text in ([truth] if isinstance(truth, str) else truth) for text, truth in zip(said, truths, strict=True)
+        )
+        return {"true_captions": true / len(said), "different_captions": len(set(said))}
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 3, H, W) to what Florence-2 expects: ImageNet's mean and standard deviation."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    return (images.float() / 255 - mean) / std

@@ -1,0 +1,96 @@
+"""Stage `language`: a small causal language model learns the captions' language from text alone."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, TrainingArguments
+
+from vlv.data import Table, captions_of, require_column, tokenize
+from vlv.scenes import parse_caption
+from vlv.stages.base import Settings, Stage
+from vlv.tokenization import train_tokenizer
+
+
+@dataclass
+class LanguageSettings(Settings):
+    max_length: int = field(
+        default=40, metadata={"help": "Caption length in tokens, end-of-text and padding included."}
+    )
+    vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
+
+
+def tiny_language_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """A randomly initialised Qwen2 of 4 layers and width 192 with tied embeddings."""
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            use_sliding_window=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def causal_table(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int) -> Table:
+    """Captions with their end-of-text token, which is learned; the padding after it is not."""
+    input_ids = tokenize(tokenizer, [caption + tokenizer.eos_token for caption in captions], max_length)
+    # Padding is the end-of-text token too: what counts is that only the first one is part of the caption.
+    is_end = (input_ids == tokenizer.eos_token_id).long()
+    padding = is_end.cumsum(dim=1) - is_end > 0
+    return Table(input_ids=input_ids, attention_mask=(~padding).long(), labels=input_ids.masked_fill(padding, -100))
+
+
+class LanguageStage(Stage):
+    Settings = LanguageSettings
+
+    def __init__(self, settings: LanguageSettings, args: TrainingArguments):
+        super().__init__(settings, args)
+        train, evaluation = self.load_data()
+        require_column(train, settings.caption_column, "caption_column")
+        self.tokenizer = train_tokenizer(
+            captions_of(train, settings.caption_column), settings.vocab_size, eos_token="<|endoftext|>", wrap=False
+        )
+        self.train_dataset, self.eval_dataset = (
+            causal_table(self.tokenizer, list(captions_of(rows, settings.caption_column)), settings.max_length)
+            for rows in (train, evaluation)
+        )
+        self.model = tiny_language_model(self.tokenizer)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @torch.inference_mode()
+    def evaluate(self, samples: int = 200) -> dict[str, float]:
+        """Perplexity per token of the evaluation captions, and the share of free samples that follow the grammar."""
+        inputs = {name: column.to(self.model.device) for name, column in self.eval_dataset.columns.items()}
+        loss = self.model(**inputs).loss.item()
+
+        start = inputs["input_ids"][:samples, :1]  # the first token is the same in all captions: "a"
+        generated = self.model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=self.settings.max_length,
+        )
+        texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        return {"perplexity": math.exp(loss), "grammatical": sum(map(follows_grammar, texts)) / len(texts)}
+
+
+def follows_grammar(text: str) -> bool:
+    try:
+        parse_caption(text.strip())
+    except ValueError:
+        return False
+    return True

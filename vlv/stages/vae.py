@@ -1,0 +1,142 @@
+"""Stage `vae`: a small AutoencoderKL learns to compress images fourfold in each direction."""
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from transformers import TrainingArguments
+
+from vlv.data import Table, decode_images, in_batches, to_unit_range
+from vlv.stages.average import MovingAverage
+from vlv.stages.base import Settings, Stage
+
+
+@dataclass
+class VAESettings(Settings):
+    image_size: int = field(default=64, metadata={"help": "Side of the images in pixels."})
+    foreground_weight: float = field(
+        default=7.0, metadata={"help": "How much more a pixel counts that is not of its image's background colour."}
+    )
+    kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the latents' divergence from N(0, 1)."})
+    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the moving average of the weights."})
+
+
+def tiny_vae(image_size: int) -> AutoencoderKL:
+    """A randomly initialised AutoencoderKL: images (B, 3, H, W) to latents (B, 4, H/4, W/4)."""
+    widths = (32, 64, 64)
+    return AutoencoderKL(
+        sample_size=image_size,
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        scaling_factor=1.0,
+    )
+
+
+class VAETraining(nn.Module):
+    """The training loss of a VAE: weighted L1 + L2 reconstruction, and a little Kullback-Leibler divergence."""
+
+    def __init__(self, vae: AutoencoderKL, foreground_weight: float, kl_weight: float):
+        super().__init__()
+        self.vae = vae
+        self.average = deepcopy(vae).requires_grad_(False)
+        self.foreground_weight, self.kl_weight = foreground_weight, kl_weight
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """pixel_values: (B, 3, H, W) in -1..1; evaluation uses the average weights and the mean latents."""
+        vae = self.vae if self.training else self.average
+        posterior = vae.encode(pixel_values).latent_dist
+        decoded = vae.decode(posterior.sample() if self.training else posterior.mode()).sample.float()
+
+        error = decoded - pixel_values
+        weight = 1 + (self.foreground_weight - 1) * foreground(pixel_values)
+        reconstruction = (weight * (error.abs() + error.square())).mean() / weight.mean()
+        return {"loss": reconstruction + self.kl_weight * posterior.kl().mean()}
+
+
+def foreground(pixel_values: torch.Tensor) -> torch.Tensor:
+    """1 where a pixel is not of its image's background (its median colour), else 0: (B, 1, H, W)."""
+    background = pixel_values.flatten(2).median(dim=-1).values[:, :, None, None]
+    return ((pixel_values - background).abs().amax(dim=1, keepdim=True) > 0.1).float()
+
+
+@torch.no_grad()
+def fold_latent_statistics(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Rescales the VAE's own 1x1 convolutions so that its latents get zero mean and unit variance per channel.
+
+    Decoding undoes it exactly, so that reconstructions stay as they were and no user of the VAE needs the statistics.
+
+    Args:
+        mean, std: (latent_channels,), measured on the VAE's latents.
+    """
+    channels = len(mean)
+    to_moments, from_latents = vae.quant_conv, vae.post_quant_conv
+    to_moments.weight[:channels] /= std[:, None, None, None]
+    to_moments.bias[:channels] = (to_moments.bias[:channels] - mean) / std
+    to_moments.bias[channels:] -= 2 * std.log()  # the other half of the moments is the log variance
+    from_latents.bias += from_latents.weight[:, :, 0, 0] @ mean
+    from_latents.weight *= std[None, :, None, None]
+
+
+class VAEStage(Stage):
+    Settings = VAESettings
+    label_names = ("pixel_values",)
+
+    def __init__(self, settings: VAESettings, args: TrainingArguments):
+        super().__init__(settings, args)
+        train, evaluation = self.load_data()
+        self.train_dataset = Table(images=decode_images(train, settings.image_column, settings.image_size))
+        self.eval_dataset = Table(images=decode_images(evaluation, settings.image_column, settings.image_size))
+        self.model = VAETraining(tiny_vae(settings.image_size), settings.foreground_weight, settings.kl_weight)
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"vae": self.model.vae, "average": self.model.average}
+
+    def collate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"pixel_values": to_unit_range(batch["images"])}
+
+    def callbacks(self) -> list:
+        return [MovingAverage(self.model.vae, self.model.average, self.settings.ema_decay)]
+
+    def save(self, folder: Path) -> None:
+        vae = self.model.average.eval()
+        images = self.train_dataset.columns["images"][:2000]
+        (means,) = in_batches(
+            lambda batch: (vae.encode(to_unit_range(batch)).latent_dist.mode(),),
+            images,
+            vae.device,
+            description="Latents",
+        )
+        fold_latent_statistics(vae, means.mean((0, 2, 3)).to(vae.device), means.std((0, 2, 3)).to(vae.device))
+        vae.save_pretrained(folder)
+
+    def evaluate(self) -> dict[str, float]:
+        """Peak signal-to-noise ratio on the evaluation images, over all pixels and over the foreground alone."""
+        vae = self.model.average.eval()
+
+        def errors(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            pixel_values = to_unit_range(images)
+            latents = vae.encode(pixel_values).latent_dist.mode()
+            squared = (vae.decode(latents).sample.clamp(-1, 1) - pixel_values).square().mean(1, keepdim=True)
+            mask = foreground(pixel_values)
+            return squared.mean((1, 2, 3)), (squared * mask).sum((1, 2, 3)), mask.sum((1, 2, 3)), latents
+
+        images = self.eval_dataset.columns["images"]
+        everywhere, on_foreground, area, latents = in_batches(errors, images, vae.device, 100, "Evaluating")
+        return {
+            "psnr": psnr(everywhere.mean()),
+            "psnr_foreground": psnr(on_foreground.sum() / area.sum()),
+            "latent_mean": latents.mean().item(),
+            "latent_std": latents.std().item(),
+        }
+
+
+def psnr(mean_squared_error: torch.Tensor) -> float:
+    """In decibels, for values in -1..1."""
+    return (10 * torch.log10(4 / mean_squared_error)).item()

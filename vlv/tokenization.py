@@ -1,0 +1,59 @@
+"""Small byte-level BPE tokenizers for the tiny parts: caption words are single tokens, any other text still fits."""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    eos_token: str,
+    bos_token: str | None = None,
+    pad_token: str | None = None,
+    extra_special_tokens: dict[str, str] | None = None,
+    wrap: bool = True,
+    model_max_length: int = 128,
+) -> PreTrainedTokenizerFast:
+    """Learns a byte-level BPE tokenizer from `texts`.
+
+    Args:
+        vocab_size: upper bound of the vocabulary; 256 of it are the bytes, so that nothing is ever unknown.
+        pad_token: defaults to `eos_token`.
+        extra_special_tokens: more special tokens by attribute name, e.g. `{"image_token": "<image>"}`.
+        wrap: encode as `bos ... eos`; otherwise nothing is added to a text.
+
+    Returns:
+        a fast tokenizer that `AutoTokenizer.from_pretrained` loads after `save_pretrained`.
+    """
+    pad_token = pad_token or eos_token
+    extra_special_tokens = extra_special_tokens or {}
+    special = list(dict.fromkeys(t for t in (bos_token, pad_token, eos_token, *extra_special_tokens.values()) if t))
+
+    tokenizer = Tokenizer(models.BPE())
+    # A leading space makes the first word of a caption the same token as in its middle.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if wrap:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos_token} $A {eos_token}",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in (bos_token, eos_token)],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos_token,
+        eos_token=eos_token,
+        pad_token=pad_token,
+        extra_special_tokens=extra_special_tokens,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )

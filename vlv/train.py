@@ -1,0 +1,190 @@
+"""`vlv train RECIPE.yaml [--setting value ...]`, also `accelerate launch -m vlv.train RECIPE.yaml`.
+
+A recipe is a flat YAML file of the stage's settings and of TrainingArguments; the command line has the last word.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from vlv.commands.parser import CommandParser
+from vlv.stages import stage_class
+from vlv.stages.base import Settings, Stage
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """transformers' TrainingArguments with the defaults that suit this project."""
+
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last training checkpoint in output_dir, if there is one."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: stages choose their own columns."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation gathers losses, no logits."})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Drop the last short batch: no process repeats another one's samples."}
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Log the loss every so many steps."})
+    # A look at the loss on every step would make the CPU wait for the GPU every time.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Replace NaN losses in the log."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "How many training checkpoints to keep."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Where to report to: tensorboard, ..."}
+    )
+
+    def __post_init__(self):
+        # Trainer allows bf16 on a machine without an accelerator only when told that the CPU is meant.
+        self.use_cpu |= not torch.accelerator.is_available()
+        self.dataloader_pin_memory &= torch.cuda.is_available()
+        super().__post_init__()
+
+
+class StageTrainer(Trainer):
+    """The stock Trainer, but for two details."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # counting them walks through all parameters at every step
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        # Trainer has one switch for both, but only training drops its last short batch.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+
+def main(argv: list[str] | None = None) -> None:
+    stage_type, settings, args = read_recipe(sys.argv[1:] if argv is None else argv)
+    output_dir = Path(args.output_dir)
+    set_seed(args.seed)
+    stage = stage_type(settings, args)
+    trainer = StageTrainer(
+        model=stage.model,
+        args=args,
+        train_dataset=stage.train_dataset,
+        eval_dataset=stage.eval_dataset,
+        data_collator=stage.collate,
+        callbacks=stage.callbacks(),
+    )
+    if trainer.is_world_process_zero():
+        print(overview(stage), flush=True)
+
+    last = get_last_checkpoint(str(output_dir)) if args.resume and output_dir.is_dir() else None
+    started = time.time()
+    trainer.train(resume_from_checkpoint=last)
+    seconds = time.time() - started
+
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        stage.model.eval()
+        stage.save(output_dir)
+        metrics |= stage.evaluate()
+        record = {
+            "recipe": {**vars(settings), **changed_arguments(args)},
+            "seed": args.seed,
+            "commit": git_commit(),
+            "versions": {
+                name: version(name) for name in ("torch", "transformers", "diffusers", "datasets", "accelerate")
+            },
+            "device": str(args.device),
+            "steps": trainer.state.global_step,
+            "seconds": round(seconds, 1),
+            "resumed_from": Path(last).name if last else None,
+            "evaluation": metrics,
+            "log": trainer.state.log_history,
+        }
+        (output_dir / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(
+            f"{settings.stage}: {output_dir}\n"
+            + "\n".join(f"  {name}: {value:.4g}" for name, value in metrics.items())
+        )
+
+
+def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]:
+    """Reads the recipe that `argv` names, and the settings after it.
+
+    Raises:
+        ValueError: for a recipe that is no flat YAML mapping, names no stage, or has an unknown key.
+        FileNotFoundError: when there is no such recipe.
+    """
+    if not argv or argv[0].startswith("-"):
+        parser = CommandParser(Settings, TrainArguments, prog="vlv train", description=__doc__)
+        parser.add_argument("recipe", help="YAML file of settings")
+        parser.parse(argv)
+    file = Path(argv[0])
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no recipe {file}; the ones that come with this project are in recipes/.")
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(recipe, dict) or "stage" not in recipe:
+        raise ValueError(f"{file} must be a YAML mapping of settings that names its stage, e.g. 'stage: caption'.")
+
+    stage_type = stage_class(recipe["stage"])
+    parser = CommandParser(stage_type.Settings, TrainArguments, prog="vlv train", description=__doc__)
+    parser.add_argument("recipe", help="YAML file of settings")
+    known = [entry.name for kind in (stage_type.Settings, TrainArguments) for entry in fields(kind) if entry.init]
+    for key in recipe:
+        if key not in known:
+            near = get_close_matches(key, known, n=1, cutoff=0)
+            raise ValueError(f"{file} has an unknown setting '{key}'; did you mean '{near[0]}'?")
+    parser.set_defaults(**recipe)
+    settings, args, _ = parser.parse(argv)
+    if settings.stage != recipe["stage"]:
+        raise ValueError(f"{file} is a recipe for the stage '{recipe['stage']}'; --stage cannot change it.")
+    args.label_names = list(stage_type.label_names)
+    return stage_type, settings, args
+
+
+def changed_arguments(args: TrainArguments) -> dict[str, Any]:
+    """The training arguments that differ from their defaults, as a recipe would give them."""
+    defaults = TrainArguments(output_dir=args.output_dir)
+    current, plain = args.to_dict(), defaults.to_dict()
+    return {name: value for name, value in current.items() if value != plain[name] or name == "output_dir"}
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this file lies in; None when it lies in none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def overview(stage: Stage) -> str:
+    """What trains and what is frozen, part by part."""
+    lines = [f"{'part':<24} {'trains':>12} {'frozen':>12} {'weights':>10}"]
+    for name, part in stage.parts().items():
+        lines.append(part_line(name, part))
+    lines.append(part_line("all", stage.model))
+    return "\n".join(lines)
+
+
+def part_line(name: str, part: nn.Module) -> str:
+    parameters = list(part.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    return f"{name:<24} {trained:>12,} {total - trained:>12,} {size / 2**20:>7.1f} MB"
+
+
+if __name__ == "__main__":
+    from vlv.cli import main as command
+
+    sys.exit(command(["train", *sys.argv[1:]]))
