@@ -309,9 +309,8 @@ def _random_scene(rng: np.random.Generator, count: int) -> Scene:
 def sample_picture(split: str, index: int, seed: int = 0) -> tuple[Image.Image, Scene]:
     """`sample_scene`, drawn: the picture number `index` of a split under a seed, and the scene it shows."""
     scene = sample_scene(split, index, seed)
-    return draw(
-        scene, (*_key(split, index, seed), 1)
-    ), scene  # 1: other random numbers than those that chose the scene
+    key = (*_key(split, index, seed), 1)  # the 1: other random numbers than those that chose the scene
+    return draw(scene, key), scene
 
 
 # --- a folder of scenes ---
