@@ -187,7 +187,7 @@ def test_a_mirrored_picture_shows_the_mirrored_scene(first):
         return np.mean([ImageOps.mirror(picture) if mirror else picture for picture in pictures], axis=0)
 
     difference = np.abs(average(scene, mirror=True) - average(scene.mirrored(), mirror=False))
-    assert difference.max() < 25 and difference.mean() < 1.5
+    assert difference.max() < 60 and difference.mean() < 1.5
 
 
 # --- folders ---
