@@ -6,12 +6,12 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 INSTALL_REQUIRES = [
-    "accelerate>=1.1.0",
+    "accelerate>=1.3.0",
     "datasets>=4.0.0",
     "diffusers>=0.36.0,<1",
     "huggingface_hub>=1.3.0,<3",
-    "numpy>=1.26",
-    "pillow>=10.1",
+    "numpy>=1.26.4",
+    "pillow>=10.1.0",
     "safetensors>=0.4.3",
     "torch>=2.6",
     "tqdm",

@@ -1,5 +1,6 @@
 """The `vlv` command: finds the command that is asked for, runs it, and turns its errors into one line."""
 
+import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -50,6 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nvlv {name}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read our output, such as head, has left; point stdout elsewhere, or Python complains at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (OSError, ValueError) as error:
         print(f"vlv {name}: error: {one_line(error)}", file=sys.stderr)
         return 2

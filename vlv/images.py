@@ -26,6 +26,9 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[ImageFile]:
     A folder stands for all images in it and its subfolders, sorted, hidden ones left out. What is not there, and a
     folder without images, is listed as it is: reading it says what is wrong, and costs the others nothing.
     Names are relative to the folder given, or to the deepest folder that holds everything given.
+
+    Raises:
+        FileNotFoundError: when there is no file at all.
     """
     paths = [Path(path) for path in paths]
     root = os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in paths])
@@ -34,7 +37,17 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[ImageFile]:
         for file in (_images_in(path) or [path]) if path.is_dir() else [path]:
             absolute = os.path.abspath(file)
             found.setdefault(absolute, ImageFile(file, Path(os.path.relpath(absolute, root)).as_posix()))
+    problems = [_problem(file.path) for file in found.values()]
+    if all(problems):
+        raise FileNotFoundError(" ".join(problems))
     return list(found.values())
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a path, before it is opened."""
+    if path.is_dir():
+        return f"{path}: there are no images in this folder (looked for {' '.join(SUFFIXES)})."
+    return None if path.exists() else f"{path}: there is no such file."
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -60,8 +73,8 @@ def read_images(files: Iterable[ImageFile], report: Callable[[str], None]) -> It
     readable = unreadable = 0
     for file in files:
         try:
-            if file.path.is_dir():
-                raise ValueError(f"{file.path} holds no images (looked for {' '.join(SUFFIXES)}).")
+            if problem := _problem(file.path):
+                raise ValueError(problem)
             image = load_image(file.path)
         except (OSError, ValueError) as error:
             unreadable += 1
@@ -70,4 +83,4 @@ def read_images(files: Iterable[ImageFile], report: Callable[[str], None]) -> It
         readable += 1
         yield file, image
     if unreadable and not readable:
-        raise ValueError("There is nothing to do: no image could be read.")
+        raise ValueError("None of the images could be read.")

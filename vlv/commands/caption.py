@@ -47,26 +47,31 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="Image files, and folders to search for images.")
     arguments, inputs = parser.parse(argv)
+    files = find_images(inputs.paths)
 
     # Imported only now: torch would keep --help and wrong arguments waiting.
     from vlv.inference import caption_images
     from vlv.loading import load_captioner
 
-    files = find_images(inputs.paths)
     with atomic_writer(arguments.output) if arguments.output else nullcontext() as file:
         model, processor = load_captioner(arguments.model, arguments.device)
-        with tqdm(files, desc="Captioning", unit="image") as progress:
-            images = read_images(progress, report=lambda text: tqdm.write(f"vlv caption: {text}", file=sys.stderr))
+        with tqdm(total=len(files), desc="Captioning", unit="image") as progress:
+
+            def report(problem: str) -> None:
+                tqdm.write(f"vlv caption: {problem}", file=sys.stderr)
+                progress.update()
+
             captions = caption_images(
                 model,
                 processor,
-                images,
+                read_images(files, report),
                 batch_size=arguments.batch_size,
                 max_new_tokens=arguments.max_new_tokens,
                 num_beams=arguments.num_beams,
             )
-            for image, caption in captions:
+            for (_, name), caption in captions:
                 if file is None:
-                    tqdm.write(f"{image.name}\t{caption}")
+                    tqdm.write(f"{name}\t{' '.join(caption.split())}")
                 else:
-                    file.write(json.dumps({"file_name": image.name, "text": caption}, ensure_ascii=False) + "\n")
+                    file.write(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False) + "\n")
+                progress.update()

@@ -50,23 +50,27 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="Image files, and folders to search for images.")
     arguments, inputs = parser.parse(argv)
+    files = find_images(inputs.paths)
+    folder = Path(arguments.output)
+    targets = _targets(files, folder)
 
     # Imported only now: torch would keep --help and wrong arguments waiting.
     from vlv.inference import reconstruct_images
     from vlv.loading import load_autoencoder
 
-    files = find_images(inputs.paths)
-    folder = Path(arguments.output)
-    targets = _targets(files, folder)
     folder.mkdir(parents=True, exist_ok=True)
     model, processor = load_autoencoder(arguments.model, arguments.device)
     pairs = []
-    with tqdm(files, desc="Rebuilding", unit="image") as progress:
-        images = read_images(progress, report=lambda text: tqdm.write(f"vlv reconstruct: {text}", file=sys.stderr))
+    with tqdm(total=len(files), desc="Rebuilding", unit="image") as progress:
+
+        def report(problem: str) -> None:
+            tqdm.write(f"vlv reconstruct: {problem}", file=sys.stderr)
+            progress.update()
+
         rebuilt = reconstruct_images(
             model,
             processor,
-            images,
+            read_images(files, report),
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             num_inference_steps=arguments.num_inference_steps,
@@ -78,6 +82,7 @@ def main(argv: list[str]) -> None:
             if len(pairs) < ON_SHEET:
                 image.thumbnail((512, 512))
                 pairs.append(Pair(image, reconstruction, file.name))
+            progress.update()
     sheet = contact_sheet(
         pairs, "Reconstructions", f"original on the left, rebuilt on the right: {model.name_or_path}"
     )
