@@ -10,10 +10,9 @@ def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     eos_token: str,
-    bos_token: str | None = None,
+    bos_token: str,
     pad_token: str | None = None,
     extra_special_tokens: dict[str, str] | None = None,
-    wrap: bool = True,
     model_max_length: int = 128,
 ) -> PreTrainedTokenizerFast:
     """Learns a byte-level BPE tokenizer from `texts`.
@@ -22,18 +21,16 @@ def train_tokenizer(
         vocab_size: upper bound of the vocabulary; 256 of it are the bytes, so that nothing is ever unknown.
         pad_token: defaults to `eos_token`.
         extra_special_tokens: more special tokens by attribute name, e.g. `{"image_token": "<image>"}`.
-        wrap: encode as `bos ... eos`; otherwise nothing is added to a text.
 
     Returns:
-        a fast tokenizer that `AutoTokenizer.from_pretrained` loads after `save_pretrained`.
+        a fast tokenizer that encodes as `bos ... eos` and that `AutoTokenizer.from_pretrained` loads after `save_pretrained`.
     """
     pad_token = pad_token or eos_token
     extra_special_tokens = extra_special_tokens or {}
-    special = list(dict.fromkeys(t for t in (bos_token, pad_token, eos_token, *extra_special_tokens.values()) if t))
+    special = list(dict.fromkeys([bos_token, pad_token, eos_token, *extra_special_tokens.values()]))
 
     tokenizer = Tokenizer(models.BPE())
-    # A leading space makes the first word of a caption the same token as in its middle.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -43,11 +40,10 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if wrap:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos_token} $A {eos_token}",
-            special_tokens=[(token, tokenizer.token_to_id(token)) for token in (bos_token, eos_token)],
-        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos_token} $A {eos_token}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (bos_token, eos_token)],
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=bos_token,

@@ -155,7 +155,7 @@ class EncoderStage(Stage):
                 num_beams=1,
                 do_sample=False,
             )
-            said += [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            said += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         truths = self.eval_rows[self.settings.caption_column][:]
         true = sum(
             text in ([truth] if isinstance(truth, str) else truth) for text, truth in zip(said, truths, strict=True)

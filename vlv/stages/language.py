@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, TrainingArguments
 
 from vlv.data import Table, captions_of, require_column, tokenize
 from vlv.scenes import parse_caption
 from vlv.stages.base import Settings, Stage
-from vlv.tokenization import train_tokenizer
 
 
 @dataclass
@@ -57,8 +56,9 @@ class LanguageStage(Stage):
         super().__init__(settings, args)
         train, evaluation = self.load_data()
         require_column(train, settings.caption_column, "caption_column")
-        self.tokenizer = train_tokenizer(
-            captions_of(train, settings.caption_column), settings.vocab_size, eos_token="<|endoftext|>", wrap=False
+        # Qwen2's own tokenizer class, with a vocabulary learned from these captions.
+        self.tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+            captions_of(train, settings.caption_column), settings.vocab_size, show_progress=False
         )
         self.train_dataset, self.eval_dataset = (
             causal_table(self.tokenizer, list(captions_of(rows, settings.caption_column)), settings.max_length)
@@ -90,7 +90,7 @@ class LanguageStage(Stage):
 
 def follows_grammar(text: str) -> bool:
     try:
-        parse_caption(text.strip())
+        parse_caption(text)
     except ValueError:
         return False
     return True
