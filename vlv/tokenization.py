@@ -23,7 +23,7 @@ def train_tokenizer(
         extra_special_tokens: more special tokens by attribute name, e.g. `{"image_token": "<image>"}`.
 
     Returns:
-        a fast tokenizer that encodes as `bos ... eos` and that `AutoTokenizer.from_pretrained` loads after `save_pretrained`.
+        a fast tokenizer that encodes as `bos ... eos`; `AutoTokenizer.from_pretrained` loads what it saves.
     """
     pad_token = pad_token or eos_token
     extra_special_tokens = extra_special_tokens or {}
