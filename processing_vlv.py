@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
 
 # Tokenizers of the parts, kept so that a checkpoint can be taken apart again; each is absent where its part came
 # without one.
@@ -267,11 +268,58 @@ class VLVProcessor(ProcessorMixin):
         hub_kwargs = {
             key: kwargs[key] for key in ("revision", "token", "local_files_only", "cache_dir") if key in kwargs
         }
+        settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
         processor._part_tokenizers = {
             name: AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=name, **hub_kwargs)
-            for name in processor.__dict__.pop("part_tokenizers", ())
+            for name in settings.get("part_tokenizers", ())
         }
         return processor
+
+    @classmethod
+    def from_components(
+        cls,
+        encoder: str | os.PathLike,
+        decoder: str | os.PathLike,
+        caption_head: str | os.PathLike | None = None,
+        *,
+        image_size: int | None = None,
+        crop: str | None = None,
+        **hub_kwargs,
+    ) -> "VLVProcessor":
+        """
+        The processor that goes with `VLVModel.from_components` of the same parts.
+
+        Args:
+            encoder: id or folder of a Florence-2: its image size, normalisation and tokenizer.
+            decoder: id or folder of a Stable Diffusion 1.x or 2.x in diffusers' layout: its tokenizer.
+            caption_head (*optional*): id or folder of a decoder-only language model: the captions' tokenizer; the
+                decoder's in a model without a caption head.
+            image_size (`int`, *optional*): pixels of a reconstruction's side; the UNet's own by default.
+            crop (`str`, *optional*): as above.
+            hub_kwargs: `revision`, `token`, `local_files_only`, ... as every part's `from_pretrained` takes them.
+        """
+        images, _ = ImageProcessingMixin.get_image_processor_dict(encoder, **hub_kwargs)
+        if image_size is None:
+            unet, _ = PreTrainedConfig.get_config_dict(decoder, subfolder="unet", **hub_kwargs)
+            vae, _ = PreTrainedConfig.get_config_dict(decoder, subfolder="vae", **hub_kwargs)
+            image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        decoder_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
+        tokenizer = (
+            decoder_tokenizer if caption_head is None else AutoTokenizer.from_pretrained(caption_head, **hub_kwargs)
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return cls(
+            tokenizer,
+            image_height=images["size"]["height"],
+            image_width=images["size"]["width"],
+            image_mean=images["image_mean"],
+            image_std=images["image_std"],
+            decoder_image_size=image_size,
+            crop=crop,
+            encoder_tokenizer=AutoTokenizer.from_pretrained(encoder, **hub_kwargs),
+            decoder_tokenizer=decoder_tokenizer,
+        )
 
 
 def _as_list(images):
