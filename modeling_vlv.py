@@ -9,9 +9,13 @@ The data flow, with Q queries, D the encoder's width, E the text encoder's, L th
 """
 
 import copy
+import functools
 import inspect
+import pickle
+import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +26,16 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import compute_snr
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPTextModel,
+    Florence2Config,
     Florence2ForConditionalGeneration,
     Florence2Model,
+    Florence2VisionConfig,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
@@ -43,6 +51,9 @@ except ImportError:
     from configuration_vlv import VLVConfig
 
 CODE_FILES = ("configuration_vlv.py", "modeling_vlv.py", "processing_vlv.py", "pipeline_vlv.py")
+HUB_KWARGS = ("revision", "token", "local_files_only", "cache_dir", "force_download", "proxies")  # where from, and how
+# What Florence-2's processor makes of <MORE_DETAILED_CAPTION>, which is what the paper asks it.
+TASK_PROMPT = "Describe with a paragraph what is shown in the image."
 
 # What each stage trains unless told otherwise (paper section 3; REFERENCE table in docs/training.md).
 STAGES = {
@@ -621,57 +632,69 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         *,
         num_queries: int | None = None,
         image_size: int | None = None,
-        prompt: str = "Describe with a paragraph what is shown in the image.",
+        prompt: str = TASK_PROMPT,
+        dtype: torch.dtype | str | None = None,
         **kwargs,
     ) -> "VLVModel":
         """
         A VLV from pretrained parts, with new queries and projections.
 
         Args:
-            encoder (`str`): id or folder of a Florence-2.
+            encoder (`str`): id or folder of a Florence-2, in transformers' own or in Microsoft's remote-code layout.
             decoder (`str`): id or folder of a Stable Diffusion 1.x or 2.x in diffusers' layout.
             caption_head (`str`, *optional*): id or folder of a decoder-only language model.
             num_queries (`int`, *optional*): the text encoder's positions (77 for CLIP's) by default.
             image_size (`int`, *optional*): pixels of a reconstruction's side; the UNet's own by default.
             prompt (`str`): the task prompt, in words.
-            kwargs: `dtype`, `revision`, `token`, `local_files_only`, ... as every part's `from_pretrained` takes them.
+            dtype (`torch.dtype`, *optional*): of all weights; by default the narrowest in which no part loses a digit.
+            kwargs: `revision`, `token`, `local_files_only`, `cache_dir` for reading each part; the rest
+                (`device_map`, `quantization_config`, `attn_implementation`, ...) as `from_pretrained` takes them.
+
+        Raises:
+            OSError: when a part cannot be found or read.
+            ValueError: when a part is of another kind, or the parts do not fit; the sentence names both sizes.
         """
-        florence = Florence2ForConditionalGeneration.from_pretrained(encoder, **kwargs)
-        clip = CLIPTextModel.from_pretrained(decoder, subfolder="text_encoder", **kwargs)
-        hub_kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
-        dtype = {"torch_dtype": florence.dtype}
-        unet = UNet2DConditionModel.from_pretrained(decoder, subfolder="unet", **dtype, **hub_kwargs)
-        vae = AutoencoderKL.from_pretrained(decoder, subfolder="vae", **dtype, **hub_kwargs)
-        llm = None if caption_head is None else AutoModelForCausalLM.from_pretrained(caption_head, **kwargs)
-        scheduler_config = DDPMScheduler.load_config(decoder, subfolder="scheduler", **hub_kwargs)
-        positions = clip.config.max_position_embeddings
-        text_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        loading = {"dtype": dtype or "auto", **hub_kwargs}
+        llm = None
+        with reading_part("encoder", encoder):
+            florence_config, florence = load_florence(encoder, **loading)
+            prompt_ids = tokenize_prompt(encoder, prompt, **hub_kwargs)
+        with reading_part("decoder", decoder):
+            clip = CLIPTextModel.from_pretrained(decoder, subfolder="text_encoder", **loading)
+            unet = UNet2DConditionModel.from_pretrained(decoder, subfolder="unet", torch_dtype=dtype, **hub_kwargs)
+            vae = AutoencoderKL.from_pretrained(decoder, subfolder="vae", torch_dtype=dtype, **hub_kwargs)
+            scheduler_config = DDPMScheduler.load_config(decoder, subfolder="scheduler", **hub_kwargs)
+            positions = clip.config.max_position_embeddings
+            empty_prompt_ids = tokenize_empty_prompt(decoder, positions, **hub_kwargs)
+        if caption_head is not None:
+            with reading_part("caption head", caption_head):
+                llm = AutoModelForCausalLM.from_pretrained(caption_head, **loading)
+        parts = {
+            "encoder": florence,
+            "text_encoder": module_weights(getattr(clip, "text_model", clip)),
+            "unet": module_weights(unet),
+            "vae": module_weights(vae),
+            "caption_head": {} if llm is None else module_weights(llm),
+        }
+        weights = {f"{name}.{key}": weight for name, part in parts.items() for key, weight in part.items()}
         config = VLVConfig(
-            encoder_config=florence.config,
+            encoder_config=florence_config,
             text_encoder_config=clip.config,
             decoder_config={"unet": dict(unet.config), "vae": dict(vae.config), "scheduler": dict(scheduler_config)},
             caption_config=None if llm is None else llm.config,
             num_queries=positions if num_queries is None else num_queries,
             image_size=image_size,
-            prompt_ids=AutoTokenizer.from_pretrained(encoder, **hub_kwargs)(prompt).input_ids,
-            empty_prompt_ids=text_tokenizer("", padding="max_length", max_length=positions).input_ids,
-            dtype=florence.dtype,
+            prompt_ids=prompt_ids,
+            empty_prompt_ids=empty_prompt_ids,
         )
-        with torch.device("meta"):
-            model = cls(config)
-        model.encoder, model.unet, model.vae, model.caption_head = florence.model, unet, vae, llm
-        text_model = getattr(clip, "text_model", clip)
-        for name in ("embeddings", "encoder", "final_layer_norm"):
-            setattr(model.text_encoder, name, getattr(text_model, name))
-        model.queries = torch.nn.Parameter(torch.empty_like(model.queries, device="cpu", dtype=florence.dtype))
-        for module in (model.projection, model.prefix_projection):
-            if module is not None:
-                module.to_empty(device="cpu").to(florence.dtype).apply(model._init_weights)
-        model._init_weights(model)
+        dtype = dtype or functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
+        # The library's own loading places the weights, ties what each part ties, and makes new what no part has.
+        model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **kwargs)
         if llm is not None:
             model.generation_config = llm.generation_config
-        model.freeze_decoder()
-        return model.eval()
+        return model
 
     # ---- checks --------------------------------------------------------------------------------------------
 
@@ -728,6 +751,117 @@ def _cast(tensor: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     weight = next(module.parameters())
     # An offloaded module's weights are on the meta device until its hooks fetch them, and the inputs with them.
     return tensor.to(weight.dtype) if weight.is_meta else tensor.to(weight.device, weight.dtype)
+
+
+# ---- reading the parts -------------------------------------------------------------------------------------
+
+# What Microsoft's remote code calls the weights of a Florence-2, and what transformers' own Florence2Model calls them.
+MICROSOFT_FLORENCE_KEYS = (
+    (r"^image_projection$", "multi_modal_projector.image_projection.weight"),  # and transposed
+    (r"^image_pos_embed\.", "multi_modal_projector.image_position_embed."),
+    (r"^(image_proj_norm|visual_temporal_embed)\.", r"multi_modal_projector.\1."),
+    (r"^(vision_tower\.convs\.\d+)\.proj\.", r"\1.conv."),
+    (r"^(vision_tower\..+\.conv[12])\.fn\.dw\.", r"\1."),
+    (r"^(vision_tower\..+)\.(?:window|channel)_attn\.norm\.", r"\1.norm1."),
+    (r"^(vision_tower\..+\.(?:window|channel)_attn)\.fn\.", r"\1."),
+    (r"^(vision_tower\..+)\.ffn\.norm\.", r"\1.norm2."),
+    (r"^(vision_tower\..+\.ffn)\.fn\.net\.", r"\1."),
+    (r"^language_model\.model\.", "language_model."),
+)
+# The tied copies of the word embeddings, the first of which is the one that is kept.
+FLORENCE_EMBEDDINGS = tuple(
+    f"language_model.{name}.weight" for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+)
+
+
+def rename_florence_key(key: str) -> str:
+    """The name in transformers' `Florence2Model` of a weight that Microsoft's remote code calls `key`."""
+    for pattern, replacement in MICROSOFT_FLORENCE_KEYS:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def load_florence_config(encoder: str, **hub_kwargs) -> Florence2Config:
+    """The config of a Florence-2 in either layout, as transformers' own class understands it."""
+    config, _ = Florence2Config.get_config_dict(encoder, **hub_kwargs)
+    if config.get("model_type") != Florence2Config.model_type:
+        raise ValueError(f"it is no Florence-2, its config.json names the model type {config.get('model_type')!r}.")
+    if not _is_microsofts(config):
+        return Florence2Config.from_dict(config)
+    vision = {**config["vision_config"], "model_type": Florence2VisionConfig.model_type}
+    vision["embed_dim"] = vision.pop("dim_embed")
+    vision["max_position_embeddings"] = vision.pop("image_pos_embed")["max_pos_embeddings"]
+    vision["max_temporal_embeddings"] = vision.pop("visual_temporal_embedding")["max_temporal_embeddings"]
+    return Florence2Config(vision_config=vision, text_config={**config["text_config"], "model_type": "bart"})
+
+
+def fit_florence_config(config: Florence2Config, weights: Mapping[str, torch.Tensor]) -> None:
+    """Takes the lengths of the tables from the weights: released configs do not always tell the truth about them."""
+    text, vision = config.text_config, config.vision_config
+    text.vocab_size = len(weights[FLORENCE_EMBEDDINGS[0]])
+    text.max_position_embeddings = len(weights["language_model.encoder.embed_positions.weight"]) - 2  # BART's offset
+    projector = "multi_modal_projector."
+    vision.max_position_embeddings = len(weights[projector + "image_position_embed.row_embeddings.weight"])
+    vision.max_temporal_embeddings = len(weights[projector + "visual_temporal_embed.pos_idx_to_embed"])
+
+
+def load_florence(encoder: str, dtype: torch.dtype | str = "auto", **hub_kwargs):
+    """A Florence-2 in either layout: its config, and its weights as `Florence2Model` names them, each once."""
+    config = load_florence_config(encoder, **hub_kwargs)
+    if not _is_microsofts(Florence2Config.get_config_dict(encoder, **hub_kwargs)[0]):
+        florence = Florence2ForConditionalGeneration.from_pretrained(encoder, dtype=dtype, **hub_kwargs)
+        return florence.config, module_weights(florence.model)
+    find = functools.partial(cached_file, encoder, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if path := find("model.safetensors"):
+        weights = load_file(path)
+    elif path := find("pytorch_model.bin"):
+        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    else:
+        raise OSError("there is neither a model.safetensors nor a pytorch_model.bin.")
+    weights = {rename_florence_key(key): weight for key, weight in weights.items()}
+    projection = "multi_modal_projector.image_projection.weight"
+    weights[projection] = weights[projection].T.contiguous()
+    # Whichever of the tied copies, lm_head among them, the file holds.
+    copies = [weights.pop(key) for key in (*FLORENCE_EMBEDDINGS, "language_model.lm_head.weight") if key in weights]
+    weights[FLORENCE_EMBEDDINGS[0]] = copies[0]
+    weights.pop("language_model.final_logits_bias", None)
+    fit_florence_config(config, weights)
+    return config, weights
+
+
+def tokenize_prompt(encoder: str, prompt: str = TASK_PROMPT, **hub_kwargs) -> list[int]:
+    """The task prompt in a Florence-2's token ids, <s> and </s> included."""
+    return AutoTokenizer.from_pretrained(encoder, **hub_kwargs)(prompt).input_ids
+
+
+def tokenize_empty_prompt(decoder: str, positions: int, **hub_kwargs) -> list[int]:
+    """The empty prompt in the token ids of a Stable Diffusion's text encoder, padded to its positions."""
+    tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
+    return tokenizer("", padding="max_length", max_length=positions).input_ids
+
+
+def _is_microsofts(config):
+    return "dim_embed" in config.get("vision_config", {})
+
+
+def module_weights(module):
+    """The module's weights and persistent buffers, what is tied only once: older releases untie what comes twice."""
+    once = dict(module.named_parameters()).keys() | dict(module.named_buffers()).keys()
+    return {key: weight for key, weight in module.state_dict().items() if key in once}
+
+
+@contextmanager
+def reading_part(part, source):
+    """Turns the libraries' errors into one sentence that names the part and the place."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        if not Path(source).is_dir() and isinstance(error, OSError):
+            reason = f"there is no such folder, and no such model could be had from the Hub ({reason})"
+        raise (OSError if isinstance(error, OSError) else ValueError)(
+            f"The {part} cannot be read from {source}: {reason}"
+        ) from error
 
 
 __all__ = ["VLVForConditionalGeneration", "VLVModel", "VLVOutput"]
