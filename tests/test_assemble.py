@@ -1,0 +1,214 @@
+"""`VLVModel.from_components` and `vlv assemble`: a VLV from the parts that a user has."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    Florence2ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from modeling_vlv import VLVModel
+
+PARITY = tiny.Path(__file__).parent / "data" / "parity"
+
+
+def assemble(components, **kwargs):
+    arguments = {name: str(components / name) for name in ("encoder", "decoder", "caption_head")}
+    return VLVModel.from_components(**{**arguments, **kwargs}).eval()
+
+
+def test_every_weight_is_its_parts(tiny_components):
+    model = assemble(tiny_components)
+    florence = Florence2ForConditionalGeneration.from_pretrained(tiny_components / "encoder").model
+    llm = AutoModelForCausalLM.from_pretrained(tiny_components / "caption_head")
+    unet = load_file(tiny_components / "decoder" / "unet" / "diffusion_pytorch_model.safetensors")
+    for part, expected in ((model.encoder, florence.state_dict()), (model.caption_head, llm.state_dict())):
+        assert part.state_dict().keys() == expected.keys()
+        for name, weight in part.state_dict().items():
+            assert torch.equal(weight, expected[name]), name
+    for name, weight in model.unet.state_dict().items():
+        assert torch.equal(weight, unet[name]), name
+    assert 0.01 < model.queries.std() < 0.03 and not model.queries.isnan().any()
+    assert model.caption_head.lm_head.weight is model.caption_head.get_input_embeddings().weight
+    assert not any(weight.requires_grad for weight in model.unet.parameters())
+
+
+def llm_config(config_class, **settings):
+    return config_class(
+        vocab_size=261,
+        hidden_size=20,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=10,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "config_class, model_class",
+    [(Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM), (LlamaConfig, LlamaForCausalLM)],
+)
+def test_any_language_model(tiny_components, tmp_path, config_class, model_class, tied):
+    """Its captions are what the language model itself writes behind the prefix."""
+    llm = tiny.randomise(model_class(llm_config(config_class, tie_word_embeddings=tied)))
+    llm.save_pretrained(tmp_path / "llm")
+    tiny.caption_tokenizer().save_pretrained(tmp_path / "llm")
+    model = assemble(tiny_components, caption_head=str(tmp_path / "llm"))
+    tiny.randomise(model.prefix_projection)
+    model.save_pretrained(tmp_path / "vlv")
+    model = VLVModel.from_pretrained(tmp_path / "vlv")
+    pixel_values, _ = tiny.pixels(2)
+    with torch.no_grad():
+        prefix = model.prefix_projection(model.encode_context(model.encode(pixel_values)))
+    expected = llm.generate(inputs_embeds=prefix, attention_mask=torch.ones(2, 12), max_new_tokens=5)
+    assert torch.equal(model.generate(pixel_values, max_new_tokens=5), expected)
+    assert torch.equal(model.caption_head.lm_head.weight, llm.lm_head.weight)
+    assert (model.caption_head.lm_head.weight is model.caption_head.get_input_embeddings().weight) == tied
+
+
+# ---- Florence-2 in Microsoft's layout ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def microsofts(tmp_path_factory):
+    """The Florence-2 of the reference's checkpoint as Microsoft's remote code saves it."""
+    folder = tmp_path_factory.mktemp("florence")
+    shutil.copytree(PARITY / "components" / "florence", folder, dirs_exist_ok=True)
+    checkpoint = torch.load(PARITY / "stage1_flat" / "pytorch_model.bin", weights_only=True)
+    weights = {name.removeprefix("model."): t.clone() for name, t in checkpoint.items() if name.startswith("model.")}
+    embeddings = weights["language_model.model.shared.weight"]
+    weights["language_model.lm_head.weight"] = embeddings.clone()  # tied there, a frozen clone in the checkpoint
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+def components_of_the_reference(**kwargs):
+    parts = {"decoder": str(PARITY / "components" / "sd"), "caption_head": str(PARITY / "components" / "qwen")}
+    return VLVModel.from_components(**{**parts, **kwargs}).eval()
+
+
+def test_microsofts_florence(microsofts):
+    model = components_of_the_reference(encoder=str(microsofts))
+    expected = load_file(PARITY / "stage1_expected.safetensors")
+    with torch.no_grad():
+        features = model.get_image_features(expected["florence.pixel_values"])
+        answers = model.encoder.language_model.encoder(inputs_embeds=expected["florence.encoder_inputs_embeds"])
+    torch.testing.assert_close(features, expected["florence.image_features"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(answers[0], expected["florence.encoder_last_hidden_state"], atol=2e-5, rtol=0)
+    assert model.config.prompt_ids == expected["florence.input_ids"][0].tolist()
+    # its own table has 130 rows; a config that tells another length is not believed
+    assert model.config.encoder_config.text_config.max_position_embeddings == 128
+
+
+@pytest.mark.parametrize("kept", ["lm_head", "model.shared", "model.encoder.embed_tokens"])
+def test_microsofts_florence_in_safetensors(microsofts, tmp_path, kept):
+    """Of the tied embeddings a safetensors file holds one, and a config may err about positions."""
+    shutil.copytree(microsofts, tmp_path, dirs_exist_ok=True)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    (tmp_path / "pytorch_model.bin").unlink()
+    embeddings = weights["language_model.model.shared.weight"]
+    for name in ("lm_head", "model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens"):
+        weights.pop(f"language_model.{name}.weight")
+    weights[f"language_model.{kept}.weight"] = embeddings
+    save_file(weights, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 1024
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = components_of_the_reference(encoder=str(tmp_path))
+    language_model = model.encoder.language_model
+    assert torch.equal(language_model.decoder.embed_tokens.weight, embeddings)
+    assert language_model.encoder.embed_tokens.weight is language_model.shared.weight
+    assert language_model.encoder.embed_positions.weight.shape == (130, 64)
+
+
+# ---- how it is loaded --------------------------------------------------------------------------------------
+
+
+def test_dtype(microsofts):
+    """By default no part loses a digit (here fp32 beside a bf16 LLM); else all of it is what is asked for."""
+    model = components_of_the_reference(encoder=str(microsofts))
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    llm = load_file(PARITY / "components" / "qwen" / "model.safetensors")["model.norm.weight"]
+    assert llm.dtype == torch.bfloat16 and torch.equal(model.caption_head.model.norm.weight, llm.float())
+    for dtype in (torch.bfloat16, "bfloat16"):
+        model = components_of_the_reference(encoder=str(microsofts), dtype=dtype)
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+        assert model.config.dtype == torch.bfloat16
+
+
+def test_device_map(tiny_components, tmp_path):
+    """It is the whole model's map, as for `from_pretrained`: here the UNet stays on disk until it is called."""
+    names = ("encoder", "queries", "projection", "text_encoder", "vae", "prefix_projection", "caption_head")
+    device_map = {"unet": "disk", **dict.fromkeys(names, "cpu")}
+    model = assemble(tiny_components, device_map=device_map, offload_folder=str(tmp_path))
+    assert model.hf_device_map == device_map
+    assert all(weight.is_meta for weight in model.unet.parameters())
+    pixel_values, _ = tiny.pixels(1)
+    images = model.reconstruct(pixel_values, num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+    assert len(images) == 1
+
+
+# ---- what does not fit -------------------------------------------------------------------------------------
+
+
+def spoil(components, tmp_path, file, **changes):
+    shutil.copytree(components, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps({**config, **changes}))
+    return tmp_path
+
+
+def test_a_missing_folder(tiny_components, tmp_path):
+    for name, part in (("encoder", "encoder"), ("decoder", "decoder"), ("caption_head", "caption head")):
+        with pytest.raises(OSError, match=f"The {part} cannot be read from .*/nowhere: there is no such folder"):
+            assemble(tiny_components, **{name: str(tmp_path / "nowhere")})
+
+
+def test_an_id_without_network(tiny_components):
+    with pytest.raises(OSError, match="The encoder cannot be read from nobody/nothing: there is no such folder"):
+        assemble(tiny_components, encoder="nobody/nothing")
+
+
+def test_another_architecture_as_encoder(tiny_components, tmp_path):
+    parts = spoil(tiny_components, tmp_path, "encoder/config.json", model_type="bart")
+    with pytest.raises(ValueError, match="no Florence-2, its config.json names the model type 'bart'"):
+        assemble(parts)
+
+
+def test_a_context_that_the_unet_cannot_read(tiny_components, tmp_path):
+    tiny.CLIPTextModel(
+        tiny.CLIPTextConfig(**{**tiny.text_encoder_config().to_dict(), "hidden_size": 48})
+    ).save_pretrained(shutil.copytree(tiny_components / "decoder", tmp_path / "decoder") / "text_encoder")
+    with pytest.raises(ValueError, match="48 wide, but the UNet attends to a context of width 24"):
+        assemble(tiny_components, decoder=str(tmp_path / "decoder"))
+
+
+def test_more_queries_than_positions(tiny_components):
+    with pytest.raises(ValueError, match="num_queries is 13, but the text encoder has 12 positions"):
+        assemble(tiny_components, num_queries=13)
+
+
+def test_a_truncated_file(tiny_components, tmp_path):
+    shutil.copytree(tiny_components, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="The encoder cannot be read from .*/encoder: "):
+        assemble(tmp_path)
