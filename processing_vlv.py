@@ -204,7 +204,8 @@ class VLVProcessor(ProcessorMixin):
         size = (self.image_width, self.image_height)
         pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
         mean, std = np.float32(self.image_mean), np.float32(self.image_std)
-        pixels = (pixels.astype(np.float32) * np.float32(1 / 255) - mean) / std  # (B, H, W, 3)
+        # Rescaled in double precision, as Florence-2's own image processor does: equal to it in the last bit.
+        pixels = ((pixels * (1 / 255)).astype(np.float32) - mean) / std  # (B, H, W, 3)
         return torch.from_numpy(pixels.transpose(0, 3, 1, 2)).contiguous()
 
     def _for_decoder(self, images):
@@ -279,7 +280,7 @@ class VLVProcessor(ProcessorMixin):
     def from_components(
         cls,
         encoder: str | os.PathLike,
-        decoder: str | os.PathLike,
+        decoder: str | os.PathLike | None = None,
         caption_head: str | os.PathLike | None = None,
         *,
         image_size: int | None = None,
@@ -291,7 +292,8 @@ class VLVProcessor(ProcessorMixin):
 
         Args:
             encoder: id or folder of a Florence-2: its image size, normalisation and tokenizer.
-            decoder: id or folder of a Stable Diffusion 1.x or 2.x in diffusers' layout: its tokenizer.
+            decoder (*optional*): id or folder of a Stable Diffusion 1.x or 2.x in diffusers' layout: its tokenizer. A
+                captioner that never had one gives `image_size`.
             caption_head (*optional*): id or folder of a decoder-only language model: the captions' tokenizer; the
                 decoder's in a model without a caption head.
             image_size (`int`, *optional*): pixels of a reconstruction's side; the UNet's own by default.
@@ -303,7 +305,9 @@ class VLVProcessor(ProcessorMixin):
             unet, _ = PreTrainedConfig.get_config_dict(decoder, subfolder="unet", **hub_kwargs)
             vae, _ = PreTrainedConfig.get_config_dict(decoder, subfolder="vae", **hub_kwargs)
             image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-        decoder_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
+        decoder_tokenizer = None
+        if decoder is not None:
+            decoder_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
         tokenizer = (
             decoder_tokenizer if caption_head is None else AutoTokenizer.from_pretrained(caption_head, **hub_kwargs)
         )
