@@ -43,12 +43,11 @@ def main(argv: list[str]) -> None:
     from vlv.inference import caption_images, reconstruct_images
     from vlv.loading import load_autoencoder
 
+    model, processor = load_autoencoder(arguments.model, arguments.device)
     folder = Path(arguments.output)
     scenes = write_scenes(folder / "scenes", NUM_SCENES, arguments.seed, split="test")
     rows = [json.loads(line) for line in (scenes / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     truths = {row["file_name"]: row["text"] for row in rows}
-    model, processor = load_autoencoder(arguments.model, arguments.device)
-
     images = [(name, load_image(scenes / name)) for name in truths]
     progress = tqdm(caption_images(model, processor, images), desc="Captioning", total=NUM_SCENES, unit="image")
     captions = dict(progress)
