@@ -30,7 +30,7 @@ class EncoderSettings(Settings):
         default="short",
         metadata={"help": "Column of short captions, one or a list per image (one is drawn per epoch)."},
     )
-    image_size: int = field(default=64, metadata={"help": "Side of the images in pixels, a multiple of 8."})
+    image_size: int = field(default=32, metadata={"help": "Side of the images in pixels, a multiple of 8."})
     max_length: int = field(default=16, metadata={"help": "Caption length in tokens, <s>, </s> and padding included."})
     vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
     task_prompt: str = field(
@@ -53,7 +53,7 @@ def tiny_florence2(tokenizer: PreTrainedTokenizerBase, image_size: int) -> Flore
                 embed_dim=(64, 128),
                 num_heads=[2, 4],
                 num_groups=[2, 4],
-                window_size=8,
+                window_size=4,
                 drop_path_rate=0.0,
                 projection_dim=width,
                 max_position_embeddings=image_size // 8,

@@ -15,7 +15,7 @@ from vlv.stages.base import Settings, Stage
 @dataclass
 class LanguageSettings(Settings):
     max_length: int = field(
-        default=40, metadata={"help": "Caption length in tokens, end-of-text and padding included."}
+        default=24, metadata={"help": "Caption length in tokens, end-of-text and padding included."}
     )
     vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
 

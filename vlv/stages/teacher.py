@@ -28,7 +28,7 @@ from vlv.tokenization import train_tokenizer
 @dataclass
 class TeacherSettings(Settings):
     vae: str | None = field(default=None, metadata={"help": "Folder of the AutoencoderKL, which stays frozen."})
-    max_length: int = field(default=40, metadata={"help": "Caption length in tokens, padding included."})
+    max_length: int = field(default=24, metadata={"help": "Caption length in tokens, padding included."})
     vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
     caption_dropout: float = field(
         default=0.1, metadata={"help": "Share of captions replaced by the empty one, for classifier-free guidance."}
@@ -38,7 +38,7 @@ class TeacherSettings(Settings):
 
 
 def tiny_unet(vae: AutoencoderKL, latent_size: int, text_width: int) -> UNet2DConditionModel:
-    """A randomly initialised UNet of three levels; the lower two read the caption."""
+    """A randomly initialised UNet of three levels, of which the lower two read the caption."""
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=vae.config.latent_channels,

@@ -16,7 +16,7 @@ from vlv.stages.base import Settings, Stage
 
 @dataclass
 class VAESettings(Settings):
-    image_size: int = field(default=64, metadata={"help": "Side of the images in pixels."})
+    image_size: int = field(default=32, metadata={"help": "Side of the images in pixels."})
     foreground_weight: float = field(
         default=7.0, metadata={"help": "How much more a pixel counts that is not of its image's background colour."}
     )
@@ -26,7 +26,7 @@ class VAESettings(Settings):
 
 def tiny_vae(image_size: int) -> AutoencoderKL:
     """A randomly initialised AutoencoderKL: images (B, 3, H, W) to latents (B, 4, H/4, W/4)."""
-    widths = (32, 64, 64)
+    widths = (16, 32, 64)
     return AutoencoderKL(
         sample_size=image_size,
         block_out_channels=widths,
