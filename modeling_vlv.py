@@ -112,9 +112,10 @@ class VLVTextEncoder(torch.nn.Module):
 
     def forward(self, input_ids=None, inputs_embeds=None):
         """`input_ids` (B, Q) or `inputs_embeds` (B, Q, E), to which positions are added here -> context (B, Q, E)."""
-        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        inputs = inputs_embeds if input_ids is None else input_ids
+        length = inputs.shape[1]
         # Given, because the embeddings' own buffer of them is not part of a checkpoint.
-        position_ids = torch.arange(length, device=self.final_layer_norm.weight.device)[None]
+        position_ids = torch.arange(length, device=inputs.device)[None]
         hidden_states = self.embeddings(input_ids, position_ids, inputs_embeds)
         mask = None
         if self.config._attn_implementation == "eager":  # the only implementation that does not read is_causal
@@ -365,8 +366,8 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
                 f"config.empty_prompt_ids holds {len(self.config.empty_prompt_ids)} ids, but the context is {length} "
                 "long: set it to the empty prompt, padded to the text encoder's positions."
             )
-        device = self.text_encoder.final_layer_norm.weight.device
-        ids = torch.tensor(self.config.empty_prompt_ids[:length], device=device)
+        weight = self.text_encoder.final_layer_norm.weight
+        ids = torch.tensor(self.config.empty_prompt_ids[:length], device="cpu" if weight.is_meta else weight.device)
         return self.text_encoder(input_ids=ids[None])
 
     # ---- the frozen decoder: context -> image --------------------------------------------------------------
@@ -590,35 +591,40 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         if caption_embeds is None:
             caption_embeds = self.encode(pixel_values, image_features)
         context = self.encode_context(caption_embeds)
-        output = VLVOutput(caption_embeds=caption_embeds, context=context)
-        losses = []
+        denoising_loss = caption_loss = logits = None
         if latents is None and decoder_pixel_values is not None:
             with torch.no_grad():
                 latents = self.encode_latents(decoder_pixel_values)
         if latents is not None:
             self._require_decoder("compute the denoising loss")
-            output.denoising_loss = self.compute_denoising_loss(latents, context, noise, timesteps)
-            losses.append(output.denoising_loss)
+            denoising_loss = self.compute_denoising_loss(latents, context, noise, timesteps)
         if input_ids is not None:
             self._require_caption_head("read captions")
             inputs_embeds, attention_mask = self._caption_inputs(context, input_ids, attention_mask)
             # The prefix is not projected to the vocabulary: only its last position, which predicts the first token.
-            output.logits = self.caption_head(
+            logits = self.caption_head(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 use_cache=False,
                 logits_to_keep=input_ids.shape[1] + 1,
             ).logits
             if labels is not None:
-                output.caption_loss = self.caption_head.loss_function(
-                    logits=output.logits,
+                caption_loss = self.caption_head.loss_function(
+                    logits=logits,
                     labels=F.pad(labels, (1, 0), value=-100),  # the prefix's last position has no label of its own
-                    vocab_size=output.logits.shape[-1],
+                    vocab_size=logits.shape[-1],
                     num_items_in_batch=num_items_in_batch,
                 )
-                losses.append(output.caption_loss)
-        if losses:
-            output.loss = sum(losses)
+        losses = [loss for loss in (denoising_loss, caption_loss) if loss is not None]
+        # Built at the end: in transformers 5.0, what is set on an output later is missing from its keys.
+        output = VLVOutput(
+            loss=sum(losses) if losses else None,
+            denoising_loss=denoising_loss,
+            caption_loss=caption_loss,
+            logits=logits,
+            caption_embeds=caption_embeds,
+            context=context,
+        )
         return output if return_dict else output.to_tuple()
 
     # ---- assembling ----------------------------------------------------------------------------------------
