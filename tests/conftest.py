@@ -10,6 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import tiny
 import torch
+from transformers.utils import logging
+
+logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,8 @@ def caption_tokenizer():
 
 
 def encoder_tokenizer():
-    return BartTokenizer(vocab=_vocabulary("<s>", "<pad>", "</s>", "<unk>", "<mask>", *BYTES), merges=[])
+    tokens = _vocabulary("<s>", "<pad>", "</s>", "<unk>", "<mask>", *BYTES, "<image>")
+    return BartTokenizer(vocab=tokens, merges=[], extra_special_tokens=["<image>"])
 
 
 def decoder_tokenizer():
@@ -54,8 +55,10 @@ def decoder_tokenizer():
 
 
 def encoder_config():
-    """A Florence-2 with two stages, which makes a 32x32 image an 4x4 grid: 16 tokens and their mean."""
+    """A Florence-2 with two stages, which makes a 32x32 image a 4x4 grid: 16 tokens and their mean."""
+    tokenizer = encoder_tokenizer()
     return Florence2Config(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         vision_config={
             "depths": [1, 1],
             "patch_size": [7, 3],
@@ -71,7 +74,7 @@ def encoder_config():
         },
         text_config={
             "model_type": "bart",
-            "vocab_size": len(encoder_tokenizer()),
+            "vocab_size": len(tokenizer),
             "d_model": 32,
             "encoder_layers": 2,
             "decoder_layers": 2,
