@@ -24,8 +24,8 @@ from vlv.scenes import (
     write_scenes,
 )
 
-HEART = SceneObject("large", "red", "heart", "top left")
-STAR = SceneObject("small", "blue", "star", "center")
+CIRCLE = SceneObject("large", "red", "circle", "top left")
+SQUARE = SceneObject("small", "blue", "square", "top right")
 CROSS = SceneObject("small", "green", "cross", "bottom right")
 
 
@@ -33,23 +33,23 @@ CROSS = SceneObject("small", "green", "cross", "bottom right")
 
 
 def test_captions_are_spelled_out():
-    assert Scene((HEART,), "mint").caption == "a large red heart at the top left on a mint background"
-    assert Scene((HEART, STAR), "gray").caption == (
-        "a large red heart at the top left and a small blue star at the center on a gray background"
+    assert Scene((CIRCLE,), "mint").caption == "a large red circle at the top left on a mint background"
+    assert Scene((CIRCLE, SQUARE), "gray").caption == (
+        "a large red circle at the top left and a small blue square at the top right on a gray background"
     )
-    three = Scene((HEART, STAR, CROSS), "white")
+    three = Scene((CIRCLE, SQUARE, CROSS), "white")
     assert three.caption == (
-        "a large red heart at the top left, a small blue star at the center "
+        "a large red circle at the top left, a small blue square at the top right "
         "and a small green cross at the bottom right on a white background"
     )
     assert three.short_captions() == (
-        "a large red heart at the top left",
-        "a small blue star at the center",
+        "a large red circle at the top left",
+        "a small blue square at the top right",
         "a small green cross at the bottom right",
         "a white background",
     )
     assert three.mirrored().caption == (
-        "a large red heart at the top right, a small blue star at the center "
+        "a small blue square at the top left, a large red circle at the top right "
         "and a small green cross at the bottom left on a white background"
     )
 
@@ -74,16 +74,16 @@ def test_no_name_needs_another_article():
         ("", "does not end in"),
         ("a cat", "does not end in"),
         ("on a mint background", "does not end in"),
-        ("a large red heart at the top left on a mint background.", "does not end in"),
-        ("A large red heart at the top left on a mint background", "not of the form"),
-        ("a large orange heart at the top left on a mint background", "not of the form"),
-        ("a large red heart at the top  left on a mint background", "not of the form"),
-        ("a large red heart at the top left on a red background", "no background 'red'"),
-        ("a large red heart at the top left on a mint background\n", "does not end in"),
-        ("a small blue star at the center and a large red heart at the top on a mint background", "reading order"),
-        ("a large red heart at the top and a small blue star at the top on a mint background", "different places"),
-        (f"{HEART.phrase}, {STAR.phrase}, {CROSS.phrase} on a mint background", "commas and a last 'and'"),
-        (f"{HEART.phrase} and {STAR.phrase} and {CROSS.phrase} on a mint background", "commas and a last 'and'"),
+        ("a large red circle at the top left on a mint background.", "does not end in"),
+        ("A large red circle at the top left on a mint background", "not of the form"),
+        ("a large orange circle at the top left on a mint background", "not of the form"),
+        ("a large red circle at the top  left on a mint background", "not of the form"),
+        ("a large red circle at the top left on a red background", "no background 'red'"),
+        ("a large red circle at the top left on a mint background\n", "does not end in"),
+        (f"{SQUARE.phrase} and {CIRCLE.phrase} on a mint background", "reading order"),
+        (f"{CIRCLE.phrase} and {CIRCLE.phrase} on a mint background", "different places"),
+        (f"{CIRCLE.phrase}, {SQUARE.phrase}, {CROSS.phrase} on a mint background", "commas and a last 'and'"),
+        (f"{CIRCLE.phrase} and {SQUARE.phrase} and {CROSS.phrase} on a mint background", "commas and a last 'and'"),
     ],
 )
 def test_other_texts_are_refused(text, complaint):
@@ -122,7 +122,7 @@ def test_novel_combinations_occur_in_no_other_split(splits):
 
     every = {(shape, colour, place) for shape in WORLD.shapes for colour in WORLD.colours for place in WORLD.places}
     novel = {combination for combination in every if scenes.is_novel(*combination)}
-    assert 0.08 <= len(novel) / len(every) <= 0.10
+    assert 0.05 <= len(novel) / len(every) <= 0.15
     assert novel == {(shape, colour, scenes.mirrored_place(place)) for shape, colour, place in novel}
     for split in ("train", "validation", "test"):
         assert not any(combinations(scene) & novel for scene in splits[split])
@@ -134,8 +134,8 @@ def test_novel_combinations_occur_in_no_other_split(splits):
 def test_sampling_is_even_and_repeats_itself(splits):
     for split, members in splits.items():
         counts = Counter(len(scene.objects) for scene in members)
-        assert counts.keys() == {1, 2, 3}
-        assert all(abs(count / len(members) - 1 / 3) < 0.07 for count in counts.values())
+        assert counts.keys() == set(range(1, WORLD.max_objects + 1))
+        assert all(abs(count / len(members) - 1 / len(counts)) < 0.07 for count in counts.values())
         assert sample_scene(split, 7) == members[7] != sample_scene(split, 7, seed=1)
 
 
@@ -155,10 +155,10 @@ def object_mask(picture: Image.Image, background: str) -> np.ndarray:
 
 
 def test_drawing_follows_the_seed():
-    scene = Scene((HEART, STAR), "mint")
+    scene = Scene((CIRCLE, SQUARE), "mint")
     assert draw(scene, 3).tobytes() == draw(scene, 3).tobytes()
     assert len({draw(scene, seed).tobytes() for seed in range(200)}) == 200
-    assert draw(scene, 3).size == (64, 64) and draw(scene, 3).mode == "RGB"
+    assert draw(scene, 3).size == (WORLD.image_size, WORLD.image_size) and draw(scene, 3).mode == "RGB"
 
 
 @pytest.mark.parametrize("shape", WORLD.shapes)
@@ -167,27 +167,26 @@ def test_objects_have_their_colour_and_stay_in_their_cell(shape, size):
     for seed, place in enumerate(WORLD.places):
         picture = draw(Scene((SceneObject(size, "blue", shape, place),), "white"), seed)
         rows, columns = np.nonzero(object_mask(picture, "white"))
-        cell = 64 / 3
-        row, column = divmod(WORLD.places.index(place), 3)
-        assert rows.min() + 1 > row * cell and rows.max() < (row + 1) * cell
-        assert columns.min() + 1 > column * cell and columns.max() < (column + 1) * cell
+        row, column = divmod(WORLD.places.index(place), WORLD.columns)
+        height, width = WORLD.image_size / WORLD.rows, WORLD.image_size / WORLD.columns
+        assert rows.min() + 1 > row * height and rows.max() < (row + 1) * height
+        assert columns.min() + 1 > column * width and columns.max() < (column + 1) * width
         extent = max(np.ptp(rows), np.ptp(columns)) + 1
-        assert 9 <= extent <= 13 if size == "small" else 16 <= extent <= 21
-        assert WORLD.colours["blue"] in {colour for _, colour in picture.getcolors()}
+        assert 1.7 * WORLD.sizes[size] <= extent <= 2 * WORLD.sizes[size] + 2.5
+        assert WORLD.colours["blue"] in {colour for _, colour in picture.getcolors(maxcolors=picture.width**2)}
 
 
-@pytest.mark.parametrize("first", range(0, len(WORLD.shapes), 3))
-def test_a_mirrored_picture_shows_the_mirrored_scene(first):
-    places = ("top left", "right", "bottom")
-    shapes = WORLD.shapes[first : first + 3]
-    scene = Scene(tuple(SceneObject("large", "black", *it) for it in zip(shapes, places, strict=True)), "white")
+def test_a_mirrored_picture_shows_the_mirrored_scene():
+    shapes = WORLD.shapes * len(WORLD.places)
+    objects = (SceneObject("large", "black", *them) for them in zip(shapes, WORLD.places, strict=False))
+    scene = Scene(tuple(objects), "white")
 
     def average(scene, mirror):  # over the jitter
         pictures = (draw(scene, seed) for seed in range(400))
         return np.mean([ImageOps.mirror(picture) if mirror else picture for picture in pictures], axis=0)
 
     difference = np.abs(average(scene, mirror=True) - average(scene.mirrored(), mirror=False))
-    assert difference.max() < 60 and difference.mean() < 1.5
+    assert difference.max() < 60 and difference.mean() < 6
 
 
 # --- folders ---
@@ -261,7 +260,7 @@ def test_the_command_refuses_in_one_line(arguments, complaint, tmp_path, monkeyp
 
 
 def test_comparison_counts_by_place():
-    truth = Scene((HEART, STAR, CROSS), "mint")
+    truth = Scene((CIRCLE, SQUARE, CROSS), "mint")
     assert compare(truth, truth) == Counter(
         scenes=1,
         objects=3,
@@ -271,11 +270,11 @@ def test_comparison_counts_by_place():
         extra_objects=0,
         **dict.fromkeys(("shape_right", "colour_right", "size_right", "place_right"), 3),
     )
-    # The heart has another colour, the star is elsewhere, the cross is right.
+    # The circle has another colour, the square is elsewhere, the cross is right.
     predicted = Scene(
         (
-            SceneObject("large", "pink", "heart", "top left"),
-            SceneObject("small", "blue", "star", "right"),
+            SceneObject("large", "pink", "circle", "top left"),
+            SceneObject("small", "blue", "square", "bottom left"),
             CROSS,
         ),
         "gray",
