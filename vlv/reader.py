@@ -103,8 +103,8 @@ class SceneReader(PreTrainedModel):
         backbone_config = ResNetConfig(**config.backbone_config)
         width = backbone_config.hidden_sizes[-1]
         self.backbone = ResNetModel(backbone_config)
-        # A ResNet shrinks fourfold at once and small shapes are ten pixels across; 32 pixels a cell also make the last
-        # map an exact multiple of the grid.
+        # A ResNet shrinks fourfold at once and small shapes are but a few pixels across; 32 pixels a cell also make
+        # the last map an exact multiple of the grid.
         columns, rows = config.grid
         self.enlarge = nn.Upsample((32 * rows, 32 * columns), mode="bilinear")
         self.pool = nn.AdaptiveAvgPool2d((rows, columns))
@@ -182,7 +182,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 def degrade(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Blur, tint and roughen a drawing by random amounts, as a diffusion decoder might."""
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
     pixels = np.asarray(image) * rng.uniform(0.96, 1.04, size=3) + rng.uniform(-6, 6, size=3)
     for cells, strength in ((image.height, 10), (8, 8)):  # fine grain, and stains the size of a latent's cells
         noise = rng.normal(128, rng.uniform(0, strength), size=(cells, cells, 3)).clip(0, 255).astype(np.uint8)
