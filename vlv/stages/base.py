@@ -73,6 +73,10 @@ class Stage:
         """The parts of the model by name, for the overview at the start."""
         return {type(self.model).__name__: self.model}
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a training checkpoint holds of the model, by name: what trains. What is frozen lies where it came from."""
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
     def collate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the data set gives for a batch, as the model's inputs."""
         return batch

@@ -40,12 +40,12 @@ class EncoderSettings(Settings):
 
 
 def tiny_florence2(tokenizer: PreTrainedTokenizerBase, image_size: int) -> Florence2ForConditionalGeneration:
-    """A randomly initialised Florence-2: a DaViT of two stages and stride 8, and a BART of width 192."""
-    width = 192
+    """A randomly initialised Florence-2: a DaViT of two stages, a 4x4 grid of image tokens (of 32 px), a BART of width 160."""
+    width = 160
     model = Florence2ForConditionalGeneration(
         Florence2Config(
             vision_config=Florence2VisionConfig(
-                depths=(1, 2),
+                depths=(1, 1),
                 patch_size=[7, 3],
                 patch_stride=[4, 2],
                 patch_padding=[3, 1],
@@ -63,7 +63,7 @@ def tiny_florence2(tokenizer: PreTrainedTokenizerBase, image_size: int) -> Flore
                 vocab_size=len(tokenizer),
                 d_model=width,
                 encoder_layers=2,
-                decoder_layers=3,
+                decoder_layers=2,
                 encoder_attention_heads=4,
                 decoder_attention_heads=4,
                 encoder_ffn_dim=4 * width,
@@ -89,6 +89,25 @@ def tiny_florence2(tokenizer: PreTrainedTokenizerBase, image_size: int) -> Flore
     return model
 
 
+class ShortCaptioning(nn.Module):
+    """The captioning loss of a Florence-2 that reads image tokens and then a task prompt, as VLV's encoder does."""
+
+    def __init__(self, florence: Florence2ForConditionalGeneration, prompt_ids: list[int]):
+        super().__init__()
+        self.florence = florence
+        self.register_buffer("prompt_ids", torch.tensor(prompt_ids))
+
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> what the language encoder reads, (B, image tokens + prompt, D)."""
+        image_features = self.florence.get_image_features(pixel_values).pooler_output
+        prompt = self.florence.get_input_embeddings()(self.prompt_ids).expand(len(pixel_values), -1, -1)
+        return torch.cat([image_features, prompt], dim=1)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """labels: (B, L), -100 on padding."""
+        return {"loss": self.florence(inputs_embeds=self.embed(pixel_values), labels=labels).loss}
+
+
 class EncoderStage(Stage):
     Settings = EncoderSettings
 
@@ -106,7 +125,8 @@ class EncoderStage(Stage):
             pad_token="<pad>",
             extra_special_tokens={"image_token": "<image>"},
         )
-        self.model = tiny_florence2(self.tokenizer, settings.image_size)
+        florence = tiny_florence2(self.tokenizer, settings.image_size)
+        self.model = ShortCaptioning(florence, self.tokenizer(settings.task_prompt)["input_ids"])
         self.image_processor = CLIPImageProcessorPil(
             size={"height": settings.image_size, "width": settings.image_size},
             do_center_crop=False,
@@ -114,9 +134,6 @@ class EncoderStage(Stage):
             image_std=list(IMAGE_STD),
             image_seq_length=(settings.image_size // 8) ** 2 + 1,
         )
-        # Image tokens, then the task prompt: the order in which VLV's encoder reads them.
-        image_tokens = [self.tokenizer.image_token_id] * self.image_processor.image_seq_length
-        self.prompt = torch.tensor(image_tokens + self.tokenizer(settings.task_prompt)["input_ids"])
         self.train_dataset, self.eval_dataset = self.table(train), self.table(self.eval_rows)
 
     def table(self, rows: Dataset) -> Alternatives:
@@ -132,25 +149,23 @@ class EncoderStage(Stage):
         labels = batch["labels"]
         return {
             "pixel_values": normalise(batch["images"]),
-            "input_ids": self.prompt.expand(len(labels), -1),
             "labels": labels.masked_fill(labels == self.tokenizer.pad_token_id, -100),
         }
 
     def save(self, folder: Path) -> None:
-        self.model.generation_config.max_new_tokens = self.settings.max_length
-        self.model.save_pretrained(folder)
+        self.model.florence.generation_config.max_new_tokens = self.settings.max_length
+        self.model.florence.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
     @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:
         """Share of generated captions that are true of their picture, and how many different ones there are."""
-        device, images = self.model.device, self.eval_dataset.columns["images"]
+        florence, images = self.model.florence, self.eval_dataset.columns["images"]
         said: list[str] = []
         for batch in images.split(250):
-            ids = self.model.generate(
-                input_ids=self.prompt.expand(len(batch), -1).to(device),
-                pixel_values=normalise(batch).to(device),
+            ids = florence.generate(
+                inputs_embeds=self.model.embed(normalise(batch).to(florence.device)),
                 max_new_tokens=self.settings.max_length,
                 num_beams=1,
                 do_sample=False,

@@ -54,16 +54,16 @@ def tiny_unet(vae: AutoencoderKL, latent_size: int, text_width: int) -> UNet2DCo
 
 
 def tiny_text_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> CLIPTextModel:
-    """A randomly initialised CLIP text encoder of width 192."""
+    """A randomly initialised CLIP text encoder of width 128."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=768,
-            num_hidden_layers=4,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=max_length,
-            projection_dim=192,
+            projection_dim=128,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -129,7 +129,7 @@ class TeacherTraining(nn.Module):
                 self.scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device
             )
 
-        context = denoiser["text_encoder"](input_ids).last_hidden_state  # (B, L, 192)
+        context = denoiser["text_encoder"](input_ids).last_hidden_state  # (B, L, 128)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
         prediction = denoiser["unet"](noisy, timesteps, context).sample
@@ -190,6 +190,10 @@ class TeacherStage(Stage):
 
     def parts(self) -> dict[str, nn.Module]:
         return {**self.model.denoiser, "average": self.model.average, "vae": self.vae}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        average = self.model.average.named_parameters(prefix="average")
+        return super().state() | dict(average)
 
     def callbacks(self) -> list:
         return [MovingAverage(self.model.denoiser, self.model.average, self.settings.ema_decay)]

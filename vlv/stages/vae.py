@@ -101,6 +101,10 @@ class VAEStage(Stage):
     def collate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"pixel_values": to_unit_range(batch["images"])}
 
+    def state(self) -> dict[str, torch.Tensor]:
+        average = self.model.average.named_parameters(prefix="average")
+        return super().state() | dict(average)
+
     def callbacks(self) -> list:
         return [MovingAverage(self.model.vae, self.model.average, self.settings.ema_decay)]
 
