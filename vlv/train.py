@@ -4,7 +4,6 @@ A recipe is a flat YAML file of the stage's settings and of TrainingArguments; t
 """
 
 import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, fields
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments, set_seed
 
 from vlv.commands.parser import CommandParser
+from vlv.evaluation.results import git_commit
 from vlv.stages import stage_class
 from vlv.stages.base import Settings, Stage
+from vlv.trainer import StageTrainer, last_whole_checkpoint
 
 
 @dataclass
@@ -52,40 +51,18 @@ class TrainArguments(TrainingArguments):
         super().__post_init__()
 
 
-class StageTrainer(Trainer):
-    """The stock Trainer, but for two details."""
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # counting them walks through all parameters at every step
-
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        # Trainer has one switch for both, but only training drops its last short batch.
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
-
 def main(argv: list[str] | None = None) -> None:
     stage_type, settings, args = read_recipe(sys.argv[1:] if argv is None else argv)
     output_dir = Path(args.output_dir)
     set_seed(args.seed)
     stage = stage_type(settings, args)
-    trainer = StageTrainer(
-        model=stage.model,
-        args=args,
-        train_dataset=stage.train_dataset,
-        eval_dataset=stage.eval_dataset,
-        data_collator=stage.collate,
-        callbacks=stage.callbacks(),
-    )
+    trainer = StageTrainer(stage, args)
     if trainer.is_world_process_zero():
         print(overview(stage), flush=True)
 
-    last = get_last_checkpoint(str(output_dir)) if args.resume and output_dir.is_dir() else None
+    last = last_whole_checkpoint(output_dir) if args.resume else None
     started = time.time()
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last and str(last))
     seconds = time.time() - started
 
     metrics = trainer.evaluate()
@@ -103,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             "device": str(args.device),
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 1),
-            "resumed_from": Path(last).name if last else None,
+            "resumed_from": last.name if last else None,
             "evaluation": metrics,
             "log": trainer.state.log_history,
         }
@@ -156,15 +133,6 @@ def changed_arguments(args: TrainArguments) -> dict[str, Any]:
     defaults = TrainArguments(output_dir=args.output_dir)
     current, plain = args.to_dict(), defaults.to_dict()
     return {name: value for name, value in current.items() if value != plain[name] or name == "output_dir"}
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this file lies in; None when it lies in none."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def overview(stage: Stage) -> str:

@@ -1,0 +1,23 @@
+"""README promises no more than what was measured."""
+
+import json
+from pathlib import Path
+
+import vlv
+from vlv.evaluation.readme import BLOCK, fill
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_readme_quotes_the_bundled_results():
+    results = json.loads(Path(vlv.tiny_checkpoint(), "results.json").read_text())
+    text = README.read_text()
+    assert BLOCK.search(text)
+    assert fill(text, results) == text, "run `python -m vlv.evaluation.readme`"
+
+
+def test_files_that_readme_links_to_exist():
+    import re
+
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text()):
+        assert (README.parent / link).exists(), link

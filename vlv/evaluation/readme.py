@@ -1,0 +1,51 @@
+"""The table of results in README.md and in the model card: `python -m vlv.evaluation.readme` writes it anew."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from vlv import tiny_checkpoint
+
+# What a reader wants to know first: the promise, the ceilings above it and the floors below.
+ROWS = (
+    ("captions exactly right", "captions/test/exact"),
+    ("captions: objects right", "captions/test/objects_right"),
+    ("captions that end by themselves", "captions/test/ended"),
+    ("captions of mirrored scenes exactly right", "captions/mirrored/exact"),
+    ("captions of never-seen combinations: objects right", "captions/novel/objects_right"),
+    ("**reconstructions: objects right**", "reconstruction/test/objects_right"),
+    ("reconstructions: backgrounds right", "reconstruction/test/background_right"),
+    ("reconstructions of never-seen combinations: objects right", "reconstruction/novel/objects_right"),
+    ("ceiling: teacher driven by the true captions, objects right", "teacher from true captions/test/objects_right"),
+    ("ceiling: VAE alone, objects right", "VAE alone/test/objects_right"),
+    ("ceiling: the reader on the drawings themselves, objects right", "reader on drawings/test/objects_right"),
+    ("floor: another image's context, objects right", "another image's context/test/objects_right"),
+    ("floor: empty context, objects right", "empty context/test/objects_right"),
+)
+BLOCK = re.compile(r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The contents of a results.json as a Markdown table; rows that it lacks are left out."""
+    lines = ["| on scenes that were never trained on | share | ± standard error | n |", "| --- | ---: | ---: | ---: |"]
+    for title, name in ROWS:
+        if name in results["metrics"]:
+            metric = results["metrics"][name]
+            lines.append(f"| {title} | {metric['value']:.4f} | {metric['standard_error']:.4f} | {metric['n']:,} |")
+    return "\n".join(lines) + "\n"
+
+
+def fill(text: str, results: dict[str, Any]) -> str:
+    """The document with the table of `results` between its markers `<!-- results -->` and `<!-- /results -->`."""
+    return BLOCK.sub(lambda match: match[1] + table(results) + match[2], text)
+
+
+def main() -> None:
+    results = json.loads(Path(tiny_checkpoint(), "results.json").read_text(encoding="utf-8"))
+    readme = Path(__file__).parents[2] / "README.md"
+    readme.write_text(fill(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Stage `autoencode` (stage 1): the encoder learns to write images down so that the frozen teacher can redraw them."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from modeling_vlv import VLVModel
+from processing_vlv import VLVProcessor
+from vlv.data import Table, fixed_noise
+from vlv.stages.vlv import VLVSettings, VLVStage
+
+
+@dataclass
+class AutoencodeSettings(VLVSettings):
+    encoder: str | None = field(default=None, metadata={"help": "Without --model: folder or id of a Florence-2."})
+    decoder: str | None = field(
+        default=None, metadata={"help": "Without --model: folder or id of a Stable Diffusion."}
+    )
+    caption_head: str | None = field(
+        default=None, metadata={"help": "Without --model: folder or id of the language model that stage 2 will train."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the rebuilt images (default: the UNet's)."}
+    )
+    crop: str | None = field(
+        default=None,
+        metadata={"help": "center: train on the centre of each image, as the paper does; else the whole."},
+    )
+    sample_latents: bool = field(
+        default=True, metadata={"help": "Sample the VAE's latents rather than take their mean."}
+    )
+    denoising_loss: str = field(default="mse", metadata={"help": "mse or l1."})
+    min_snr_gamma: float | None = field(default=None, metadata={"help": "Weight the loss by min(SNR, gamma)."})
+    context_dropout: float = field(default=0.0, metadata={"help": "Share of contexts replaced by the empty prompt's."})
+
+
+class AutoencodeStage(VLVStage):
+    Settings = AutoencodeSettings
+    stage = "autoencode"
+    label_names = ("latents", "decoder_pixel_values")
+
+    def __init__(self, settings: AutoencodeSettings, args: TrainingArguments):
+        super().__init__(settings, args)
+        if settings.model is not None:
+            self.model = VLVModel.from_pretrained(settings.model, dtype=torch.float32)
+            self.processor = VLVProcessor.from_pretrained(settings.model)
+        elif settings.encoder and settings.decoder:
+            parts = {name: getattr(settings, name) for name in ("encoder", "decoder", "caption_head", "image_size")}
+            self.model = VLVModel.from_components(**parts, dtype=torch.float32)
+            self.processor = VLVProcessor.from_components(**parts, crop=settings.crop)
+        else:
+            raise ValueError("Nothing to start from: give --model, or --encoder and --decoder.")
+        for name in ("sample_latents", "denoising_loss", "min_snr_gamma", "context_dropout"):
+            setattr(self.model.config, name, getattr(settings, name))
+        self.choose_parts()
+        train, evaluation = self.load_data()
+        self.train_dataset = self.cache(train, latents=True, description="Encoding images")
+        self.eval_dataset = self.cache(evaluation, latents=True, description="Encoding evaluation images")
+        if isinstance(self.eval_dataset, Table):
+            shape = self.eval_dataset.columns["latent_mean"].shape[1:]
+            timesteps = self.model.noise_scheduler.config.num_train_timesteps
+            self.eval_dataset.columns |= fixed_noise(len(evaluation), shape, timesteps)
+
+    def collate(self, batch) -> dict[str, torch.Tensor]:
+        if not isinstance(batch, dict):  # images, one by one
+            return torch.utils.data.default_collate(batch)
+        batch = dict(batch)
+        mean, std = batch.pop("latent_mean"), batch.pop("latent_std")
+        # Evaluation brings its noise along, and takes the mean, so that its losses can be compared.
+        sample = self.settings.sample_latents and "noise" not in batch
+        return {**batch, "latents": mean + std * torch.randn_like(mean) if sample else mean}
+
+    @torch.inference_mode()
+    def evaluate(self) -> dict[str, float]:
+        """Denoising losses on the evaluation images: with their own context, and with the empty one, the floor."""
+        if not isinstance(self.eval_dataset, Table):
+            return {}
+        model, total = self.model.eval(), {"denoising_loss": 0.0, "denoising_loss_with_empty_context": 0.0}
+        for start in range(0, len(self.eval_dataset), 200):
+            rows = torch.arange(start, min(start + 200, len(self.eval_dataset)))
+            batch = {
+                name: tensor.to(self.args.device) for name, tensor in self.collate(self.eval_dataset[rows]).items()
+            }
+            own = model(**batch).denoising_loss
+            empty = model.empty_context().expand(len(rows), -1, -1)
+            noise = {name: batch[name] for name in ("noise", "timesteps")}
+            floor = model.compute_denoising_loss(batch["latents"], empty, **noise)
+            for name, loss in zip(total, (own, floor), strict=True):
+                total[name] += loss.item() * len(rows) / len(self.eval_dataset)
+        return total

@@ -1,0 +1,103 @@
+"""Stage `caption` (stage 2): the language model learns to write the caption embeddings down."""
+
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from modeling_vlv import VLVForConditionalGeneration, VLVModel
+from processing_vlv import VLVProcessor
+from vlv.data import Table, captions_of, require_column
+from vlv.stages.vlv import Images, VLVSettings, VLVStage
+
+
+@dataclass
+class CaptionSettings(VLVSettings):
+    caption_head: str | None = field(
+        default=None, metadata={"help": "Folder or id of a language model, where --model has no caption head yet."}
+    )
+    max_length: int = field(default=300, metadata={"help": "Longest caption in tokens; longer ones are cut."})
+
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """Images and their captions, for when the encoder's vision tower trains and nothing can be cached."""
+
+    def __init__(self, images: Images, captions: Table):
+        self.images, self.captions = images, captions
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {**self.images[index], **self.captions[index]}
+
+
+class CaptionStage(VLVStage):
+    Settings = CaptionSettings
+    stage = "caption"
+
+    def __init__(self, settings: CaptionSettings, args: TrainingArguments):
+        super().__init__(settings, args)
+        if settings.model is None:
+            raise ValueError("Stage 2 goes on from a stage-1 model: give its folder with --model.")
+        self.model, self.processor = self.load(VLVForConditionalGeneration)
+        self.choose_parts()
+        train, evaluation = self.load_data()
+        require_column(train, settings.caption_column, "caption_column")
+        self.train_dataset = self.captioned(train, "Encoding images")
+        self.eval_dataset = self.captioned(evaluation, "Encoding evaluation images")
+
+    def load(self, model_class: type[VLVModel]) -> tuple[VLVModel, VLVProcessor]:
+        """The model to go on from, with a new caption head where it has none."""
+        settings = self.settings
+        processor = VLVProcessor.from_pretrained(settings.model)
+        if settings.caption_head is None:
+            return model_class.from_pretrained(settings.model, dtype=torch.float32), processor
+        head = AutoModelForCausalLM.from_pretrained(settings.caption_head, dtype=torch.float32)
+        model = model_class.from_pretrained(settings.model, caption_config=head.config, dtype=torch.float32)
+        model.caption_head.load_state_dict(head.state_dict())
+        model.generation_config = head.generation_config
+        processor.tokenizer = type(processor.tokenizer).from_pretrained(settings.caption_head)
+        return model, processor
+
+    def captioned(self, rows: Dataset, description: str) -> Table | CaptionedImages:
+        captions = list(captions_of(rows, self.settings.caption_column))
+        text = self.processor(text=captions, return_labels=True, max_length=self.settings.max_length)
+        cached = self.cache(rows, latents=False, description=description)
+        if isinstance(cached, Images):
+            return CaptionedImages(cached, Table(**text))
+        return Table(**cached.columns, **text)
+
+    def collate(self, batch) -> dict[str, torch.Tensor]:
+        batch = dict(batch) if isinstance(batch, dict) else torch.utils.data.default_collate(batch)
+        longest = int(batch["attention_mask"].sum(1).max())  # padding up to the longest of the batch, no further
+        return batch | {name: batch[name][:, :longest] for name in ("input_ids", "attention_mask", "labels")}
+
+    @torch.no_grad()
+    def whole(self) -> VLVModel:
+        """The trained model with the decoder that it started with, which this stage never loads."""
+        model, _ = self.load(VLVModel)
+        weights = dict(model.named_parameters())
+        for name, trained in self.state().items():
+            weights[name].copy_(trained)
+        return model
+
+    @torch.inference_mode()
+    def evaluate(self, num: int = 500) -> dict[str, float]:
+        """Share of the evaluation captions that greedy search gives back word for word, and that end by themselves."""
+        if not isinstance(self.eval_dataset, Table):
+            return {}
+        model, columns = self.model.eval(), self.eval_dataset.columns
+        right = ended = total = 0
+        for start in range(0, min(num, len(self.eval_dataset)), 100):
+            rows = slice(start, start + 100)
+            cached = {name: columns[name][rows] for name in ("caption_embeds", "image_features") if name in columns}
+            if "image_features" in cached:
+                cached = {"caption_embeds": model.encode(image_features=cached["image_features"].to(self.args.device))}
+            ids = model.generate(**cached, max_new_tokens=columns["input_ids"].shape[1] + 8, do_sample=False).cpu()
+            truth = self.processor.batch_decode(columns["input_ids"][rows])
+            right += sum(said == true for said, true in zip(self.processor.batch_decode(ids), truth, strict=True))
+            ended += (ids == self.processor.tokenizer.eos_token_id).any(1).sum().item()
+            total += len(ids)
+        return {"exact_captions": right / total, "ended": ended / total}

@@ -1,0 +1,90 @@
+"""The Trainer behind `vlv train`, and its training checkpoints."""
+
+import re
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from vlv.stages.base import Stage
+
+
+class StageTrainer(Trainer):
+    """The stock Trainer, but its checkpoints hold what trains, and not what is frozen and lies elsewhere."""
+
+    def __init__(self, stage: Stage, args: TrainingArguments):
+        self.stage = stage
+        super().__init__(
+            model=stage.model,
+            args=args,
+            train_dataset=stage.train_dataset,
+            eval_dataset=stage.eval_dataset,
+            data_collator=stage.collate,
+            callbacks=[EpochCallback(stage.train_dataset), *stage.callbacks()],
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        # FSDP and DeepSpeed come with the tensors that they have gathered.
+        state = {name: (state_dict or {}).get(name, tensor) for name, tensor in self.stage.state().items()}
+        save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, folder / SAFE_WEIGHTS_NAME)
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved, state = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME), self.stage.state()
+        if {name: tensor.shape for name, tensor in saved.items()} != {
+            name: tensor.shape for name, tensor in state.items()
+        }:
+            raise ValueError(
+                f"{resume_from_checkpoint} is a checkpoint of another model, or of other trained parts, than this"
+                " recipe's: choose another output_dir, or leave out --resume."
+            )
+        for name, tensor in saved.items():
+            state[name].copy_(tensor)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # counting them walks through all parameters at every step
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        # Trainer has one switch for both, but only training drops its last short batch.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the data set which epoch begins, on every process; accelerate forgets to where it shards the batches."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int(state.epoch))
+
+
+def last_whole_checkpoint(output_dir: Path) -> Path | None:
+    """The newest training checkpoint that was written to its end; a run killed while saving leaves a torso behind."""
+    found = {
+        int(match[1]): path for path in output_dir.glob("checkpoint-*") if (match := re.search(r"-(\d+)$", path.name))
+    }
+    for step in sorted(found, reverse=True):
+        try:
+            TrainerState.load_from_json(str(found[step] / TRAINER_STATE_NAME))  # Trainer writes it last
+            with safe_open(found[step] / SAFE_WEIGHTS_NAME, framework="pt"):
+                return found[step]
+        except (OSError, JSONDecodeError, TypeError, SafetensorError):
+            continue
+    return None
