@@ -34,7 +34,7 @@ THEME = gr.themes.Soft(
     primary_hue="teal",
     secondary_hue="teal",
     neutral_hue="slate",
-    font=[gr.themes.LocalFont("IBM Plex Sans"), "sans-serif"],
+    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 600, 700)), "sans-serif"],
 )
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important }

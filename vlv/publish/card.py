@@ -1,0 +1,158 @@
+"""The model card: a template, filled with what the checkpoint itself records."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from modeling_vlv import VLVModel
+from vlv.publish.samples import Sample
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+
+# Of the pretrained parts that a VLV is usually made of; of any other the card links the page.
+LICENSES = {
+    "florence-community/Florence-2-base": "MIT",
+    "florence-community/Florence-2-large": "MIT",
+    "microsoft/Florence-2-base": "MIT",
+    "microsoft/Florence-2-large": "MIT",
+    "stabilityai/stable-diffusion-2-1-base": "CreativeML Open RAIL++-M",
+    "Qwen/Qwen2.5-0.5B": "Apache-2.0",
+    "Qwen/Qwen2.5-1.5B": "Apache-2.0",
+    "Qwen/Qwen2.5-3B": "Qwen Research License (non-commercial)",
+}
+
+
+def model_card(
+    folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sample], license: str | None = None
+) -> ModelCard:
+    """
+    The card of the repo in `folder`.
+
+    Args:
+        folder: holds `training.json` and `results.json`, where there are any.
+        repo_id: user/name.
+        model: what was saved there.
+        samples: pictures, their captions and reconstructions, in `samples/`.
+        license: of the weights, as the Hub names it; apache-2.0 for a model that was trained from nothing.
+
+    Raises:
+        ValueError: when the model has pretrained parts and no `license` is given.
+    """
+    parts = _parts(model)
+    base_models = list(dict.fromkeys(part["origin"] for part in parts if part["origin"]))
+    if base_models and license is None:
+        raise ValueError(
+            f"The weights contain {', '.join(base_models)}: name with --license what their licences allow, such as "
+            "openrail++ or other."
+        )
+    training, results = _read(folder / "training.json"), _read(folder / "results.json")
+    metrics = [_metric(name, measured) for name, measured in results.get("metrics", {}).items()]
+    name = repo_id.partition("/")[2]
+    data = ModelCardData(
+        license=license or "apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-to-text",
+        language="en",
+        base_model=base_models or None,
+        datasets=_datasets(training) or None,
+        tags=["vlv", "image-captioning", "image-to-image", "custom_code", "arxiv:2507.07104"],
+        model_name=name,
+        eval_results=[_eval_result(metric) for metric in metrics if metric["what"] in _OF_THE_MODEL] or None,
+    )
+    config = model.config
+    size = config.image_size
+    if model.unet is not None and size is None:
+        size = model.unet.config.sample_size * 2 ** (len(model.vae.config.block_out_channels) - 1)
+    processor = _read(folder / "processor_config.json")
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        repo_id=repo_id,
+        config=config,
+        rebuilds=model.unet is not None,
+        base_models=base_models,
+        license=data.license,
+        samples=samples,
+        parts=parts,
+        dtype=str(config.dtype).removeprefix("torch."),
+        image_size="{image_width}x{image_height}".format(**processor),
+        decoder_size=f"{size}x{size}",
+        training=training,
+        recipe=yaml.safe_dump(training.get("recipe"), sort_keys=False).strip(),
+        metrics=metrics,
+        command=_command(repo_id, results),
+    )
+
+
+# The rest of what an evaluation measures are the ceilings and floors beside them.
+_OF_THE_MODEL = ("captions", "reconstruction")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _parts(model):
+    """Each part: what it is, how large, and which pretrained one it was made from (`None`: none on the Hub)."""
+    config = model.config
+    decoder = config.decoder_config or {"unet": {}, "vae": {}}
+    parts = (
+        ("encoder", "Florence-2", [model.encoder], config.encoder_config._name_or_path),
+        ("queries and projections", "MLPs", [model.projection, model.prefix_projection], None),
+        ("text encoder", "CLIP", [model.text_encoder], config.text_encoder_config._name_or_path),
+        ("decoder", "UNet", [model.unet], decoder["unet"].get("_name_or_path")),
+        ("decoder", "VAE", [model.vae], decoder["vae"].get("_name_or_path")),
+        ("caption head", config.caption_config.model_type, [model.caption_head], config.caption_config._name_or_path),
+    )
+    return [_part(*part, queries=model.queries.numel()) for part in parts if part[2] != [None]]
+
+
+def _part(role, architecture, modules, origin, queries):
+    origin = origin if _is_hub_id(origin) else None
+    parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return {
+        "role": role,
+        "architecture": architecture,
+        "parameters": parameters + (queries if role.startswith("queries") else 0),
+        "origin": origin,
+        "link": origin and f"[{origin}](https://huggingface.co/{origin})",
+        "license": origin and LICENSES.get(origin, "see its page"),
+    }
+
+
+def _is_hub_id(name):
+    """Whether it is user/name, and no folder of this machine."""
+    return bool(name) and name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
+
+
+def _metric(name, measured):
+    what, split, score = name.split("/")
+    return {"what": what, "split": split, "score": score.replace("_", " "), **measured}
+
+
+def _eval_result(metric):
+    return EvalResult(
+        task_type="image-to-text" if metric["what"] == "captions" else "image-to-image",
+        dataset_type="drawn-scenes",
+        dataset_name=f"drawn scenes, {metric['split']}",
+        dataset_split=metric["split"],
+        metric_type="accuracy",
+        metric_name=f"{metric['what']}: {metric['score']}",
+        metric_value=round(metric["value"], 4),
+    )
+
+
+def _datasets(training):
+    """What the recipe trained on, where that is a data set of the Hub."""
+    dataset = (training.get("recipe") or {}).get("dataset")
+    return [dataset] if _is_hub_id(dataset) else []
+
+
+def _command(repo_id, results):
+    settings = {name: results[name] for name in results if name not in ("metrics", "commit", "versions")}
+    return " ".join([f"vlv evaluate --model {repo_id}", *(f"--{name} {value}" for name, value in settings.items())])

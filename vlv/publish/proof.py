@@ -1,0 +1,61 @@
+"""The proof before the push: a stranger's Python gets from the folder what its author got from the checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from processing_vlv import load_image
+from vlv.publish import stranger
+from vlv.publish.samples import Sample
+
+# Mean difference of two pictures, of 255 levels: kernels may round differently for another batch size.
+TOLERANCE = 1.0
+
+
+def prove(folder: Path, samples: Sequence[Sample]) -> None:
+    """
+    Load the repo in `folder` through every documented door, offline, in a fresh process that cannot import this
+    package, and compare captions and reconstructions with the author's.
+
+    Raises:
+        ValueError: when it cannot be loaded, or says something else.
+    """
+    samples = sorted(samples, key=lambda sample: f"{sample.name}.png")
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": scratch, "HF_MODULES_CACHE": f"{scratch}/modules"}
+        run = subprocess.run(
+            [sys.executable, "-P", stranger.__file__, str(folder.resolve()), str(report)],
+            capture_output=True,
+            text=True,
+            cwd=scratch,
+            env=environment,
+        )
+        if run.returncode:
+            last_line = (run.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"{folder} cannot be loaded without this package, so it is not published: {last_line}")
+        expected = [sample.caption for sample in samples]
+        for door, captions in json.loads(report.read_text()).items():
+            if captions != expected:
+                raise ValueError(
+                    f"{folder} is not published: through {door} it captions {_first_difference(captions, samples)}."
+                )
+        for sample in samples:
+            if sample.reconstruction is not None:
+                rebuilt = load_image(Path(scratch) / f"{sample.name}.png")
+                difference = np.abs(np.asarray(rebuilt, np.float32) - np.asarray(sample.reconstruction, np.float32))
+                if difference.mean() > TOLERANCE:
+                    raise ValueError(f"{folder} is not published: it rebuilds {sample.name} differently.")
+
+
+def _first_difference(captions, samples):
+    for caption, sample in zip(captions, samples, strict=True):
+        if caption != sample.caption:
+            return f"{sample.name} as {caption!r}, where the checkpoint says {sample.caption!r}"

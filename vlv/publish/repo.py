@@ -1,0 +1,52 @@
+"""The model repo, built in a folder before anything leaves this machine."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from modeling_vlv import VLVForConditionalGeneration, VLVModel
+from processing_vlv import VLVProcessor
+from vlv.publish.card import model_card
+from vlv.publish.samples import Sample
+
+LICENSE = Path(__file__).parents[2] / "LICENSE"
+RECORDS = ("results.json", "training.json")  # what evaluation and training left beside the weights
+
+
+def build_model_repo(
+    source: str,
+    folder: Path,
+    repo_id: str,
+    samples: Sequence[Sample],
+    captioner_only: bool = False,
+    license: str | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """
+    Write everything that a stranger needs of the VLV `source` into `folder`: weights, configs, processor and code
+    (`save_pretrained` leaves those), licence, records, sample pictures and the model card.
+
+    Args:
+        source: folder or Hub id of a VLV.
+        repo_id: what the card calls it.
+        samples: [`make_samples`] of the same source.
+        captioner_only: leave the diffusion decoder out.
+        license: of the weights; see [`model_card`].
+    """
+    model_class = VLVForConditionalGeneration if captioner_only else VLVModel
+    model = model_class.from_pretrained(source, dtype="auto")
+    for part in (model.config.encoder_config, model.config.text_encoder_config, model.config.caption_config):
+        if Path(part._name_or_path).exists():  # a folder of this machine says nothing to anybody else
+            part._name_or_path = ""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    VLVProcessor.from_pretrained(source).save_pretrained(folder)
+    shutil.copyfile(LICENSE, folder / "LICENSE")
+    for name in RECORDS:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, folder / name)
+    (folder / "samples").mkdir()
+    for sample in samples:
+        sample.image.save(folder / "samples" / f"{sample.name}.png")
+        if sample.reconstruction is not None:
+            sample.reconstruction.save(folder / "samples" / f"{sample.name}-rebuilt.png")
+    model_card(folder, repo_id, model, samples, license).save(folder / "README.md")

@@ -1,0 +1,46 @@
+"""Pictures, and what a model makes of them: shown on the card, and demanded of the published repo."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from configuration_vlv import VLVConfig
+from processing_vlv import load_image
+from vlv.images import ImageFile
+from vlv.inference import caption_images, reconstruct_images
+from vlv.loading import load_autoencoder, load_captioner
+
+PIXELS = 512  # of the longer side of a sample picture
+
+
+@dataclass(frozen=True)
+class Sample:
+    name: str
+    image: Image.Image
+    caption: str
+    reconstruction: Image.Image | None = None  # None: the model has no decoder
+
+
+def make_samples(source: str, files: Sequence[ImageFile], captioner_only: bool = False) -> list[Sample]:
+    """
+    Caption and rebuild pictures with the VLV `source`.
+
+    Raises:
+        OSError, ValueError: for a picture that cannot be read, or a model that cannot be loaded whole.
+    """
+    pictures = []
+    for file in files:
+        image = load_image(file.path)
+        image.thumbnail((PIXELS, PIXELS))
+        pictures.append((Path(file.name).stem, image))
+    model, processor = load_captioner(source)
+    captions = dict(caption_images(model, processor, pictures))
+    if captioner_only or VLVConfig.from_pretrained(source).decoder_config is None:
+        return [Sample(name, image, captions[name]) for name, image in pictures]
+    model, processor = load_autoencoder(source)
+    return [
+        Sample(name, image, captions[name], reconstruction)
+        for name, image, reconstruction in reconstruct_images(model, processor, pictures)
+    ]

@@ -1,0 +1,52 @@
+"""The Space repo: the app as it is, its requirements as they are here, and its examples."""
+
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+
+from huggingface_hub import RepoCard, SpaceCardData
+
+from vlv.images import ImageFile
+
+APP = Path(__file__).parents[2] / "spaces_app.py"
+# gradio itself is the Space's SDK, named in the README.
+REQUIREMENTS = (
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+
+
+def build_space_repo(folder: Path, model_id: str, files: Sequence[ImageFile], license: str | None) -> None:
+    """
+    Write a Space that runs `spaces_app.py` on the model `model_id` into `folder`; the app finds the model's name in
+    the README's metadata. The versions are the ones of this Python, with which the model was proven.
+    """
+    card = SpaceCardData(
+        title=f"{model_id.partition('/')[2]} playground",
+        sdk="gradio",
+        sdk_version=version("gradio"),
+        python_version=".".join(python_version().split(".")[:2]),
+        app_file=APP.name,
+        license=license or "apache-2.0",
+        models=[model_id],
+        emoji="🖼️",
+        colorFrom="green",
+        colorTo="blue",
+        short_description="Images to captions and back",
+    )
+    content = f"---\n{card.to_yaml()}\n---\n\nCaptions, reconstructions and compositions with "
+    RepoCard(f"{content}[{model_id}](https://huggingface.co/{model_id}).\n").save(folder / "README.md")
+    pinned = [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
+    (folder / "requirements.txt").write_text("\n".join(pinned) + "\n", encoding="utf-8")
+    shutil.copyfile(APP, folder / APP.name)
+    (folder / "examples").mkdir()
+    for file in files:
+        shutil.copyfile(file.path, folder / "examples" / Path(file.name).name)
