@@ -34,7 +34,7 @@ def load_captioner(source: str | None, device: str = "auto") -> tuple[VLVForCond
         OSError, ValueError: when there is no such model, when it is damaged or no VLV, or has no caption head.
     """
     source = source or tiny_checkpoint()
-    if _read_config(source).caption_config is None:
+    if read_config(source).caption_config is None:
         raise ValueError(
             f"{source} has no caption head and cannot caption: train one with `vlv train`, or take another --model."
         )
@@ -44,12 +44,20 @@ def load_captioner(source: str | None, device: str = "auto") -> tuple[VLVForCond
 def load_autoencoder(source: str | None, device: str = "auto") -> tuple[VLVModel, VLVProcessor]:
     """Load the whole model, decoder and all, and its processor; else as [`load_captioner`]."""
     source = source or tiny_checkpoint()
-    if _read_config(source).decoder_config is None:
+    if read_config(source).decoder_config is None:
         raise ValueError(f"{source} has no diffusion decoder and cannot reconstruct: take another --model.")
     return _load(VLVModel, source, device)
 
 
-def _read_config(source: str) -> VLVConfig:
+def load_whole(source: str | None) -> tuple[VLVModel, VLVProcessor]:
+    """Load whatever parts a checkpoint has, to the last digit: on the CPU, in the dtype that it was saved in."""
+    source = source or tiny_checkpoint()
+    read_config(source)
+    return _load(VLVModel, source, "cpu", dtype="auto")
+
+
+def read_config(source: str) -> VLVConfig:
+    """The config of a VLV; raises OSError where there is none, and ValueError for another model's."""
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{source} is no model: there is no config.json in it.")
@@ -66,9 +74,9 @@ def _read_config(source: str) -> VLVConfig:
     return VLVConfig.from_dict(config)
 
 
-def _load(model_class: type[Model], source: str, device: str) -> tuple[Model, VLVProcessor]:
+def _load(model_class: type[Model], source: str, device: str, dtype: str | None = None) -> tuple[Model, VLVProcessor]:
     place = _find_device(device)
-    dtype = torch.float32 if place.type == "cpu" else "auto"
+    dtype = dtype or (torch.float32 if place.type == "cpu" else "auto")
     try:
         with _quiet_transformers():
             model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)

@@ -1,0 +1,31 @@
+"""`vlv export`: a VLV's parts, each in its own library's format."""
+
+from dataclasses import dataclass, field
+
+from vlv.commands.parser import CommandParser
+from vlv.files import atomic_folder
+
+
+@dataclass
+class ExportArguments:
+    output: str = field(metadata={"help": "Folder to write; it must not exist yet."})
+
+
+def main(argv: list[str]) -> None:
+    parser = CommandParser(
+        ExportArguments,
+        prog="vlv export",
+        description="Take a VLV apart: encoder (Florence-2), decoder (Stable Diffusion), caption_head (the language "
+        "model) and adapters (queries and projections), each as its own library loads it.",
+        epilog="example: vlv export my-vlv --output parts",
+    )
+    parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of a VLV.")
+    arguments, inputs = parser.parse(argv)
+
+    with atomic_folder(arguments.output) as folder:
+        # Imported only now: torch would keep --help and wrong arguments waiting.
+        from vlv.export import export_parts
+        from vlv.loading import load_whole
+
+        parts = export_parts(*load_whole(inputs.model), folder)
+    print(f"In {arguments.output}: {', '.join(parts)}.")

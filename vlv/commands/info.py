@@ -1,0 +1,27 @@
+"""`vlv info`: what a VLV is made of."""
+
+from vlv.commands.parser import CommandParser
+
+
+def main(argv: list[str]) -> None:
+    parser = CommandParser(
+        [],
+        prog="vlv info",
+        description="Print the parts of a VLV with their parameters, and their bytes in fp32 and bf16, from "
+        "the config alone: no weights are read or made.",
+        epilog="example: vlv info my-vlv",
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL_OR_CONFIG",
+        help="Folder or Hub id of a VLV, or a config.json (default: the bundled vlv-tiny).",
+    )
+    (inputs,) = parser.parse(argv)
+
+    # Imported only now: torch would keep --help and wrong arguments waiting.
+    from vlv import tiny_checkpoint
+    from vlv.info import count_parts, format_parts
+    from vlv.loading import read_config
+
+    print(format_parts(count_parts(read_config(inputs.model or tiny_checkpoint()))))
