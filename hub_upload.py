@@ -10,6 +10,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from vlv.cli import one_line
 from vlv.commands.parser import CommandParser
 from vlv.images import find_images
+from vlv.loading import read_config
+from vlv.publish.card import weights_license
 from vlv.publish.proof import prove
 from vlv.publish.push import push
 from vlv.publish.repo import build_model_repo
@@ -85,17 +87,18 @@ def main(argv: list[str]) -> None:
 
 
 def publish(model: str, folder: Path, arguments: UploadArguments) -> None:
+    license = weights_license(read_config(model), arguments.license)
     pictures = find_images([arguments.examples])
     say("captioning and rebuilding the examples")
     samples = make_samples(model, pictures, arguments.captioner_only)
     say(f"building {folder}")
-    build_model_repo(model, folder, arguments.repo_id, samples, arguments.captioner_only, arguments.license)
+    build_model_repo(model, folder, arguments.repo_id, samples, license, arguments.captioner_only)
     say("proving it in a Python without this package")
     prove(folder, samples)
     space_folder = None
     if arguments.space is not None:
         space_folder = empty_folder(f"{folder}-space")
-        build_space_repo(space_folder, arguments.repo_id, pictures, arguments.license)
+        build_space_repo(space_folder, arguments.repo_id, pictures, license)
     if arguments.dry_run:
         say("not pushed (--dry_run)")
         return
@@ -122,4 +125,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (OSError, ValueError) as error:
-        sys.exit(f"hub_upload.py: error: {one_line(error)}")
+        print(f"hub_upload.py: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)

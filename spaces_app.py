@@ -262,7 +262,8 @@ def _sampling_settings():
 
 
 def _example_files():
-    return [str(file) for file in sorted(EXAMPLES.glob("*.png"))]
+    suffixes = Image.registered_extensions()
+    return sorted(str(file) for file in EXAMPLES.glob("*") if file.suffix.lower() in suffixes)
 
 
 def _examples(rows, inputs):
@@ -306,7 +307,8 @@ def main(argv: list[str] | None = None) -> None:
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         studio = Studio(arguments.model or default_model())
     except (OSError, ValueError) as error:
-        sys.exit(f"spaces_app.py: error: {error}")
+        print(f"spaces_app.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     build_app(studio).launch(
         share=arguments.share,
         auth=tuple(arguments.auth.split(":", 1)) if arguments.auth else None,

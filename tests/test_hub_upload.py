@@ -68,7 +68,7 @@ def samples(source, pictures):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, source, samples):
     folder = tmp_path_factory.mktemp("built")
-    build_model_repo(str(source), folder, "ada/vlv-test", samples, max_shard_size="200KB")
+    build_model_repo(str(source), folder, "ada/vlv-test", samples, "apache-2.0", max_shard_size="200KB")
     return folder
 
 
@@ -141,11 +141,10 @@ def test_pretrained_parts_are_named_and_need_a_licence(source, samples, tmp_path
     model.config.caption_config._name_or_path = str(tmp_path)  # a folder: says nothing to a stranger
     model.save_pretrained(folder)
     tiny.processor().save_pretrained(folder)
-    (tmp_path / "refused").mkdir()
     with pytest.raises(ValueError, match="florence-community/Florence-2-large.*--license"):
-        build_model_repo(str(folder), tmp_path / "refused", "ada/vlv", samples)
+        hub_upload.main([str(folder), "--repo-id", "ada/vlv"])
     (tmp_path / "built").mkdir()
-    build_model_repo(str(folder), tmp_path / "built", "ada/vlv", samples, license="openrail++")
+    build_model_repo(str(folder), tmp_path / "built", "ada/vlv", samples, "openrail++")
     card = metadata_load(tmp_path / "built" / "README.md")
     assert card["license"] == "openrail++"
     assert card["base_model"] == ["florence-community/Florence-2-large", "stabilityai/stable-diffusion-2-1-base"]

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from configuration_vlv import VLVConfig
 from modeling_vlv import VLVModel
 from vlv.publish.samples import Sample
 
@@ -26,9 +27,36 @@ LICENSES = {
 }
 
 
-def model_card(
-    folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sample], license: str | None = None
-) -> ModelCard:
+def pretrained_parts(config: VLVConfig) -> dict[str, str | None]:
+    """Which model of the Hub each part was made from, as the config records it; `None` where it records none."""
+    decoder = config.decoder_config or {"unet": {}, "vae": {}}
+    origins = {
+        "encoder": config.encoder_config._name_or_path,
+        "text_encoder": config.text_encoder_config._name_or_path,
+        "unet": decoder["unet"].get("_name_or_path"),
+        "vae": decoder["vae"].get("_name_or_path"),
+        "caption_head": config.caption_config and config.caption_config._name_or_path,
+    }
+    return {part: origin if _is_hub_id(origin) else None for part, origin in origins.items()}
+
+
+def weights_license(config: VLVConfig, license: str | None) -> str:
+    """
+    The licence that is asked for; apache-2.0 where none is and every part was trained from nothing.
+
+    Raises:
+        ValueError: when there are pretrained parts and no `license` is given.
+    """
+    origins = sorted({origin for origin in pretrained_parts(config).values() if origin})
+    if license is None and origins:
+        raise ValueError(
+            f"The weights contain {', '.join(origins)}: name with --license what their licences allow, such as "
+            "openrail++ or other."
+        )
+    return license or "apache-2.0"
+
+
+def model_card(folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sample], license: str) -> ModelCard:
     """
     The card of the repo in `folder`.
 
@@ -37,23 +65,15 @@ def model_card(
         repo_id: user/name.
         model: what was saved there.
         samples: pictures, their captions and reconstructions, in `samples/`.
-        license: of the weights, as the Hub names it; apache-2.0 for a model that was trained from nothing.
-
-    Raises:
-        ValueError: when the model has pretrained parts and no `license` is given.
+        license: of the weights, as the Hub names it.
     """
     parts = _parts(model)
     base_models = list(dict.fromkeys(part["origin"] for part in parts if part["origin"]))
-    if base_models and license is None:
-        raise ValueError(
-            f"The weights contain {', '.join(base_models)}: name with --license what their licences allow, such as "
-            "openrail++ or other."
-        )
     training, results = _read(folder / "training.json"), _read(folder / "results.json")
     metrics = [_metric(name, measured) for name, measured in results.get("metrics", {}).items()]
     name = repo_id.partition("/")[2]
     data = ModelCardData(
-        license=license or "apache-2.0",
+        license=license,
         library_name="transformers",
         pipeline_tag="image-to-text",
         language="en",
@@ -76,7 +96,7 @@ def model_card(
         config=config,
         rebuilds=model.unet is not None,
         base_models=base_models,
-        license=data.license,
+        license=license,
         samples=samples,
         parts=parts,
         dtype=str(config.dtype).removeprefix("torch."),
@@ -98,31 +118,29 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _parts(model):
-    """Each part: what it is, how large, and which pretrained one it was made from (`None`: none on the Hub)."""
-    config = model.config
-    decoder = config.decoder_config or {"unet": {}, "vae": {}}
-    parts = (
-        ("encoder", "Florence-2", [model.encoder], config.encoder_config._name_or_path),
+    """Each part: what it is, how large, what it was made from and under which licence."""
+    origins = pretrained_parts(model.config)
+    parts = [
+        ("encoder", "Florence-2", [model.encoder], origins["encoder"]),
         ("queries and projections", "MLPs", [model.projection, model.prefix_projection], None),
-        ("text encoder", "CLIP", [model.text_encoder], config.text_encoder_config._name_or_path),
-        ("decoder", "UNet", [model.unet], decoder["unet"].get("_name_or_path")),
-        ("decoder", "VAE", [model.vae], decoder["vae"].get("_name_or_path")),
-        ("caption head", config.caption_config.model_type, [model.caption_head], config.caption_config._name_or_path),
-    )
-    return [_part(*part, queries=model.queries.numel()) for part in parts if part[2] != [None]]
-
-
-def _part(role, architecture, modules, origin, queries):
-    origin = origin if _is_hub_id(origin) else None
-    parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
-    return {
-        "role": role,
-        "architecture": architecture,
-        "parameters": parameters + (queries if role.startswith("queries") else 0),
-        "origin": origin,
-        "link": origin and f"[{origin}](https://huggingface.co/{origin})",
-        "license": origin and LICENSES.get(origin, "see its page"),
-    }
+        ("text encoder", "CLIP", [model.text_encoder], origins["text_encoder"]),
+        ("caption head", model.config.caption_config.model_type, [model.caption_head], origins["caption_head"]),
+    ]
+    if model.unet is not None:
+        parts.insert(3, ("decoder", "UNet", [model.unet], origins["unet"]))
+        parts.insert(4, ("decoder", "VAE", [model.vae], origins["vae"]))
+    return [
+        {
+            "role": role,
+            "architecture": architecture,
+            "parameters": sum(parameter.numel() for module in modules for parameter in module.parameters())
+            + (model.queries.numel() if role.startswith("queries") else 0),
+            "origin": origin,
+            "link": origin and f"[{origin}](https://huggingface.co/{origin})",
+            "license": origin and LICENSES.get(origin, "see its page"),
+        }
+        for role, architecture, modules, origin in parts
+    ]
 
 
 def _is_hub_id(name):

@@ -18,8 +18,8 @@ def build_model_repo(
     folder: Path,
     repo_id: str,
     samples: Sequence[Sample],
+    license: str,
     captioner_only: bool = False,
-    license: str | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
     """
@@ -30,8 +30,8 @@ def build_model_repo(
         source: folder or Hub id of a VLV.
         repo_id: what the card calls it.
         samples: [`make_samples`] of the same source.
+        license: of the weights; see [`weights_license`].
         captioner_only: leave the diffusion decoder out.
-        license: of the weights; see [`model_card`].
     """
     model_class = VLVForConditionalGeneration if captioner_only else VLVModel
     model = model_class.from_pretrained(source, dtype="auto")

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from configuration_vlv import VLVConfig
 from processing_vlv import load_image
 from vlv.images import ImageFile
 from vlv.inference import caption_images, reconstruct_images
-from vlv.loading import load_autoencoder, load_captioner
+from vlv.loading import load_autoencoder, load_captioner, read_config
 
 PIXELS = 512  # of the longer side of a sample picture
 
@@ -37,7 +36,7 @@ def make_samples(source: str, files: Sequence[ImageFile], captioner_only: bool =
         pictures.append((Path(file.name).stem, image))
     model, processor = load_captioner(source)
     captions = dict(caption_images(model, processor, pictures))
-    if captioner_only or VLVConfig.from_pretrained(source).decoder_config is None:
+    if captioner_only or read_config(source).decoder_config is None:
         return [Sample(name, image, captions[name]) for name, image in pictures]
     model, processor = load_autoencoder(source)
     return [

@@ -24,7 +24,7 @@ REQUIREMENTS = (
 )
 
 
-def build_space_repo(folder: Path, model_id: str, files: Sequence[ImageFile], license: str | None) -> None:
+def build_space_repo(folder: Path, model_id: str, files: Sequence[ImageFile], license: str) -> None:
     """
     Write a Space that runs `spaces_app.py` on the model `model_id` into `folder`; the app finds the model's name in
     the README's metadata. The versions are the ones of this Python, with which the model was proven.
@@ -35,7 +35,7 @@ def build_space_repo(folder: Path, model_id: str, files: Sequence[ImageFile], li
         sdk_version=version("gradio"),
         python_version=".".join(python_version().split(".")[:2]),
         app_file=APP.name,
-        license=license or "apache-2.0",
+        license=license,
         models=[model_id],
         emoji="🖼️",
         colorFrom="green",
