@@ -269,8 +269,11 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
     def train(self, mode: bool = True) -> "VLVModel":
         """As `Module.train`, but a part with nothing to train stays in eval mode: no dropout in the teacher."""
         super().train(mode)
+        shared = self.encoder.language_model.shared.weight  # tied into the language model: alone, it wakes no dropout
         for _, part in self.named_parts():
-            if isinstance(part, torch.nn.Module) and not any(p.requires_grad for p in part.parameters()):
+            if isinstance(part, torch.nn.Module) and not any(
+                parameter.requires_grad and parameter is not shared for parameter in part.parameters()
+            ):
                 part.eval()
         return self
 
@@ -278,14 +281,16 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         self,
         gradient_checkpointing_kwargs: dict | None = None,
         parts: Sequence[str] = ("encoder", "unet", "caption_head"),
+        **kwargs,
     ) -> None:
         """Trades a second forward pass for activation memory, part by part: encoder, unet, caption_head."""
         for name in parts:
             part = getattr(self, name)
             if name == "unet" and part is not None:
                 part.enable_gradient_checkpointing()
-            elif part is not None:
-                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+            elif part is not None:  # recent releases renamed it, and pass more to it
+                enable = getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)
+                enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Switches gradient checkpointing off in every part."""
@@ -293,7 +298,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
             self.unet.disable_gradient_checkpointing()
         for part in (self.encoder, self.caption_head):
             if part is not None:
-                part.gradient_checkpointing_disable()
+                getattr(part, "activation_checkpointing_disable", part.gradient_checkpointing_disable)()
 
     def get_input_embeddings(self):
         """The caption head's token embeddings: the model's text side."""
