@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import CLIPTextModel
 
 QUERIES, POSITIONS = 10, tiny.POSITIONS
@@ -386,6 +387,7 @@ def test_device_map_places_every_weight(tiny_repo, tiny_model, device_map, pixel
 
 
 @torch.no_grad()
+@pytest.mark.skipif(transformers.__version__.startswith("5.0."), reason="nor can 5.0 offload its own models on a CPU")
 def test_parts_can_be_offloaded_to_disk(tiny_repo, tiny_model, pixel_values, captions, tmp_path):
     names = [name for name, _ in tiny_model.named_children()] + ["queries"]
     device_map = {name: "disk" if name in ("text_encoder", "unet", "caption_head") else "cpu" for name in names}
