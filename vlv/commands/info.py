@@ -5,7 +5,6 @@ from vlv.commands.parser import CommandParser
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(
-        [],
         prog="vlv info",
         description="Print the parts of a VLV with their parameters, and their bytes in fp32 and bf16, from "
         "the config alone: no weights are read or made.",

@@ -1,0 +1,128 @@
+"""
+The paper's configuration for real: Florence-2-large, Stable Diffusion 2.1-base and Qwen2.5-0.5B, random bf16 weights.
+
+    python benchmarks/published_size.py [--device cuda] [--folder DIR]
+
+Writes such a checkpoint (5.8 GB; deleted again unless --folder names its place), then captions an image, takes one
+stage-1 step and makes one reconstruction step, each in a process of its own, and prints what each took at its peak
+above the imports. A machine with 24 GB of memory and no GPU is enough.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from modeling_vlv import VLVForConditionalGeneration, VLVModel
+from vlv.published import published_config
+
+
+def make(folder: Path) -> None:
+    """A checkpoint of the published size, in shards that are made and written one part at a time."""
+    torch.set_default_dtype(torch.bfloat16)
+    config = published_config("0.5B")
+    config.dtype = torch.bfloat16
+    with torch.device("meta"):
+        model = VLVModel(config)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    generator = torch.Generator().manual_seed(0)
+    # One block of noise, repeated: fresh noise for 2.7 billion weights would take longer than all the rest.
+    noise = torch.randn(2**20 + 3, generator=generator) * 0.02
+    for name, weight in model.state_dict().items():
+        if weight.ndim < 2:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            weight.flatten().copy_(noise.repeat(weight.numel() // len(noise) + 1)[: weight.numel()])
+    model.save_pretrained(folder, max_shard_size="1GB")
+
+
+def pixels(device: str, side: int) -> torch.Tensor:
+    return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device) * 2 - 1
+
+
+def caption(folder: Path, device: str) -> None:
+    """Eight tokens. UNet and VAE are never built, nor read."""
+    model = VLVForConditionalGeneration.from_pretrained(folder, device_map=device)
+    assert model.unet is None and model.vae is None
+    ids = model.generate(pixels(device, 768), max_new_tokens=8, min_new_tokens=8)
+    assert ids.shape == (1, 8)
+
+
+def train(folder: Path, device: str) -> None:
+    """One step of stage 1 at batch size 1: what trains is held in fp32, with AdamW's two states."""
+    model = VLVModel.from_pretrained(folder, caption_config=None, device_map=device)
+    model.set_stage("autoencode").train()
+    model.gradient_checkpointing_enable()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(trained, lr=5e-5)
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        loss = model(pixels(device, 768), decoder_pixel_values=pixels(device, 384)).loss
+    loss.backward()
+    before = model.queries.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.queries, before)
+
+
+def reconstruct(folder: Path, device: str) -> None:
+    """One sampling step at 384x384 with guidance, and the decoding."""
+    model = VLVModel.from_pretrained(folder, caption_config=None, device_map=device)
+    (image,) = model.reconstruct(pixels(device, 768), num_inference_steps=1)
+    assert image.size == (384, 384)
+
+
+PHASES = {phase.__name__: phase for phase in (caption, train, reconstruct)}
+
+
+def peak(device: str) -> dict[str, float]:
+    """In GB: of the process since it began, and of the accelerator."""
+    status = Path("/proc/self/status").read_text()
+    peaks = {"host": int(status.split("VmHWM:")[1].split()[0]) / 2**20}
+    if torch.device(device).type == "cuda":
+        peaks["device"] = torch.cuda.max_memory_allocated() / 2**30
+    return peaks
+
+
+def run(phase: str, folder: Path, device: str) -> None:
+    imports = peak(device)
+    start = time.perf_counter()
+    PHASES[phase](folder, device)
+    used = {place: value - imports[place] for place, value in peak(device).items()}
+    print(json.dumps({"phase": phase, "seconds": time.perf_counter() - start, **used}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--folder", type=Path, help="where to keep the checkpoint, or find it again")
+    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.phase:
+        run(arguments.phase, arguments.folder, arguments.device)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        if not (folder / "config.json").is_file():
+            make(folder)
+        for phase in PHASES:
+            command = [sys.executable, __file__, "--phase", phase, "--folder", str(folder)]
+            result = subprocess.run([*command, "--device", arguments.device], capture_output=True, text=True)
+            if result.returncode:
+                print(f"{phase}: exit status {result.returncode}\n{result.stderr[-2000:]}")
+                continue
+            row = json.loads(result.stdout.splitlines()[-1])
+            places = ", ".join(
+                f"{row[place]:.1f} GiB of {place} memory" for place in ("host", "device") if place in row
+            )
+            print(f"{phase}: {places}, {row['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
