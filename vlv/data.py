@@ -128,7 +128,8 @@ class Table(torch.utils.data.Dataset):
         return {name: column[index] for name, column in self.columns.items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        return self[torch.as_tensor(indices)]
+        rows = torch.as_tensor(indices)
+        return {name: column[rows] for name, column in self.columns.items()}
 
 
 class Alternatives(Table):
@@ -149,9 +150,13 @@ class Alternatives(Table):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         self.choice = (torch.rand(len(self), generator=generator) * self.counts).long()
 
-    def __getitem__(self, index: int | torch.Tensor) -> dict[str, torch.Tensor]:
-        columns = {name: column[index] for name, column in self.columns.items() if name != "labels"}
-        return {**columns, "labels": self.columns["labels"][index, self.choice[index]]}
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        return {**row, "labels": row["labels"][self.choice[index]]}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        batch = super().__getitems__(indices)
+        return {**batch, "labels": batch["labels"][torch.arange(len(indices)), self.choice[indices]]}
 
 
 def fixed_noise(count: int, shape: Sequence[int], num_train_timesteps: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -124,7 +124,6 @@ def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]
     settings, args, _ = parser.parse(argv)
     if settings.stage != recipe["stage"]:
         raise ValueError(f"{file} is a recipe for the stage '{recipe['stage']}'; --stage cannot change it.")
-    args.label_names = list(stage_type.label_names)
     return stage_type, settings, args
 
 

@@ -52,6 +52,17 @@ class StageTrainer(Trainer):
         for name, tensor in saved.items():
             state[name].copy_(tensor)
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss alone, which every stage's model returns, whatever its inputs are called."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach().mean(), None, None
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # counting them walks through all parameters at every step
 

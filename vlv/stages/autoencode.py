@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
 
@@ -35,10 +36,41 @@ class AutoencodeSettings(VLVSettings):
     context_dropout: float = field(default=0.0, metadata={"help": "Share of contexts replaced by the empty prompt's."})
 
 
+class SampledLatents(Table):
+    """A Table whose `latent_mean` and `latent_std` are sampled as `latents`, anew in every epoch.
+
+    What is drawn depends on the seed, the epoch and the row alone, so that a resumed run draws what the unbroken one
+    would have drawn.
+    """
+
+    def __init__(self, seed: int, **columns: torch.Tensor):
+        super().__init__(**columns)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: column[0] for name, column in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        batch = super().__getitems__(indices)
+        mean, std = batch.pop("latent_mean"), batch.pop("latent_std")
+        draws = [np.random.default_rng((self.seed, self.epoch, index)) for index in indices]
+        noise = np.stack([draw.standard_normal(mean.shape[1:], dtype=np.float32) for draw in draws])
+        return {**batch, "latents": mean + std * torch.from_numpy(noise)}
+
+
+def mean_latents(table: Table) -> Table:
+    """The table with `latents`, the posterior's mean, in place of `latent_mean` and `latent_std`."""
+    columns = dict(table.columns)
+    del columns["latent_std"]
+    return Table(latents=columns.pop("latent_mean"), **columns)
+
+
 class AutoencodeStage(VLVStage):
     Settings = AutoencodeSettings
     stage = "autoencode"
-    label_names = ("latents", "decoder_pixel_values")
 
     def __init__(self, settings: AutoencodeSettings, args: TrainingArguments):
         super().__init__(settings, args)
@@ -57,19 +89,19 @@ class AutoencodeStage(VLVStage):
         train, evaluation = self.load_data()
         self.train_dataset = self.cache(train, latents=True, description="Encoding images")
         self.eval_dataset = self.cache(evaluation, latents=True, description="Encoding evaluation images")
-        if isinstance(self.eval_dataset, Table):
-            shape = self.eval_dataset.columns["latent_mean"].shape[1:]
+        if isinstance(self.train_dataset, Table):
+            if settings.sample_latents:
+                self.train_dataset = SampledLatents(**self.train_dataset.columns, seed=args.seed)
+            else:
+                self.train_dataset = mean_latents(self.train_dataset)
+            # Evaluation takes the mean and brings its noise along, so that its losses can be compared.
+            self.eval_dataset = mean_latents(self.eval_dataset)
+            shape = self.eval_dataset.columns["latents"].shape[1:]
             timesteps = self.model.noise_scheduler.config.num_train_timesteps
             self.eval_dataset.columns |= fixed_noise(len(evaluation), shape, timesteps)
 
     def collate(self, batch) -> dict[str, torch.Tensor]:
-        if not isinstance(batch, dict):  # images, one by one
-            return torch.utils.data.default_collate(batch)
-        batch = dict(batch)
-        mean, std = batch.pop("latent_mean"), batch.pop("latent_std")
-        # Evaluation brings its noise along, and takes the mean, so that its losses can be compared.
-        sample = self.settings.sample_latents and "noise" not in batch
-        return {**batch, "latents": mean + std * torch.randn_like(mean) if sample else mean}
+        return batch if isinstance(batch, dict) else torch.utils.data.default_collate(batch)
 
     @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:
@@ -79,9 +111,7 @@ class AutoencodeStage(VLVStage):
         model, total = self.model.eval(), {"denoising_loss": 0.0, "denoising_loss_with_empty_context": 0.0}
         for start in range(0, len(self.eval_dataset), 200):
             rows = torch.arange(start, min(start + 200, len(self.eval_dataset)))
-            batch = {
-                name: tensor.to(self.args.device) for name, tensor in self.collate(self.eval_dataset[rows]).items()
-            }
+            batch = {name: tensor.to(self.args.device) for name, tensor in self.eval_dataset[rows].items()}
             own = model(**batch).denoising_loss
             empty = model.empty_context().expand(len(rows), -1, -1)
             noise = {name: batch[name] for name in ("noise", "timesteps")}

@@ -41,7 +41,6 @@ class Stage:
     """
 
     Settings = Settings
-    label_names: tuple[str, ...] = ("labels",)  # inputs whose presence tells Trainer that there is a loss to evaluate
 
     model: nn.Module
     train_dataset: torch.utils.data.Dataset
@@ -74,7 +73,7 @@ class Stage:
         return {type(self.model).__name__: self.model}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a training checkpoint holds of the model, by name: what trains. What is frozen lies where it came from."""
+        """What a training checkpoint holds of the model, by name: what trains. The rest lies where it came from."""
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def collate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -40,7 +40,7 @@ class EncoderSettings(Settings):
 
 
 def tiny_florence2(tokenizer: PreTrainedTokenizerBase, image_size: int) -> Florence2ForConditionalGeneration:
-    """A randomly initialised Florence-2: a DaViT of two stages, a 4x4 grid of image tokens (of 32 px), a BART of width 160."""
+    """A randomly initialised Florence-2: a DaViT of two stages and stride 8, and a BART of width 160."""
     width = 160
     model = Florence2ForConditionalGeneration(
         Florence2Config(
@@ -162,10 +162,14 @@ class EncoderStage(Stage):
     def evaluate(self) -> dict[str, float]:
         """Share of generated captions that are true of their picture, and how many different ones there are."""
         florence, images = self.model.florence, self.eval_dataset.columns["images"]
+        # The library's own way in: placeholders where the image's tokens go, then the prompt.
+        image_tokens = [florence.config.image_token_id] * self.image_processor.image_seq_length
+        prompt = torch.cat([self.model.prompt_ids.new_tensor(image_tokens), self.model.prompt_ids])
         said: list[str] = []
         for batch in images.split(250):
             ids = florence.generate(
-                inputs_embeds=self.model.embed(normalise(batch).to(florence.device)),
+                input_ids=prompt.expand(len(batch), -1),
+                pixel_values=normalise(batch).to(florence.device),
                 max_new_tokens=self.settings.max_length,
                 num_beams=1,
                 do_sample=False,

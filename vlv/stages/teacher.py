@@ -138,7 +138,6 @@ class TeacherTraining(nn.Module):
 
 class TeacherStage(Stage):
     Settings = TeacherSettings
-    label_names = ("input_ids",)
 
     def __init__(self, settings: TeacherSettings, args: TrainingArguments):
         super().__init__(settings, args)

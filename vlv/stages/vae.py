@@ -86,7 +86,6 @@ def fold_latent_statistics(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Te
 
 class VAEStage(Stage):
     Settings = VAESettings
-    label_names = ("pixel_values",)
 
     def __init__(self, settings: VAESettings, args: TrainingArguments):
         super().__init__(settings, args)
