@@ -132,33 +132,6 @@ class Table(torch.utils.data.Dataset):
         return {name: column[rows] for name, column in self.columns.items()}
 
 
-class Alternatives(Table):
-    """A Table with several captions per row, of which each epoch shows one, drawn by the epoch's own random numbers.
-
-    The choice depends on the seed and the epoch alone, so that a resumed run draws what the unbroken one would.
-
-    Args:
-        captions: token ids (N, K, L), of which row i has `counts[i]` valid captions.
-    """
-
-    def __init__(self, captions: torch.Tensor, counts: torch.Tensor, seed: int, **columns: torch.Tensor):
-        super().__init__(**columns, labels=captions)
-        self.counts, self.seed = counts, seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        self.choice = (torch.rand(len(self), generator=generator) * self.counts).long()
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = super().__getitem__(index)
-        return {**row, "labels": row["labels"][self.choice[index]]}
-
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        batch = super().__getitems__(indices)
-        return {**batch, "labels": batch["labels"][torch.arange(len(indices)), self.choice[indices]]}
-
-
 def fixed_noise(count: int, shape: Sequence[int], num_train_timesteps: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """One noise and one timestep per evaluation image, so that evaluation losses can be compared with each other.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     BartConfig,
     Florence2Config,
@@ -14,9 +15,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vlv.data import Alternatives, captions_of, decode_images, require_column, tokenize
+from vlv.data import Table, captions_of, decode_images, require_column, tokenize
 from vlv.stages.base import Settings, Stage
 from vlv.tokenization import train_tokenizer
 
@@ -28,7 +30,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 class EncoderSettings(Settings):
     caption_column: str = field(
         default="short",
-        metadata={"help": "Column of short captions, one or a list per image (one is drawn per epoch)."},
+        metadata={"help": "Column of short captions, one or a list per image."},
     )
     image_size: int = field(default=32, metadata={"help": "Side of the images in pixels, a multiple of 8."})
     max_length: int = field(default=16, metadata={"help": "Caption length in tokens, <s>, </s> and padding included."})
@@ -90,7 +92,11 @@ def tiny_florence2(tokenizer: PreTrainedTokenizerBase, image_size: int) -> Flore
 
 
 class ShortCaptioning(nn.Module):
-    """The captioning loss of a Florence-2 that reads image tokens and then a task prompt, as VLV's encoder does."""
+    """The captioning loss of a Florence-2 that reads image tokens and then a task prompt, as VLV's encoder does.
+
+    Each image is read once and all of its short captions are learned from it: one caption drawn at random says little
+    about the image, and leaves it open which thing was meant.
+    """
 
     def __init__(self, florence: Florence2ForConditionalGeneration, prompt_ids: list[int]):
         super().__init__()
@@ -104,8 +110,10 @@ class ShortCaptioning(nn.Module):
         return torch.cat([image_features, prompt], dim=1)
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """labels: (B, L), -100 on padding."""
-        return {"loss": self.florence(inputs_embeds=self.embed(pixel_values), labels=labels).loss}
+        """labels: (B, K, L), K captions per image, -100 on padding and for captions that an image does not have."""
+        memory = self.florence.model.language_model.encoder(inputs_embeds=self.embed(pixel_values)).last_hidden_state
+        memory = BaseModelOutput(memory.repeat_interleave(labels.shape[1], dim=0))
+        return {"loss": self.florence(encoder_outputs=memory, labels=labels.flatten(0, 1)).loss}
 
 
 class EncoderStage(Stage):
@@ -136,21 +144,16 @@ class EncoderStage(Stage):
         )
         self.train_dataset, self.eval_dataset = self.table(train), self.table(self.eval_rows)
 
-    def table(self, rows: Dataset) -> Alternatives:
+    def table(self, rows: Dataset) -> Table:
         settings = self.settings
         images = decode_images(rows, settings.image_column, settings.image_size)
         captions = [[c] if isinstance(c, str) else c for c in rows[settings.caption_column][:]]
-        counts = torch.tensor([len(alternatives) for alternatives in captions])
         ids = tokenize(self.tokenizer, [c for alternatives in captions for c in alternatives], settings.max_length)
-        padded = nn.utils.rnn.pad_sequence(ids.split(counts.tolist()), batch_first=True)  # (N, K, L)
-        return Alternatives(padded, counts, self.args.seed, images=images)
+        labels = ids.masked_fill(ids == self.tokenizer.pad_token_id, -100).split([len(c) for c in captions])
+        return Table(images=images, labels=pad_sequence(labels, batch_first=True, padding_value=-100))  # (N, K, L)
 
     def collate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        labels = batch["labels"]
-        return {
-            "pixel_values": normalise(batch["images"]),
-            "labels": labels.masked_fill(labels == self.tokenizer.pad_token_id, -100),
-        }
+        return {"pixel_values": normalise(batch["images"]), "labels": batch["labels"]}
 
     def save(self, folder: Path) -> None:
         self.model.florence.generation_config.max_new_tokens = self.settings.max_length
@@ -162,17 +165,12 @@ class EncoderStage(Stage):
     def evaluate(self) -> dict[str, float]:
         """Share of generated captions that are true of their picture, and how many different ones there are."""
         florence, images = self.model.florence, self.eval_dataset.columns["images"]
-        # The library's own way in: placeholders where the image's tokens go, then the prompt.
-        image_tokens = [florence.config.image_token_id] * self.image_processor.image_seq_length
-        prompt = torch.cat([self.model.prompt_ids.new_tensor(image_tokens), self.model.prompt_ids])
         said: list[str] = []
         for batch in images.split(250):
+            embeds = self.model.embed(normalise(batch).to(self.args.device))
+            memory = florence.model.language_model.encoder(inputs_embeds=embeds)
             ids = florence.generate(
-                input_ids=prompt.expand(len(batch), -1),
-                pixel_values=normalise(batch).to(florence.device),
-                max_new_tokens=self.settings.max_length,
-                num_beams=1,
-                do_sample=False,
+                encoder_outputs=memory, max_new_tokens=self.settings.max_length, num_beams=1, do_sample=False
             )
             said += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         truths = self.eval_rows[self.settings.caption_column][:]
