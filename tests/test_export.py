@@ -72,7 +72,7 @@ def test_caption_head(parts, tiny_model, tiny_processor):
 
 def test_the_parts_make_the_same_model_again(parts, tiny_model, tiny_processor):
     components = [str(parts / name) for name in ("encoder", "decoder", "caption_head")]
-    model = VLVModel.from_components(*components, num_queries=10).eval()
+    model = VLVModel.from_components(*components, num_queries=10, prompt="Describe.").eval()
     adapters = load_file(parts / "adapters" / "adapters.safetensors")
     assert not model.load_state_dict(adapters, strict=False).unexpected_keys
     pixel_values, _ = tiny.pixels(2)

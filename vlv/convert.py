@@ -149,7 +149,8 @@ def _read_file(path):
             f"{path} cannot be read safely: it is damaged, or a pickle that holds more than tensors and runs code."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or cut short: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines() or ["it ends too soon"]
+        raise ValueError(f"{path} is damaged or cut short: {reason[0]}") from error
     if isinstance(content, Mapping):
         content = content.get("model_state_dict", content)
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
