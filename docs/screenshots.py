@@ -1,4 +1,4 @@
-"""Retakes the pictures of the app in docs/: `python docs/screenshots.py [--model M]`. Needs Chromium and playwright."""
+"""Retakes the pictures of the app in docs/: `python docs/screenshots.py [--model M]`. Needs Chromium."""
 
 import os
 import shutil
