@@ -383,15 +383,10 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         expects them. `sample`: from the posterior, or its mean; `config.sample_latents` by default.
         """
         self._require_decoder("encode latents")
-        if decoder_pixel_values.ndim != 4 or not decoder_pixel_values.is_floating_point():
-            raise ValueError(
-                f"decoder_pixel_values are {tuple(decoder_pixel_values.shape)} {decoder_pixel_values.dtype}: expected "
-                "floats of shape (batch, 3, height, width) in -1..1: processor(..., return_decoder_pixel_values=True)."
-            )
-        if not torch.compiler.is_compiling() and decoder_pixel_values.abs().amax() > 1.01:
-            raise ValueError(
-                "decoder_pixel_values leave the range -1..1: use processor(..., return_decoder_pixel_values=True)."
-            )
+        source = "in -1..1: use processor(..., return_decoder_pixel_values=True)"
+        _check_images("decoder_pixel_values", decoder_pixel_values, source)
+        if not torch.compiler.is_compiling() and not decoder_pixel_values.abs().amax() <= 1.01:  # nor is NaN
+            raise ValueError(f"decoder_pixel_values are not {source}.")
         posterior = self.vae.encode(_cast(decoder_pixel_values, self.vae)).latent_dist
         sample = self.config.sample_latents if sample is None else sample
         latents = posterior.sample() if sample else posterior.mean
@@ -516,6 +511,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
         if input_ids is None or input_ids.shape[1] == 0:
             return prefix, mask
+        _check_batch(context, input_ids=input_ids, attention_mask=attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         embeds = torch.cat([prefix, embeddings(input_ids).to(prefix.device)], dim=1)
@@ -539,7 +535,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images to caption; or
             caption_embeds (`torch.FloatTensor` of shape `(B, Q, E)`): their embeddings, from [`encode`] or composed.
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the beginning of each caption, which is
-                continued; padded on the left, with its `attention_mask`.
+                continued; padded on either side, with its `attention_mask`.
 
         Returns:
             `torch.LongTensor` of shape `(B, new tokens)`: only what was written, without `input_ids`.
@@ -550,6 +546,10 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         self._require_caption_head("caption")
         context = self._context(pixel_values, caption_embeds)
         inputs_embeds, attention_mask = self._caption_inputs(context, input_ids, attention_mask)
+        # Padding goes to the left of the prefix too: generation counts positions from where the padding ends.
+        order = attention_mask.argsort(dim=1, stable=True)
+        inputs_embeds = inputs_embeds.take_along_dim(order[..., None], dim=1)
+        attention_mask = attention_mask.take_along_dim(order, dim=1)
         generation_config = copy.deepcopy(generation_config or self.generation_config)
         kwargs = generation_config.update(**kwargs)  # what is no generation setting: streamer, logits_processor, ...
         return self.caption_head.generate(
@@ -597,6 +597,14 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
             caption_embeds = self.encode(pixel_values, image_features)
         context = self.encode_context(caption_embeds)
         denoising_loss = caption_loss = logits = None
+        _check_batch(
+            context,
+            decoder_pixel_values=decoder_pixel_values,
+            latents=latents,
+            noise=noise,
+            timesteps=timesteps,
+            labels=labels,
+        )
         if latents is None and decoder_pixel_values is not None:
             with torch.no_grad():
                 latents = self.encode_latents(decoder_pixel_values)
@@ -717,13 +725,11 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
     def _check_pixel_values(self, pixel_values):
         if pixel_values is None:
             raise ValueError("Nothing to encode: give pixel_values, image_features or caption_embeds.")
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
+        _check_images("pixel_values", pixel_values, "from the processor")
+        if not torch.compiler.is_compiling() and not pixel_values.abs().amax() <= 20:  # nor is NaN
             raise ValueError(
-                f"pixel_values are {tuple(pixel_values.shape)} {pixel_values.dtype}: expected floats of shape "
-                "(batch, 3, height, width) from the processor."
+                "pixel_values are not normalised (values beyond 20) or not finite: take them from the processor."
             )
-        if not torch.compiler.is_compiling() and pixel_values.abs().amax() > 20:
-            raise ValueError("pixel_values are not normalised (values beyond 20): take them from the processor.")
         vision = self.config.encoder_config.vision_config
         stride = 1
         for step in vision.patch_stride:
@@ -755,6 +761,24 @@ class VLVForConditionalGeneration(VLVModel):
         config = copy.copy(config)  # the caller's keeps its decoder
         config.decoder_config = None
         super().__init__(config)
+
+
+def _check_images(name, images, source):
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f"{name} are a {type(images).__name__}: expected a tensor {source}.")
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
+        raise ValueError(
+            f"{name} are {tuple(images.shape)} {images.dtype}: expected floats of shape (batch, 3, height, width) "
+            f"{source}."
+        )
+
+
+def _check_batch(context, **inputs):
+    for name, tensor in inputs.items():
+        if tensor is not None and len(tensor) != len(context):
+            raise ValueError(
+                f"There are {len(context)} images, but {len(tensor)} rows of {name}: each image needs its own."
+            )
 
 
 def _cast(tensor: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
