@@ -29,15 +29,14 @@ for folder in map(Path, sys.argv[2:]):
 """
 
 
-def test_fresh_process(tmp_path):
+def test_fresh_process(tmp_path, tiny_repo):
     pixel_values, _ = tiny.pixels(2)
     inputs = {"pixel_values": pixel_values, "input_ids": torch.arange(12).reshape(2, 6)}
     save_file(inputs, tmp_path / "inputs.safetensors")
     models = {}
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(dtype)
-        models[folder] = tiny.model().to(dtype)
-        models[folder].config.dtype = dtype
+        models[folder] = VLVModel.from_pretrained(tiny_repo, dtype=dtype).eval()
         models[folder].save_pretrained(folder)
     command = [sys.executable, "-c", FRESH, str(tmp_path / "inputs.safetensors"), *map(str, models)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
