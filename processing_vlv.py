@@ -1,5 +1,6 @@
 """Processor of a VLV: images to tensors, captions to token ids and back."""
 
+import http.client
 import io
 import os
 import urllib.request
@@ -29,12 +30,16 @@ def load_image(source: Any) -> Image.Image:
             or a row of `datasets` (`{"bytes": ..., "path": ...}`).
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or the URL cannot be fetched.
         ValueError: the file is empty, no image, cut short or too large; the sentence begins with its name.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "image")
     if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,), (4,)):
+            raise ValueError(
+                f"The image array is {source.shape} {source.dtype}: expected (height, width[, 3 or 4]) of uint8."
+            )
         return _to_rgb(Image.fromarray(source), "image array")
     if isinstance(source, dict) and "bytes" in source:
         name = source.get("path") or "image"
@@ -49,8 +54,11 @@ def load_image(source: Any) -> Image.Image:
 
 def _read(source, name):
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        with urllib.request.urlopen(source, timeout=30) as response:
-            source = response.read()
+        try:
+            with urllib.request.urlopen(source, timeout=30) as response:
+                source = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise OSError(f"{name}: it cannot be fetched ({error}).") from error
     if isinstance(source, (str, os.PathLike)):
         if not os.path.exists(source):
             raise FileNotFoundError(f"{name}: there is no such file.")
@@ -185,19 +193,21 @@ class VLVProcessor(ProcessorMixin):
             - **decoder_pixel_values** `(B, 3, h, w)` float32 in -1..1.
             - **input_ids**, **attention_mask**, **labels** `(B, T)` int64.
         """
-        if images is None and text is None:
+        images = [] if images is None else _as_list(images)
+        text = [] if text is None else [text] if isinstance(text, str) else list(text)
+        if not images and not text:
             raise ValueError("Nothing to process: give images, text, or both.")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}: VLV works on PyTorch tensors, 'pt'.")
         _check_crop(crop)
         data = {}
-        if images is not None:
-            seen = [self.preprocess_image(image, crop) for image in _as_list(images)]
+        if images:
+            seen = [self.preprocess_image(image, crop) for image in images]
             data["pixel_values"] = self._normalise(seen)
             if return_decoder_pixel_values:
                 data["decoder_pixel_values"] = self._for_decoder(seen)
-        if text is not None:
-            data.update(self._tokenize([text] if isinstance(text, str) else list(text), return_labels, max_length))
+        if text:
+            data.update(self._tokenize(text, return_labels, max_length))
         return BatchFeature(data)
 
     def _normalise(self, images):
