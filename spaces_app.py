@@ -48,7 +48,7 @@ class Studio:
 
     def __init__(self, model: str):
         """`model`: folder or Hub id of a VLV."""
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        device = _find_device()
         dtype = torch.float32 if device.type == "cpu" else "auto"
         self.name = Path(model).name if Path(model).is_dir() else model
         self.model = AutoModel.from_pretrained(model, trust_remote_code=True, dtype=dtype).to(device).eval()
@@ -166,11 +166,17 @@ class Studio:
         )[0]
 
 
+def _find_device():
+    if torch.cuda.is_available():  # asked first, because this is what ZeroGPU answers before there is a GPU
+        return torch.device("cuda")
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 def build_app(studio: Studio) -> gr.Blocks:
     """The page: a tab for each thing that the studio's model has the parts for."""
     config = studio.model.config
     on_gpu = spaces.GPU if spaces else lambda function: function
-    look = ["picture", "pixelated"] if (config.image_size or SHOWN_PIXELS) <= 128 else ["picture"]
+    look = ["picture", "pixelated"] if studio.processor.decoder_image_size <= 128 else ["picture"]
     with gr.Blocks(title="VLV", delete_cache=(3600, 86400), analytics_enabled=False) as app:
         gr.Markdown(f"{INTRODUCTION}\nThis one is **{studio.name}**.")
         if config.caption_config is not None:

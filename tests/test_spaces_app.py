@@ -53,7 +53,7 @@ class App:
             )
 
     def __enter__(self):
-        for _ in range(1200):
+        for _ in range(6000):  # importing everything takes minutes on a busy machine
             if "Running on local URL" in self.log.read_text():
                 return self
             assert self.process.poll() is None, self.log.read_text()
@@ -127,6 +127,27 @@ def test_caption_streams(client, pictures):
     assert len(parts) > 1
     assert all(caption.startswith(part.strip()) for part in parts)
     assert all(longer.startswith(part) for part, longer in zip(parts, parts[1:], strict=False))
+
+
+def test_a_caption_that_fails_midway_ends_in_its_error(tiny_processor):
+    import spaces_app
+
+    class Failing(spaces_app.Studio):
+        def __init__(self):
+            self.processor = tiny_processor
+
+        def _read(self, file):
+            return None
+
+        _encode = _read
+
+        def _write(self, caption_embeds, streamer, **settings):
+            streamer.put(torch.zeros(1, 0, dtype=torch.long))
+            streamer.put(torch.tensor([65]))
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(Failing().caption("picture.png"))
 
 
 def test_reconstruct_is_the_models(client, captioner, pictures, tiny_model, tiny_processor):
