@@ -150,4 +150,9 @@ def _plain(value):
     return value
 
 
+if __name__ == "configuration_vlv":
+    # Installed, not loaded as a repo's code: AutoTokenizer asks for a repo's config before it loads the tokenizer, and
+    # would ask the user whether to trust the repo's code where the same code is at hand.
+    AutoConfig.register("vlv", VLVConfig, exist_ok=True)
+
 __all__ = ["VLVConfig"]
