@@ -1,0 +1,40 @@
+"""Puts a trained vlv-tiny into the package: `python -m vlv.bundle OUTPUTS`, the folder `make tiny` trained into."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from modeling_vlv import CODE_FILES
+from vlv import tiny_checkpoint
+
+STEPS = ("vae", "teacher", "encoder", "language", "autoencode", "caption")
+
+
+def bundle(outputs: Path, checkpoint: Path) -> None:
+    """
+    Makes `checkpoint` the final model of `outputs`, with what is known of its making in `training/`: each step's
+    recipe, and the record (settings, seed, commit, versions, loss log) that its run left.
+
+    Raises:
+        FileNotFoundError: when a step has not been trained to its end.
+    """
+    for step in STEPS:
+        if not (outputs / step / "training.json").is_file():
+            raise FileNotFoundError(f"{outputs / step} holds no finished training: run `make tiny` first.")
+    root = Path(__file__).resolve().parents[1]
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    shutil.copytree(
+        outputs / "caption", checkpoint, ignore=shutil.ignore_patterns("checkpoint-*", "*.py", "training.json")
+    )
+    for name in CODE_FILES:  # one copy of the code in the repository; a wheel holds the files themselves
+        (checkpoint / name).symlink_to(os.path.relpath(root / name, checkpoint))
+    for step in STEPS:
+        folder = checkpoint / "training" / step
+        folder.mkdir(parents=True)
+        shutil.copy(outputs / step / "training.json", folder)
+        shutil.copy(root / "recipes" / "tiny" / f"{step}.yaml", folder / "recipe.yaml")
+
+
+if __name__ == "__main__":
+    bundle(Path(sys.argv[1]), Path(tiny_checkpoint()))
