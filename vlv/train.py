@@ -99,9 +99,7 @@ def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]
         FileNotFoundError: when there is no such recipe.
     """
     if not argv or argv[0].startswith("-"):
-        parser = CommandParser(Settings, TrainArguments, prog="vlv train", description=__doc__)
-        parser.add_argument("recipe", help="YAML file of settings")
-        parser.parse(argv)
+        recipe_parser(Settings).parse(argv)
     file = Path(argv[0])
     if not file.is_file():
         raise FileNotFoundError(f"There is no recipe {file}; the ones that come with this project are in recipes/.")
@@ -113,8 +111,7 @@ def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]
         raise ValueError(f"{file} must be a YAML mapping of settings that names its stage, e.g. 'stage: caption'.")
 
     stage_type = stage_class(recipe["stage"])
-    parser = CommandParser(stage_type.Settings, TrainArguments, prog="vlv train", description=__doc__)
-    parser.add_argument("recipe", help="YAML file of settings")
+    parser = recipe_parser(stage_type.Settings)
     known = [entry.name for kind in (stage_type.Settings, TrainArguments) for entry in fields(kind) if entry.init]
     for key in recipe:
         if key not in known:
@@ -125,6 +122,13 @@ def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]
     if settings.stage != recipe["stage"]:
         raise ValueError(f"{file} is a recipe for the stage '{recipe['stage']}'; --stage cannot change it.")
     return stage_type, settings, args
+
+
+def recipe_parser(settings_type: type[Settings]) -> CommandParser:
+    """Of a stage's settings and all training arguments; a name cut short is no name, lest a typo pass for another."""
+    parser = CommandParser(settings_type, TrainArguments, prog="vlv train", description=__doc__, allow_abbrev=False)
+    parser.add_argument("recipe", help="YAML file of settings")
+    return parser
 
 
 def changed_arguments(args: TrainArguments) -> dict[str, Any]:
