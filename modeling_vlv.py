@@ -701,13 +701,19 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         config = VLVConfig(
             encoder_config=florence_config,
             text_encoder_config=clip.config,
-            decoder_config={"unet": dict(unet.config), "vae": dict(vae.config), "scheduler": dict(scheduler_config)},
+            decoder_config={
+                name: {key: value for key, value in settings.items() if key != "_name_or_path"}
+                for name, settings in (("unet", unet.config), ("vae", vae.config), ("scheduler", scheduler_config))
+            },
             caption_config=None if llm is None else llm.config,
             num_queries=positions if num_queries is None else num_queries,
             image_size=image_size,
             prompt_ids=prompt_ids,
             empty_prompt_ids=empty_prompt_ids,
         )
+        for part in (config.encoder_config, config.text_encoder_config, config.caption_config):
+            if part is not None:
+                part._name_or_path = ""  # a folder of this machine says nothing on the next
         dtype = dtype or functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
         # The library's own loading places the weights, ties what each part ties, and makes new what no part has.
         model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **kwargs)
