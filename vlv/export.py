@@ -1,5 +1,6 @@
 """A VLV taken apart again: each part in the format of its own library, for `vlv export`."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, Florence2ForConditionalGeneration
 
-from modeling_vlv import VLVModel
+from modeling_vlv import VLVModel, module_weights
 from processing_vlv import VLVProcessor
 
 ADAPTERS = ("queries", "projection", "prefix_projection")  # what a VLV has of its own
@@ -40,10 +41,12 @@ def export_parts(model: VLVModel, processor: VLVProcessor, folder: str | Path) -
 
 
 def _export_encoder(model, processor, folder):
-    with torch.device("meta"):
-        florence = Florence2ForConditionalGeneration(model.config.encoder_config)
-    florence.model = model.encoder
-    florence.tie_weights()  # its language head is the word embeddings
+    weights = {f"model.{name}": weight for name, weight in module_weights(model.encoder).items()}
+    config = copy.deepcopy(model.config.encoder_config)
+    config.tie_word_embeddings = True  # the language head is the word embeddings; not all releases take it for granted
+    florence = Florence2ForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=weights, dtype=model.encoder.dtype
+    )
     florence.save_pretrained(folder)
     if processor.encoder_tokenizer is not None:
         processor.encoder_tokenizer.save_pretrained(folder)
