@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from configuration_vlv import VLVConfig
@@ -17,13 +17,11 @@ from vlv import tiny_checkpoint
 
 Model = TypeVar("Model", bound=VLVModel)
 
-# The installed code reads every VLV: code that lies beside the weights is never run, nor asked about.
-AutoConfig.register(VLVConfig.model_type, VLVConfig, exist_ok=True)
-
 
 def load_captioner(source: str | None, device: str = "auto") -> tuple[VLVForConditionalGeneration, VLVProcessor]:
     """
-    Load what writes captions: the model without UNet and VAE, and its processor.
+    Load what writes captions: the model without UNet and VAE, and its processor. It is the installed code that reads
+    the checkpoint; code that lies beside the weights is never run.
 
     Args:
         source: folder or Hub id; `None` is the bundled checkpoint.

@@ -20,9 +20,9 @@ class CaptionArguments:
     output: str | None = field(
         default=None,
         metadata={
-            "help": "File to write, such as captions.jsonl: one JSON object per image with file_name and text. "
-            "Written into the folder of images as metadata.jsonl, it makes that an ImageFolder. Without --output, the "
-            "captions are printed, each behind its file's name and a tab."
+            "help": "File to write, such as captions.jsonl: one JSON object per image with file_name (its path below "
+            "the folder given) and text. Written into that folder as metadata.jsonl, it makes it an ImageFolder. "
+            "Without --output, the captions are printed, each behind its file's name and a tab."
         },
     )
     batch_size: int = field(default=8, metadata={"help": "Images that are captioned at once."})

@@ -1,12 +1,13 @@
 """`vlv demo`: caption and rebuild drawn scenes that the bundled checkpoint never saw."""
 
 import json
-import shutil
-import textwrap
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from vlv.commands.parser import CommandParser
@@ -68,22 +69,16 @@ def main(argv: list[str]) -> None:
     )
     sheet.save(folder / "reconstructions.png")
 
-    print(_table([(name, captions[name], truths[name]) for name in truths]))
+    Console().print(_table([(name, captions[name], truths[name]) for name in truths]))
     right = sum(captions[name] == truths[name] for name in truths)
     print(f"{right} of {NUM_SCENES} captions are exactly right.")
     print(f"The captions are in {folder / 'captions.jsonl'}; look at {folder / 'reconstructions.png'}.")
 
 
-def _table(rows: list[tuple[str, str, str]]) -> str:
+def _table(rows: list[tuple[str, str, str]]) -> Table:
     """File, caption and truth side by side, wrapped to the terminal."""
-    names = max(len(name) for name, _, _ in rows)
-    width = max(24, (min(shutil.get_terminal_size((120, 24)).columns, 160) - names - 8) // 2)
-    lines = [f"  {'file':<{names}}  {'caption':<{width}}  drawn", "─" * (names + 2 * width + 6)]
+    table = Table("", "file", "caption", "drawn", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name, caption, truth in rows:
-        mark = "✓" if caption == truth else "✗"
-        columns = ([f"{mark} {name}"], textwrap.wrap(caption, width), textwrap.wrap(truth, width))
-        lines += [
-            f"{first:<{names + 2}}  {second:<{width}}  {third}".rstrip()
-            for first, second, third in zip_longest(*columns, fillvalue="")
-        ]
-    return "\n".join(lines)
+        mark = Text("✓", "green") if caption == truth else Text("✗", "red")
+        table.add_row(mark, name, Text(caption), Text(truth))
+    return table
