@@ -19,7 +19,15 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 
-class _ImagePipeline(Pipeline):
+class _ProcessorReadsImages:
+    """The library's batching and `save_pretrained` know no processor, but ask for the image processor within it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.image_processor = self.processor
+
+
+class _ImagePipeline(_ProcessorReadsImages, Pipeline):
     """
     Images in, one result each: a single image gives its result or raises; of several, an unreadable one gives a row
     `{..., "error": sentence}` in its place, so that the others are not lost.
@@ -96,8 +104,22 @@ class VLVReconstructionPipeline(_ImagePipeline):
         return Image.fromarray((pixels * 255).round().to(torch.uint8).cpu().numpy())
 
 
-class VLVImageTextToTextPipeline(ImageTextToTextPipeline):
+class VLVImageTextToTextPipeline(_ProcessorReadsImages, ImageTextToTextPipeline):
     """The stock `pipeline("image-text-to-text")`; `text` is the caption's beginning, which the model continues."""
 
     def check_model_type(self, supported_models):
         """The stock list holds only the library's own classes and would log an error for any other."""
+
+    def preprocess(self, inputs=None, **kwargs):
+        if isinstance(inputs, dict):  # read as everywhere else: transparency over white, clear errors
+            images = inputs["images"]
+            images = [load_image(image) for image in images] if isinstance(images, list) else load_image(images)
+            inputs = {**inputs, "images": images}
+        return super().preprocess(inputs, **kwargs)
+
+    def _forward(self, model_inputs, generate_kwargs=None):
+        output = super()._forward(model_inputs, generate_kwargs)
+        # generate() returns only what is new. The stock postprocess() looks for the text at its beginning, to cut it
+        # off, and would find the "a" of "a" + " large square" in " large": there is nothing for it to find.
+        output["input_ids"] = output["input_ids"][:, :0]
+        return output

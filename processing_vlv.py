@@ -281,7 +281,10 @@ class VLVProcessor(ProcessorMixin):
         }
         settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
         processor._part_tokenizers = {
-            name: AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=name, **hub_kwargs)
+            # With a config at hand none is looked for, which these folders lack: offline, that is an error.
+            name: AutoTokenizer.from_pretrained(
+                pretrained_model_name_or_path, subfolder=name, config=PreTrainedConfig(), **hub_kwargs
+            )
             for name in settings.get("part_tokenizers", ())
         }
         return processor
