@@ -72,7 +72,7 @@ class Studio:
             caption = pool.submit(self._write, caption_embeds, streamer=streamer, **settings)
             caption.add_done_callback(lambda _: streamer.end())  # also when writing has failed: the loop must end
             written = ""
-            for piece in streamer:
+            for piece in filter(None, streamer):  # nothing comes in the middle of a word
                 written += piece
                 yield written
             yield caption.result()

@@ -21,7 +21,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import Qwen2Tokenizer, pipeline
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
@@ -72,8 +72,22 @@ class App:
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory, tiny_repo):
-    with App(tmp_path_factory.mktemp("app") / "log.txt", "--model", tiny_repo) as app:
+def repo(tmp_path_factory, tiny_model):
+    """The tiny VLV with a tokenizer that reads its favourite letter as a space: its captions are words, and stream."""
+    processor = tiny.processor()
+    tokens = ["<|endoftext|>", *tiny.BYTES]
+    letter, space = tokens.index("o"), tokens.index("\u0120")
+    tokens[letter], tokens[space] = tokens[space], tokens[letter]
+    processor.tokenizer = Qwen2Tokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
+    folder = tmp_path_factory.mktemp("repo")
+    tiny_model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory, repo):
+    with App(tmp_path_factory.mktemp("app") / "log.txt", "--model", repo) as app:
         yield app
 
 
@@ -83,8 +97,8 @@ def client(app):
 
 
 @pytest.fixture(scope="module")
-def captioner(tiny_repo):
-    return pipeline("image-to-text", model=str(tiny_repo), trust_remote_code=True)
+def captioner(repo):
+    return pipeline("image-to-text", model=str(repo), trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +134,11 @@ def test_caption_is_the_pipelines(client, captioner, pictures, num_beams):
 
 
 def test_caption_streams(client, pictures):
-    job = client.submit(upload(pictures[0]), NEW_TOKENS, api_name="/caption")
+    job = client.submit(upload(pictures[0]), 100, api_name="/caption")
     caption = job.result()
     *parts, last = job.outputs()
     assert last == caption
-    assert len(parts) > 1
+    assert len(set(parts)) > 2
     assert all(caption.startswith(part.strip()) for part in parts)
     assert all(longer.startswith(part) for part, longer in zip(parts, parts[1:], strict=False))
 
@@ -464,7 +478,7 @@ def test_caption_in_the_browser(page, captioner, pictures):
     tab = open_tab(page, "Caption")
     choose_file(tab, "Image", pictures[2])
     tab.get_by_text("Settings").click()
-    set_number(tab, "Longest caption", NEW_TOKENS)
+    set_number(tab, "Longest caption", 200)
     # Every text that the box shows, in order.
     tab.locator("textarea").evaluate(
         """area => {
@@ -474,7 +488,7 @@ def test_caption_in_the_browser(page, captioner, pictures):
         }"""
     )
     tab.get_by_role("button", name="Caption", exact=True).click()
-    expected = caption_of(captioner, str(pictures[2]))
+    expected = caption_of(captioner, str(pictures[2]), max_new_tokens=200)
     page.wait_for_function("text => window.shown.at(-1) === text", arg=expected)
     shown = [text for text in page.evaluate("window.shown") if text]
     assert len(shown) > 1

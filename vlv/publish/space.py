@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 
@@ -28,11 +28,21 @@ def build_space_repo(folder: Path, model_id: str, files: Sequence[ImageFile], li
     """
     Write a Space that runs `spaces_app.py` on the model `model_id` into `folder`; the app finds the model's name in
     the README's metadata. The versions are the ones of this Python, with which the model was proven.
+
+    Raises:
+        ValueError: when one of them is not installed here.
     """
+    try:
+        gradio = version("gradio")
+        pinned = [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
+    except PackageNotFoundError as error:
+        raise ValueError(
+            f"A Space runs with the versions that are installed here, and {error.name} is not: pip install '.[space]'."
+        ) from error
     card = SpaceCardData(
         title=f"{model_id.partition('/')[2]} playground",
         sdk="gradio",
-        sdk_version=version("gradio"),
+        sdk_version=gradio,
         python_version=".".join(python_version().split(".")[:2]),
         app_file=APP.name,
         license=license,
@@ -44,7 +54,6 @@ def build_space_repo(folder: Path, model_id: str, files: Sequence[ImageFile], li
     )
     content = f"---\n{card.to_yaml()}\n---\n\nCaptions, reconstructions and compositions with "
     RepoCard(f"{content}[{model_id}](https://huggingface.co/{model_id}).\n").save(folder / "README.md")
-    pinned = [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
     (folder / "requirements.txt").write_text("\n".join(pinned) + "\n", encoding="utf-8")
     shutil.copyfile(APP, folder / APP.name)
     (folder / "examples").mkdir()
