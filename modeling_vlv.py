@@ -55,6 +55,9 @@ HUB_KWARGS = ("revision", "token", "local_files_only", "cache_dir", "force_downl
 # What Florence-2's processor makes of <MORE_DETAILED_CAPTION>, which is what the paper asks it.
 TASK_PROMPT = "Describe with a paragraph what is shown in the image."
 
+# Room for a detailed caption, as in the paper; a trained model ends it by itself.
+MAX_NEW_TOKENS = 300
+
 # What each stage trains unless told otherwise (paper section 3; REFERENCE table in docs/training.md).
 STAGES = {
     "autoencode": ("queries", "projection", "language_model"),
@@ -719,6 +722,8 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **kwargs)
         if llm is not None:
             model.generation_config = llm.generation_config
+            if model.generation_config.max_new_tokens is None:  # the library would stop after 20 tokens
+                model.generation_config.max_new_tokens = MAX_NEW_TOKENS
         return model
 
     # ---- checks --------------------------------------------------------------------------------------------
