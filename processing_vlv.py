@@ -87,11 +87,13 @@ def _read(source, name):
 def _to_rgb(image, name):
     if image.width == 0 or image.height == 0:
         raise ValueError(f"{name}: the image has no pixels.")
+    # Older releases of PIL open a PNG of 16 bits in the mode of 32.
+    is_16_bits = image.mode.startswith("I;16") or image.format == "PNG"
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
         top = float(values.max())
-        scale = 255.0 if image.mode == "F" and top <= 1 else 1.0 if top <= 255 and image.mode != "I;16" else 1 / 257
+        scale = 255.0 if image.mode == "F" and top <= 1 else 1.0 if top <= 255 and not is_16_bits else 1 / 257
         image = Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
