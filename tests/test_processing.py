@@ -134,12 +134,11 @@ def test_cmyk(tmp_path, picture):
     assert_looks_like(load_image(tmp_path / "print.jpg"), picture, tolerance=16)
 
 
-@pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_sixteen_bits_keep_their_brightness(tmp_path, suffix):
-    values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
-    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+@pytest.mark.parametrize(("suffix", "dtype"), [("png", "<u2"), ("tiff", "<u2"), ("tiff", ">u2")])
+def test_sixteen_bits_keep_their_brightness(tmp_path, suffix, dtype):
+    Image.fromarray(np.array([[0, 257, 128 * 257, 65535]], dtype)).save(tmp_path / f"deep.{suffix}")
     assert pixels(load_image(tmp_path / f"deep.{suffix}"))[0, :, 0].tolist() == [0, 1, 128, 255]
-    Image.fromarray(np.array([[0, 200]], np.uint16)).save(tmp_path / f"dark.{suffix}")  # nearly black, and stays so
+    Image.fromarray(np.array([[0, 200]], dtype)).save(tmp_path / f"dark.{suffix}")  # nearly black, and stays so
     assert pixels(load_image(tmp_path / f"dark.{suffix}"))[0, :, 0].tolist() == [0, 1]
 
 
