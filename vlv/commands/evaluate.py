@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
 
 
 # What the numbers depend on; where they were computed and in which batches is no part of them.
-_SETTINGS = ("metrics", "num", "seed", "num_inference_steps", "guidance_scale")
+_SETTINGS = ("num", "seed", "num_inference_steps", "guidance_scale")
 
 
 def table(metrics: dict[str, Measurement]) -> Table:
