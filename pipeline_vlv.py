@@ -1,6 +1,5 @@
 """The pipelines that a VLV repo brings along: image-to-text, image-text-to-text and image-to-image."""
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,24 +43,25 @@ class _ImagePipeline(_ProcessorReadsImages, Pipeline):
             inputs: a path, URL, bytes, PIL image or array; or a list, generator, `datasets` column or torch dataset of
                 them. Generators and datasets are answered by an iterator, anything else by a list.
         """
-        if isinstance(inputs, (str, bytes, os.PathLike, Image.Image, np.ndarray)) or hasattr(inputs, "read"):
+        if isinstance(inputs, Dataset):
+            return super().__call__(inputs, **kwargs)
+        if isinstance(inputs, (list, tuple)):
+            return super().__call__(list(inputs), **kwargs) if inputs else []
+        one = isinstance(inputs, (str, bytes, bytearray, dict, np.ndarray)) or hasattr(inputs, "read")
+        if one or not isinstance(inputs, Iterable):
             return super().__call__(load_image(inputs), **kwargs)
-        if (
-            isinstance(inputs, Iterable)
-            and not isinstance(inputs, (list, dict, Dataset))
-            and hasattr(inputs, "__len__")
-        ):
-            return list(super().__call__((image for image in inputs), **kwargs))
-        return super().__call__(inputs, **kwargs)
+        answers = super().__call__((image for image in inputs), **kwargs)
+        return list(answers) if hasattr(inputs, "__len__") else answers
 
     def preprocess(self, image, crop=None):
+        error = None
         try:
-            return {"pixel_values": self.processor(images=image, crop=crop)["pixel_values"], "error": None}
-        except (ValueError, OSError) as error:
-            logger.warning(f"Left out: {error}")
+            image = load_image(image)
+        except (ValueError, OSError) as reason:
+            logger.warning(f"Left out: {reason}")
             # A blank keeps the batch in shape; what is made of it is thrown away again.
-            blank = Image.new("RGB", (self.processor.image_width, self.processor.image_height))
-            return {"pixel_values": self.processor(images=blank)["pixel_values"], "error": str(error)}
+            image, error = Image.new("RGB", (self.processor.image_width, self.processor.image_height)), str(reason)
+        return {"pixel_values": self.processor(images=image, crop=crop)["pixel_values"], "error": error}
 
 
 class VLVImageToTextPipeline(_ImagePipeline):

@@ -230,6 +230,24 @@ def generation_arguments(repo, pictures, output):
 
 
 @door
+def dtype_and_device(repo, pictures, output):
+    paths = [str(pictures / name) for name in NAMES]
+    answers = {}
+    for name, arguments in {
+        "bfloat16": {"dtype": torch.bfloat16},
+        "float16": {"dtype": "float16"},
+        "device": {"device": "cpu"},
+        "device_map": {"device_map": "auto"},
+    }.items():
+        captions = pipeline("image-to-text", model=repo, trust_remote_code=True, **arguments)
+        answers[name] = {
+            "dtype": str(captions.model.dtype),
+            "texts": texts(captions(paths, batch_size=2, **GREEDY)),
+        }
+    return answers
+
+
+@door
 def an_unreadable_picture(repo, pictures, output):
     paths = [str(pictures / name) for name in ("0.png", "broken.png", "2.png")]
     answers = {str(size): captioner(repo)(paths, batch_size=size, **GREEDY) for size in (1, 3)}

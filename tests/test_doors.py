@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
@@ -22,13 +23,14 @@ from transformers import Trainer, TrainingArguments
 from configuration_vlv import AUTO_MAP, CUSTOM_PIPELINES
 from modeling_vlv import CODE_FILES, VLVModel
 
+OLDEST = transformers.__version__.startswith("5.0.")  # some of its doors are narrower, for every model
 ROOT = Path(__file__).parent.parent
 STRANGER = Path(__file__).parent / "stranger.py"
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 DOORS = (
     "package_is_hidden", "auto_config", "auto_processor", "auto_model", "auto_model_for_image_text_to_text",
-    "one_picture", "several_pictures", "generation_arguments", "an_unreadable_picture", "image_text_to_text",
-    "image_to_image", "save_again", "save_a_captioner_again", "save_a_pipeline_again",
+    "one_picture", "several_pictures", "generation_arguments", "dtype_and_device", "an_unreadable_picture",
+    "image_text_to_text", "image_to_image", "save_again", "save_a_captioner_again", "save_a_pipeline_again",
 )  # fmt: skip
 
 
@@ -139,6 +141,7 @@ def test_nothing_is_warned_about(answers):
     """But for the unreadable pictures, which are."""
     alarming = ("Warning", "warning", "UNEXPECTED", "MISSING", "newly initialized", "not supported", "deprecated")
     lines = [line for line in answers.stderr.splitlines() if any(word in line for word in alarming)]
+    lines = [line for line in lines if "/site-packages/diffusers/" not in line]  # of its own code, on import
     assert not lines
     assert "broken.png: the image is damaged or cut short" in answers.stderr
 
@@ -158,7 +161,10 @@ def test_image_to_text_of_one_picture(answers, captions, kind):
 def test_image_to_text_of_several_pictures(answers, captions, kind, batch_size):
     answer = answers["several_pictures"][f"{kind}, {batch_size}"]
     assert answer["texts"] == rows(captions)
-    assert answer["type"] == ("PipelineIterator" if kind in ("generator", "key dataset") else "list")
+    if kind in ("generator", "key dataset"):
+        assert answer["type"] == "PipelineIterator" or (OLDEST and answer["type"] == "list")
+    else:
+        assert answer["type"] == "list"
 
 
 def test_image_to_text_takes_generation_arguments(answers, tiny_model, tiny_processor, inputs):
@@ -181,6 +187,14 @@ def test_image_to_text_crops_when_asked(answers, tiny_model, tiny_processor, pic
     expected = tiny_processor.batch_decode(tiny_model.generate(**inputs, **GREEDY))
     assert expected != captions
     assert answers["generation_arguments"]["crop"] == rows(expected)
+
+
+def test_image_to_text_in_any_precision_and_place(answers, captions):
+    answer = answers["dtype_and_device"]
+    dtypes = {name: row["dtype"].removeprefix("torch.") for name, row in answer.items()}
+    assert dtypes == {"bfloat16": "bfloat16", "float16": "float16", "device": "float32", "device_map": "float32"}
+    assert answer["device"]["texts"] == answer["device_map"]["texts"] == rows(captions)
+    assert all(len(row["texts"]) == 3 and all(row["texts"]) for row in answer.values())
 
 
 @pytest.mark.parametrize("how", ["1", "3", "generator"])
@@ -227,6 +241,7 @@ def test_image_text_to_text_of_several_pictures(answers, continuations, how):
     assert [row["input_text"] for row in answer] == ["a", "two small", ""]
 
 
+@pytest.mark.skipif(OLDEST, reason="5.0's image-text-to-text returns one caption, whatever it is asked for")
 def test_image_text_to_text_writes_several_captions(answers, tiny_model, tiny_processor, inputs):
     ids = tiny_model.generate(
         inputs["pixel_values"][:1], **tiny_processor(text="a"), num_beams=3, num_return_sequences=2, **GREEDY
@@ -299,6 +314,7 @@ def test_a_captioner_of_remote_code_is_saved_as_a_complete_repo(answers, tmp_pat
     assert VLVModel.from_pretrained(answers.output / "captioner").unet is None
 
 
+@pytest.mark.skipif(OLDEST, reason="5.0 cannot save any pipeline")
 def test_a_pipeline_of_remote_code_is_saved_as_a_repo_that_captions(answers, captions):
     assert answers["save_a_pipeline_again"] == rows(captions)
 
