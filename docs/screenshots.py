@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> None:
                 executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
             )
             page = browser.new_page(viewport={"width": 1120, "height": 820}, device_scale_factor=1.5)
+            page.set_default_timeout(600_000)
             page.goto(URL)
             for tab in ("Caption", "Reconstruct", "Compose"):
                 take(page, tab)
@@ -50,12 +51,14 @@ def take(page: Page, tab: str) -> None:
     page.get_by_role("tab", name=tab).click()
     panel = page.locator("[role=tabpanel]:visible")
     panel.locator(".gallery-item, tbody tr").first.click()
-    panel.locator("img").first.wait_for()
-    page.wait_for_timeout(1000)
-    with page.expect_response(lambda response: "/queue/data" in response.url) as answer:
-        panel.get_by_role("button", name=tab, exact=True).click()
-    answer.value.finished()
-    page.wait_for_timeout(1500)
+    panel.locator(".picture img").first.wait_for()
+    page.wait_for_load_state("networkidle")
+    panel.get_by_role("button", name=tab, exact=True).click()
+    if tab == "Compose":
+        panel.locator(".picture img").nth(2).wait_for(timeout=600_000)
+    else:
+        page.wait_for_function("[...document.querySelectorAll('textarea')].some(a => a.offsetParent && a.value)")
+    page.wait_for_timeout(3000)  # until the last word has come and the progress bar has gone
     page.mouse.move(0, 0)
     page.screenshot(path=DOCS / f"app-{tab.lower()}.png")
 

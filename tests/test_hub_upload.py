@@ -49,6 +49,9 @@ def source(tmp_path_factory, tiny_model, tiny_processor):
     tiny_processor.save_pretrained(folder)
     (folder / "results.json").write_text(json.dumps(RESULTS))
     (folder / "training.json").write_text(json.dumps(TRAINING))
+    earlier = {**TRAINING, "recipe": {"stage": "vae", "dataset": "/data/scenes"}, "steps": 1000, "commit": None}
+    (folder / "training" / "vae").mkdir(parents=True)
+    (folder / "training" / "vae" / "training.json").write_text(json.dumps(earlier))
     return folder
 
 
@@ -76,7 +79,8 @@ def test_the_repo_is_complete(built, source):
     for name in (
         *("configuration_vlv.py", "modeling_vlv.py", "processing_vlv.py", "pipeline_vlv.py"),
         *("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"),
-        *("LICENSE", "README.md", "results.json", "training.json", "model.safetensors.index.json"),
+        *("training.json", "training/vae/training.json"),
+        *("LICENSE", "README.md", "results.json", "model.safetensors.index.json"),
     ):
         assert (built / name).is_file(), name
     assert len(list(built.glob("model-*.safetensors"))) > 1
@@ -112,7 +116,8 @@ def test_the_card_tells_what_the_checkpoint_records(built, samples):
         assert f"samples/{sample.name}-rebuilt.png" in text
     assert "vlv evaluate --model ada/vlv-test --num 1000 --seed 3" in text
     assert "| captions | test | exact | 0.9871 | 0.0036 | 1000 |" in text
-    assert "4,200 steps in 11 minutes on cuda:0, seed 7" in text
+    assert "| caption | 4,200 | 11 | cuda:0 | 7 | `0123abc` | [training.json](training.json) |" in text
+    assert text.index("| vae | 1,000 |") < text.index("| caption | 4,200 |")
     assert "learning_rate: 0.001" in text
     assert "no captioner of photographs" in text
     assert "{{" not in text

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from configuration_vlv import VLVConfig
 from modeling_vlv import VLVModel
 from vlv.publish.samples import Sample
+from vlv.stages import STAGES
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
@@ -61,7 +62,7 @@ def model_card(folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sa
     The card of the repo in `folder`.
 
     Args:
-        folder: holds `training.json` and `results.json`, where there are any.
+        folder: holds `results.json`, `training.json` and `training/STAGE/training.json`, where there are any.
         repo_id: user/name.
         model: what was saved there.
         samples: pictures, their captions and reconstructions, in `samples/`.
@@ -69,7 +70,7 @@ def model_card(folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sa
     """
     parts = _parts(model)
     base_models = list(dict.fromkeys(part["origin"] for part in parts if part["origin"]))
-    training, results = _read(folder / "training.json"), _read(folder / "results.json")
+    trainings, results = _trainings(folder), _read(folder / "results.json")
     metrics = [_metric(name, measured) for name, measured in results.get("metrics", {}).items()]
     name = repo_id.partition("/")[2]
     data = ModelCardData(
@@ -78,7 +79,7 @@ def model_card(folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sa
         pipeline_tag="image-to-text",
         language="en",
         base_model=base_models or None,
-        datasets=_datasets(training) or None,
+        datasets=_datasets(trainings) or None,
         tags=["vlv", "image-captioning", "image-to-image", "custom_code", "arxiv:2507.07104"],
         model_name=name,
         eval_results=[_eval_result(metric) for metric in metrics if metric["what"] in _OF_THE_MODEL] or None,
@@ -102,8 +103,7 @@ def model_card(folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sa
         dtype=str(config.dtype).removeprefix("torch."),
         image_size="{image_width}x{image_height}".format(**processor),
         decoder_size=f"{size}x{size}",
-        training=training,
-        recipe=yaml.safe_dump(training.get("recipe"), sort_keys=False).strip(),
+        trainings=trainings,
         metrics=metrics,
         command=_command(repo_id, results),
     )
@@ -165,10 +165,23 @@ def _eval_result(metric):
     )
 
 
-def _datasets(training):
-    """What the recipe trained on, where that is a data set of the Hub."""
-    dataset = (training.get("recipe") or {}).get("dataset")
-    return [dataset] if _is_hub_id(dataset) else []
+def _trainings(folder):
+    """What each training recorded, in the order in which the stages build on each other."""
+    files = [*folder.glob("training/*/training.json"), *folder.glob("training.json")]
+    records = [{**_read(file), "file": file.relative_to(folder).as_posix()} for file in files]
+    for record in records:
+        # Paths of the machine it ran on, and whatever was left alone, tell a reader nothing.
+        recipe = {
+            name: value for name, value in record["recipe"].items() if value is not None and name != "output_dir"
+        }
+        record["yaml"] = yaml.safe_dump(recipe, sort_keys=False).strip()
+    stages = list(STAGES)
+    return sorted(records, key=lambda record: stages.index(record["recipe"]["stage"]))
+
+
+def _datasets(trainings):
+    """What the recipes trained on, where that is a data set of the Hub."""
+    return sorted({record["recipe"]["dataset"] for record in trainings if _is_hub_id(record["recipe"].get("dataset"))})
 
 
 def _command(repo_id, results):

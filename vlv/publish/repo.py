@@ -10,7 +10,8 @@ from vlv.publish.card import model_card
 from vlv.publish.samples import Sample
 
 LICENSE = Path(__file__).parents[2] / "LICENSE"
-RECORDS = ("results.json", "training.json")  # what evaluation and training left beside the weights
+# What evaluation and training left beside the weights; of a training in several stages, a folder of each.
+RECORDS = ("results.json", "training.json", "training/*/*")
 
 
 def build_model_repo(
@@ -41,9 +42,10 @@ def build_model_repo(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     VLVProcessor.from_pretrained(source).save_pretrained(folder)
     shutil.copyfile(LICENSE, folder / "LICENSE")
-    for name in RECORDS:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, folder / name)
+    for record in (file for pattern in RECORDS for file in Path(source).glob(pattern)):
+        target = folder / record.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(record, target)
     (folder / "samples").mkdir()
     for sample in samples:
         sample.image.save(folder / "samples" / f"{sample.name}.png")
