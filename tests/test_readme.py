@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import vlv
-from vlv.evaluation.readme import BLOCK, fill
+from vlv.evaluation.readme import BLOCK, ROWS, fill
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -13,6 +13,7 @@ def test_readme_quotes_the_bundled_results():
     results = json.loads(Path(vlv.tiny_checkpoint(), "results.json").read_text())
     text = README.read_text()
     assert BLOCK.search(text)
+    assert {name for _, name in ROWS} <= results["metrics"].keys()
     assert fill(text, results) == text, "run `python -m vlv.evaluation.readme`"
 
 
