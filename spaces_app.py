@@ -34,7 +34,7 @@ THEME = gr.themes.Soft(
     primary_hue="teal",
     secondary_hue="teal",
     neutral_hue="slate",
-    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 600, 700)), "sans-serif"],
+    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "sans-serif"],
 )
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important }
@@ -255,7 +255,14 @@ def _image_input(label, look):
 
 
 def _image_output(label, look):
-    return gr.Image(label=label, format="png", interactive=False, height=FRAME, elem_classes=look)
+    return gr.Image(
+        label=label,
+        format="png",
+        interactive=False,
+        height=FRAME,
+        buttons=["download", "fullscreen"],
+        elem_classes=look,
+    )
 
 
 def _sampling_settings():

@@ -60,6 +60,7 @@ def take(page: Page, tab: str) -> None:
         page.wait_for_function("[...document.querySelectorAll('textarea')].some(a => a.offsetParent && a.value)")
     page.wait_for_timeout(3000)  # until the last word has come and the progress bar has gone
     page.mouse.move(0, 0)
+    page.evaluate("window.scrollTo(0, 0)")
     page.screenshot(path=DOCS / f"app-{tab.lower()}.png")
 
 
