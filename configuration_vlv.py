@@ -107,6 +107,13 @@ class VLVConfig(PreTrainedConfig):
                 f"num_queries is {self.num_queries}, but the text encoder has {positions} positions: "
                 f"choose between 1 and {positions}."
             )
+        image = self.encoder_config.vision_config.projection_dim
+        language = self.encoder_config.text_config.d_model
+        if image != language:
+            raise ValueError(
+                f"The encoder's image tokens are {image} wide, but its language model is {language} wide: "
+                "set its vision_config.projection_dim to the latter."
+            )
         if self.denoising_loss not in ("mse", "l1"):
             raise ValueError(f"denoising_loss is {self.denoising_loss!r}: choose 'mse' or 'l1'.")
         if self.decoder_config is None:
@@ -118,6 +125,15 @@ class VLVConfig(PreTrainedConfig):
         if cross != width:
             raise ValueError(
                 f"The text encoder is {width} wide, but the UNet attends to a context of width {cross}: "
+                "take both from the same diffusion model."
+            )
+        channels, latent = (
+            self.decoder_config["unet"].get("in_channels", 4),
+            self.decoder_config["vae"].get("latent_channels", 4),
+        )
+        if channels != latent:
+            raise ValueError(
+                f"The VAE's latents have {latent} channels, but the UNet reads {channels}: "
                 "take both from the same diffusion model."
             )
         prediction = self.decoder_config["scheduler"].get("prediction_type", "epsilon")
