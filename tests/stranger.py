@@ -3,10 +3,11 @@ What a user of the Hub types, in a process where this package is not installed, 
 
 `test_doors.py` runs it and judges the answers:
 
-    python tests/stranger.py REPO PICTURES OUTPUT DOOR...
+    python tests/stranger.py REPO PICTURES OUTPUT [--installed] DOOR...
 
 REPO is a folder or an id; PICTURES a folder with 0.png, 1.png, 2.png, clear.png and broken.png; OUTPUT a folder that
-gets answers.json, {door: {"answer": ...} or {"error": traceback}}, and whatever the doors save.
+gets answers.json, {door: {"answer": ...} or {"error": traceback}}, and whatever the doors save. With --installed, the
+package is there as well, and is imported first.
 """
 
 import functools
@@ -29,7 +30,11 @@ class NotInstalled(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-sys.meta_path.insert(0, NotInstalled())
+if "--installed" in sys.argv:
+    sys.argv.remove("--installed")
+    import modeling_vlv  # noqa: F401
+else:
+    sys.meta_path.insert(0, NotInstalled())
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

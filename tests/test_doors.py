@@ -34,6 +34,9 @@ DOORS = (
 )  # fmt: skip
 
 
+pytestmark = pytest.mark.slow
+
+
 class Answers:
     """What the stranger got at each door."""
 
@@ -51,6 +54,8 @@ def ask_stranger(repo, pictures, output, doors, home=None):
     output.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home or output / "home")}
+    if "--installed" in doors:
+        environment["PYTHONPATH"] = str(ROOT)
     process = subprocess.run(
         [sys.executable, STRANGER, str(repo), pictures, output, *doors],
         cwd=output, env=environment, capture_output=True, text=True,
@@ -348,6 +353,22 @@ def test_a_model_of_an_id_is_saved_as_a_complete_repo(id_answers, captions):
     assert_complete_processor(id_answers.output / "again")
     assert id_answers["save_a_captioner_again"] is None
     assert_complete(id_answers.output / "captioner", decoder=False)
+
+
+# ---- the package installed as well -------------------------------------------------------------------------
+
+
+def test_the_doors_are_open_where_the_package_is_installed_too(tiny_repo, pictures, captions, continuations, tmp_path):
+    doors = ("auto_processor", "auto_model", "auto_model_for_image_text_to_text", "one_picture", "image_text_to_text",
+             "save_again")  # fmt: skip
+    answers = ask_stranger(tiny_repo, pictures, tmp_path / "output", ("--installed", *doors))
+    assert answers["auto_processor"]["class"] == "VLVProcessor"
+    assert answers["auto_model"]["captions"] == captions
+    assert answers["auto_model_for_image_text_to_text"]["captions"] == captions
+    assert answers["one_picture"]["path"] == [{"generated_text": captions[0]}]
+    assert answers["image_text_to_text"]["text"][0]["generated_text"] == "a" + continuations[0]
+    assert answers["save_again"] == rows(captions)
+    assert_complete(answers.output / "again")
 
 
 # ---- the stock Trainer -------------------------------------------------------------------------------------

@@ -68,6 +68,11 @@ def test_the_caller_keeps_the_config(tiny_config):
     assert tiny_config.to_dict() == before and parts == before["decoder_config"]
 
 
+def test_a_config_can_be_made_of_nothing():
+    """As the library does, to tell what differs from the defaults."""
+    assert VLVConfig().num_queries == 77
+
+
 # ---- what does not fit together ----------------------------------------------------------------------------
 
 
@@ -81,6 +86,11 @@ def scheduler(**settings):
     return {**parts, "scheduler": {**parts["scheduler"], **settings}}
 
 
+def wide_encoder():
+    encoder = tiny.encoder_config().to_dict()
+    return {**encoder, "text_config": {**encoder["text_config"], "d_model": 64}}
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -88,6 +98,8 @@ def scheduler(**settings):
         ({"num_queries": 0}, "num_queries is 0"),
         ({"denoising_loss": "huber"}, "denoising_loss is 'huber': choose 'mse' or 'l1'"),
         ({"decoder_config": unet(cross_attention_dim=32)}, "text encoder is 24 wide.*UNet.* of width 32"),
+        ({"decoder_config": unet(in_channels=9)}, "latents have 4 channels, but the UNet reads 9"),
+        ({"encoder_config": wide_encoder()}, "image tokens are 32 wide, but its language model is 64 wide"),
         ({"decoder_config": {"unet": {}}}, "decoder_config lacks scheduler, vae"),
         ({"decoder_config": scheduler(prediction_type="sample")}, "predicts 'sample'.*epsilon or v_prediction"),
     ],
