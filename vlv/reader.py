@@ -191,7 +191,10 @@ def degrade(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 class ReadingLessons(Dataset):
-    """Drawings of the train split, most of them degraded, with the labels that `SceneReader.forward` takes."""
+    """Drawings of the train split, most of them degraded, with the labels that `SceneReader.forward` takes.
+
+    A third of them hold any number of objects that fits the grid: what a decoder paints need not be a split's scene.
+    """
 
     def __init__(self, config: SceneReaderConfig, num: int, seed: int):
         self.config, self.num, self.seed = config, num, seed
@@ -200,8 +203,9 @@ class ReadingLessons(Dataset):
         return self.num
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        image, scene = sample_picture("train", index, self.seed)
         rng = np.random.default_rng((index, self.seed))
+        crowd = int(rng.integers(len(self.config.places) + 1)) if rng.random() < 1 / 3 else None
+        image, scene = sample_picture("train", index, self.seed, crowd)
         if rng.random() < 0.8:
             image = degrade(image, rng)
         names = self.config

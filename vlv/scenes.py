@@ -178,17 +178,6 @@ def _outline(shape: str) -> list[tuple[float, float]]:
         return [(-0.87, -0.87), (0.87, -0.87), (0.87, 0.87), (-0.87, 0.87)]
     if shape == "triangle":
         return [(0, -0.95), (1, 0.8), (-1, 0.8)]
-    if shape == "star":
-        turns = [(1.0 if point % 2 == 0 else 0.45, math.pi * point / 5) for point in range(10)]
-        return [(radius * math.sin(turn), 0.05 - radius * math.cos(turn)) for radius, turn in turns]
-    if shape == "heart":
-        return [
-            (
-                math.sin(t) ** 3,
-                -0.1 - (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17,
-            )
-            for t in np.linspace(0, 2 * math.pi, 96)
-        ]
     if shape == "cross":
         arm = 0.34
         corner = [(arm, -1), (arm, -arm), (1, -arm)]
@@ -267,16 +256,17 @@ def split_of(scene: Scene) -> str:
     return split
 
 
-def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
+def sample_scene(split: str, index: int, seed: int = 0, count: int | None = None) -> Scene:
     """The scene number `index` of a split under a seed.
 
-    The number of objects is uniform in 1..`WORLD.max_objects`; given it, every scene of the split is equally likely.
+    The number of objects is `count`, or else uniform in 1..`WORLD.max_objects`; given it, every scene of the split is
+    equally likely.
 
     Raises:
         ValueError: for a split other than train, validation, test and novel.
     """
     rng = np.random.default_rng(_key(split, index, seed))
-    count = int(rng.integers(1, WORLD.max_objects + 1))
+    count = int(rng.integers(1, WORLD.max_objects + 1)) if count is None else count
     while True:
         scene = _random_scene(rng, count)
         if split_of(scene) == split:
@@ -305,9 +295,9 @@ def _random_scene(rng: np.random.Generator, count: int) -> Scene:
     return Scene(objects, _BACKGROUNDS[rng.integers(len(_BACKGROUNDS))])
 
 
-def sample_picture(split: str, index: int, seed: int = 0) -> tuple[Image.Image, Scene]:
+def sample_picture(split: str, index: int, seed: int = 0, count: int | None = None) -> tuple[Image.Image, Scene]:
     """`sample_scene`, drawn: the picture number `index` of a split under a seed, and the scene it shows."""
-    scene = sample_scene(split, index, seed)
+    scene = sample_scene(split, index, seed, count)
     key = (*_key(split, index, seed), 1)  # the 1: other random numbers than those that chose the scene
     return draw(scene, key), scene
 
