@@ -47,8 +47,14 @@ def test_code_beside_the_weights_is_never_run(repo):
     load_autoencoder(str(repo), "cpu")
 
 
-def test_loading_is_quiet(tiny_repo, capfd):
-    load_autoencoder(str(tiny_repo), "cpu")
+def test_rebuilding_needs_no_caption_head(tiny_repo):
+    model, _ = load_autoencoder(str(tiny_repo), "cpu", caption_config=None)
+    assert model.caption_head is None and model.prefix_projection is None
+
+
+@pytest.mark.parametrize("config", [{}, {"caption_config": None}], ids=str)
+def test_loading_is_quiet(config, tiny_repo, capfd):
+    load_autoencoder(str(tiny_repo), "cpu", **config)
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
 

@@ -213,6 +213,17 @@ def test_captioning_neither_builds_nor_reads_the_decoder(
     assert torch.equal(model.generate(**arguments), tiny_model.generate(**arguments))
 
 
+def test_rebuilding_needs_no_caption_head(tiny_repo, tiny_model, read, said, pixel_values):
+    model, info = VLVModel.from_pretrained(tiny_repo, caption_config=None, output_loading_info=True)
+    assert not any(info.values()), info
+    assert not said()
+    assert model.caption_head is None and model.prefix_projection is None
+    assert {name.split(".")[0] for name in read} == {
+        "encoder", "queries", "projection", "text_encoder", "unet", "vae"
+    }  # fmt: skip
+    assert torch.equal(model.encode(pixel_values), tiny_model.encode(pixel_values))
+
+
 def test_the_whole_model_reads_everything_once(tiny_repo, tiny_model, read):
     """The counterpart: the recorder does see what is read."""
     VLVModel.from_pretrained(tiny_repo)

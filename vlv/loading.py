@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -39,12 +39,15 @@ def load_captioner(source: str | None, device: str = "auto") -> tuple[VLVForCond
     return _load(VLVForConditionalGeneration, source, device)
 
 
-def load_autoencoder(source: str | None, device: str = "auto") -> tuple[VLVModel, VLVProcessor]:
-    """Load the whole model, decoder and all, and its processor; else as [`load_captioner`]."""
+def load_autoencoder(source: str | None, device: str = "auto", **config: Any) -> tuple[VLVModel, VLVProcessor]:
+    """
+    Load the whole model, decoder and all, and its processor; else as [`load_captioner`]. `config` overrides the
+    checkpoint's as in `from_pretrained`: `caption_config=None` leaves the caption head unread.
+    """
     source = source or tiny_checkpoint()
     if read_config(source).decoder_config is None:
         raise ValueError(f"{source} has no diffusion decoder and cannot reconstruct: take another --model.")
-    return _load(VLVModel, source, device)
+    return _load(VLVModel, source, device, **config)
 
 
 def load_whole(source: str | None) -> tuple[VLVModel, VLVProcessor]:
@@ -72,12 +75,14 @@ def read_config(source: str) -> VLVConfig:
     return VLVConfig.from_dict(config)
 
 
-def _load(model_class: type[Model], source: str, device: str, dtype: str | None = None) -> tuple[Model, VLVProcessor]:
+def _load(
+    model_class: type[Model], source: str, device: str, dtype: str | None = None, **config: Any
+) -> tuple[Model, VLVProcessor]:
     place = _find_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else "auto")
     try:
         with _quiet_transformers():
-            model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **config)
             processor = VLVProcessor.from_pretrained(source)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"The weights of {source} cannot be read: {error}") from error

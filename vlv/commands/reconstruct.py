@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     from vlv.loading import load_autoencoder
 
     folder.mkdir(parents=True, exist_ok=True)
-    model, processor = load_autoencoder(arguments.model, arguments.device)
+    model, processor = load_autoencoder(arguments.model, arguments.device, caption_config=None)
     pairs = []
     with tqdm(total=len(files), desc="Rebuilding", unit="image") as progress:
 

@@ -38,7 +38,7 @@ def make_samples(source: str, files: Sequence[ImageFile], captioner_only: bool =
     captions = dict(caption_images(model, processor, pictures))
     if captioner_only or read_config(source).decoder_config is None:
         return [Sample(name, image, captions[name]) for name, image in pictures]
-    model, processor = load_autoencoder(source)
+    model, processor = load_autoencoder(source, caption_config=None)
     return [
         Sample(name, image, captions[name], reconstruction)
         for name, image, reconstruction in reconstruct_images(model, processor, pictures)
