@@ -21,7 +21,7 @@ INSTALL_REQUIRES = [
 
 EXTRAS = {
     "train": ["peft", "pyyaml", "tensorboard"],
-    "evaluate": ["evaluate", "scikit-learn", "torchmetrics"],
+    "evaluate": ["evaluate", "pycocoevalcap", "torchmetrics"],
     "space": ["gradio"],
     "test": ["playwright", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
 }
