@@ -7,10 +7,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
+from hub_server import WRITE_TOKEN, running_hub
 from transformers.utils import logging
+
+from vlv.scenes import write_scenes
 
 logging.disable_progress_bar()
 
@@ -51,3 +55,27 @@ def tiny_repo(tmp_path_factory, tiny_model, tiny_processor):
 def tiny_components(tmp_path_factory):
     """A folder with `encoder/`, `decoder/` and `caption_head/`, the parts in their own libraries' layouts."""
     return tiny.save_components(tmp_path_factory.mktemp("components"))
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder of 40 drawn scenes with captions."""
+    return write_scenes(tmp_path_factory.mktemp("scenes"), 40, split="train")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A running Hub that the client in this process talks to, with a token that may write and with a cold cache."""
+    with running_hub() as hub:
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,  # Xet is a service of its own; without it files go through the Hub itself
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        huggingface_hub.close_session()
+        yield hub
+        huggingface_hub.close_session()

@@ -75,11 +75,13 @@ class AutoencodeStage(VLVStage):
     def __init__(self, settings: AutoencodeSettings, args: TrainingArguments):
         super().__init__(settings, args)
         if settings.model is not None:
-            self.model = VLVModel.from_pretrained(settings.model, dtype=torch.float32)
-            self.processor = VLVProcessor.from_pretrained(settings.model)
+            self.model = self.load_model(VLVModel)
+            self.processor = VLVProcessor.from_pretrained(self.source)
         elif settings.encoder and settings.decoder:
             parts = {name: getattr(settings, name) for name in ("encoder", "decoder", "caption_head", "image_size")}
-            self.model = VLVModel.from_components(**parts, dtype=torch.float32)
+            self.model = VLVModel.from_components(
+                **parts, dtype=torch.float32, attn_implementation=settings.attn_implementation
+            )
             self.processor = VLVProcessor.from_components(**parts, crop=settings.crop)
         else:
             raise ValueError("Nothing to start from: give --model, or --encoder and --decoder.")

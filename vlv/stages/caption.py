@@ -1,19 +1,23 @@
 """Stage `caption` (stage 2): the language model learns to write the caption embeddings down."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from processing_vlv import VLVProcessor
 from vlv.data import Table, captions_of, require_column
+from vlv.loading import read_config
+from vlv.lora import LoraSettings, add_adapters, merge_adapters
 from vlv.stages.vlv import Images, VLVSettings, VLVStage
 
 
 @dataclass
-class CaptionSettings(VLVSettings):
+class CaptionSettings(LoraSettings, VLVSettings):
     caption_head: str | None = field(
         default=None, metadata={"help": "Folder or id of a language model, where --model has no caption head yet."}
     )
@@ -41,8 +45,14 @@ class CaptionStage(VLVStage):
         super().__init__(settings, args)
         if settings.model is None:
             raise ValueError("Stage 2 goes on from a stage-1 model: give its folder with --model.")
+        if settings.caption_head is None and read_config(self.source).caption_config is None:
+            raise ValueError(f"{self.source} has no caption head yet: name a language model with --caption_head.")
         self.model, self.processor = self.load(VLVForConditionalGeneration)
         self.choose_parts()
+        if settings.lora_rank is not None:
+            add_adapters(self.model, self.train_parts, settings)
+        if args.use_liger_kernel:
+            self.use_liger_kernels()
         train, evaluation = self.load_data()
         require_column(train, settings.caption_column, "caption_column")
         self.train_dataset = self.captioned(train, "Encoding images")
@@ -51,15 +61,23 @@ class CaptionStage(VLVStage):
     def load(self, model_class: type[VLVModel]) -> tuple[VLVModel, VLVProcessor]:
         """The model to go on from, with a new caption head where it has none."""
         settings = self.settings
-        processor = VLVProcessor.from_pretrained(settings.model)
+        processor = VLVProcessor.from_pretrained(self.source)
         if settings.caption_head is None:
-            return model_class.from_pretrained(settings.model, dtype=torch.float32), processor
+            return self.load_model(model_class), processor
         head = AutoModelForCausalLM.from_pretrained(settings.caption_head, dtype=torch.float32)
-        model = model_class.from_pretrained(settings.model, caption_config=head.config, dtype=torch.float32)
+        model = self.load_model(model_class, caption_config=head.config)
         model.caption_head.load_state_dict(head.state_dict())
         model.generation_config = head.generation_config
         processor.tokenizer = type(processor.tokenizer).from_pretrained(settings.caption_head)
         return model, processor
+
+    def use_liger_kernels(self) -> None:
+        """Trainer itself would look for kernels for a VLV, of which only the caption head has any."""
+        try:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        except ImportError as error:
+            raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.") from error
+        _apply_liger_kernel_to_instance(model=self.model.caption_head, **(self.args.liger_kernel_config or {}))
 
     def captioned(self, rows: Dataset, description: str) -> Table | CaptionedImages:
         captions = list(captions_of(rows, self.settings.caption_column))
@@ -76,12 +94,23 @@ class CaptionStage(VLVStage):
 
     @torch.no_grad()
     def whole(self) -> VLVModel:
-        """The trained model with the decoder that it started with, which this stage never loads."""
+        """
+        The trained model with the decoder that it started with, which this stage never loads. With adapters that are
+        not merged: the model that they go onto.
+        """
         model, _ = self.load(VLVModel)
+        if self.settings.lora_rank is not None:
+            return merge_adapters(model, self.model) if self.settings.merge_lora else model
         weights = dict(model.named_parameters())
         for name, trained in self.state().items():
             weights[name].copy_(trained)
         return model
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        (folder / ADAPTER_CONFIG_NAME).unlink(missing_ok=True)  # an earlier run's adapters are not this model's
+        if self.settings.lora_rank is not None and not self.settings.merge_lora:
+            self.model.save_pretrained(folder)  # the adapters alone, which loading the folder puts onto the model
 
     @torch.inference_mode()
     def evaluate(self, num: int = 500) -> dict[str, float]:

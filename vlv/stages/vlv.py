@@ -12,7 +12,9 @@ from transformers import TrainingArguments
 
 from modeling_vlv import STAGES, VLVModel
 from processing_vlv import VLVProcessor
+from vlv import tiny_checkpoint
 from vlv.data import Table
+from vlv.loading import read_config
 from vlv.stages.base import Settings, Stage
 
 ENCODER_PARTS = {"language_model", "word_embeddings", "queries", "projection"}
@@ -21,9 +23,21 @@ VISION_PARTS = {"vision_tower", "image_projection"}
 
 @dataclass
 class VLVSettings(Settings):
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of the VLV to go on from."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the VLV to go on from; vlv-tiny is the bundled one."}
+    )
     train_parts: list[str] | None = field(
         default=None, metadata={"help": "Parts to train in place of the stage's own (see VLVModel.set_stage)."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ... (default: the best that is installed)."}
+    )
+    gradient_checkpointing_parts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parts that save memory by a second forward pass: encoder, unet, caption_head"
+            " (--gradient_checkpointing: all of them)."
+        },
     )
     save_dtype: str | None = field(
         default=None, metadata={"help": "Precision of the final weights, e.g. float16 (default: as trained)."}
@@ -58,11 +72,31 @@ class VLVStage(Stage):
         super().__init__(settings, args)
         if settings.save_dtype is not None and not isinstance(getattr(torch, settings.save_dtype, None), torch.dtype):
             raise ValueError(f"save_dtype is {settings.save_dtype!r}: name a torch dtype, e.g. float16.")
+        bundled = settings.model == "vlv-tiny" and not Path(settings.model).is_dir()
+        self.source = tiny_checkpoint() if bundled else settings.model
+
+    def load_model(self, model_class: type[VLVModel], **kwargs) -> VLVModel:
+        """The model to go on from, in fp32: what trains must not be held in less."""
+        read_config(self.source)  # says in one sentence why it is no VLV
+        return model_class.from_pretrained(
+            self.source, dtype=torch.float32, attn_implementation=self.settings.attn_implementation, **kwargs
+        )
 
     def choose_parts(self) -> None:
         """Freezes and thaws, in the one place that does."""
-        self.train_parts = set(self.settings.train_parts or STAGES[self.stage])
-        self.model.set_stage(self.stage, train=tuple(self.train_parts))
+        settings = self.settings
+        self.train_parts = set(settings.train_parts or STAGES[self.stage])
+        try:
+            self.model.set_stage(self.stage, train=tuple(self.train_parts))
+        except ValueError as error:
+            raise ValueError(f"{self.source or 'The model'}: {error}") from error
+        if settings.gradient_checkpointing_parts is not None:
+            known = [name for name in ("encoder", "unet", "caption_head") if getattr(self.model, name) is not None]
+            if unknown := set(settings.gradient_checkpointing_parts) - set(known):
+                raise ValueError(
+                    f"gradient_checkpointing_parts can be {', '.join(known)} in this stage, not {', '.join(unknown)}."
+                )
+            self.model.gradient_checkpointing_enable(parts=settings.gradient_checkpointing_parts)
 
     @torch.inference_mode()
     def cache(self, rows: Dataset, latents: bool, description: str) -> Table | Images:
