@@ -15,7 +15,7 @@ FAST = {
 
 
 def arguments(recipe, output_dir, **settings):
-    """The command line, without `vlv train`, of a short run; a list gives several values, None leaves a setting out."""
+    """The command line, without `vlv train`, of a short run; a list gives several values, None none."""
     argv = [str(recipe)]
     for name, value in {"output_dir": output_dir, **FAST, **settings}.items():
         if value is not None:

@@ -48,6 +48,8 @@ class TrainArguments(TrainingArguments):
         # Trainer allows bf16 on a machine without an accelerator only when told that the CPU is meant.
         self.use_cpu |= not torch.accelerator.is_available()
         self.dataloader_pin_memory &= torch.cuda.is_available()
+        # All processes shuffle alike, whatever else each of them draws.
+        self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
 
 
@@ -58,8 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     stage = stage_type(settings, args)
     trainer = StageTrainer(stage, args)
     if trainer.is_world_process_zero():
-        print(overview(stage), flush=True)
+        print(overview(stage, args), flush=True)
 
+    if args.world_size > 1:
+        set_seed(args.seed + args.process_index)  # each process draws noise of its own
     last = last_whole_checkpoint(output_dir) if args.resume else None
     started = time.time()
     trainer.train(resume_from_checkpoint=last and str(last))
@@ -138,12 +142,17 @@ def changed_arguments(args: TrainArguments) -> dict[str, Any]:
     return {name: value for name, value in current.items() if value != plain[name] or name == "output_dir"}
 
 
-def overview(stage: Stage) -> str:
-    """What trains and what is frozen, part by part."""
+def overview(stage: Stage, args: TrainArguments) -> str:
+    """What trains and what is frozen, part by part, and the memory that this takes."""
     lines = [f"{'part':<24} {'trains':>12} {'frozen':>12} {'weights':>10}"]
     for name, part in stage.parts().items():
         lines.append(part_line(name, part))
     lines.append(part_line("all", stage.model))
+    gradients = sum(p.numel() * p.element_size() for p in stage.model.parameters() if p.requires_grad)
+    lines.append(f"On top of the weights: gradients {gradients / 2**20:.1f} MB,")
+    if args.optim in ("adamw_torch", "adamw_torch_fused"):
+        lines[-1] += f" AdamW's two moments {2 * gradients / 2**20:.1f} MB,"
+    lines[-1] += " activations, cached inputs."
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """The Trainer behind `vlv train`, and its training checkpoints."""
 
 import re
+from collections import Counter
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from vlv.monitor import LossBar, write_samples
 from vlv.stages.base import Stage
 
 
 class StageTrainer(Trainer):
-    """The stock Trainer, but its checkpoints hold what trains, and not what is frozen and lies elsewhere."""
+    """
+    The stock Trainer, but its checkpoints hold what trains, and not what is frozen and lies elsewhere. Its log also
+    tells the parts of the loss, which are what a model returns under names that end in `_loss`.
+    """
 
     def __init__(self, stage: Stage, args: TrainingArguments):
         self.stage = stage
@@ -31,6 +36,38 @@ class StageTrainer(Trainer):
             data_collator=stage.collate,
             callbacks=[EpochCallback(stage.train_dataset), *stage.callbacks()],
         )
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LossBar)
+        self.loss_parts: Counter[str] = Counter()  # summed since the last log
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            for name, part in outputs.items():
+                if name.endswith("_loss"):
+                    self.loss_parts[name] += part.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.loss_parts:
+            # In proportion, for the Trainer's own sum knows about accumulated and gathered batches.
+            whole = sum(self.loss_parts.values())
+            logs |= {name: logs["loss"] * (part / whole).item() for name, part in self.loss_parts.items()}
+            self.loss_parts.clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        if self.is_world_process_zero() and (samples := self.stage.samples()) is not None:
+            folder = Path(self.args.output_dir) / "samples"
+            write_samples(samples, folder, self.state.global_step, self.callback_handler.callbacks)
+        return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -4,11 +4,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from transformers import TrainingArguments
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.data import Table, fixed_noise
+from vlv.inference import reconstruct_images
+from vlv.sheets import Pair, contact_sheet
 from vlv.stages.vlv import VLVSettings, VLVStage
 
 
@@ -88,9 +91,9 @@ class AutoencodeStage(VLVStage):
         for name in ("sample_latents", "denoising_loss", "min_snr_gamma", "context_dropout"):
             setattr(self.model.config, name, getattr(settings, name))
         self.choose_parts()
-        train, evaluation = self.load_data()
+        train, self.eval_rows = self.load_data()
         self.train_dataset = self.cache(train, latents=True, description="Encoding images")
-        self.eval_dataset = self.cache(evaluation, latents=True, description="Encoding evaluation images")
+        self.eval_dataset = self.cache(self.eval_rows, latents=True, description="Encoding evaluation images")
         if isinstance(self.train_dataset, Table):
             if settings.sample_latents:
                 self.train_dataset = SampledLatents(**self.train_dataset.columns, seed=args.seed)
@@ -100,10 +103,15 @@ class AutoencodeStage(VLVStage):
             self.eval_dataset = mean_latents(self.eval_dataset)
             shape = self.eval_dataset.columns["latents"].shape[1:]
             timesteps = self.model.noise_scheduler.config.num_train_timesteps
-            self.eval_dataset.columns |= fixed_noise(len(evaluation), shape, timesteps)
+            self.eval_dataset.columns |= fixed_noise(len(self.eval_rows), shape, timesteps)
 
     def collate(self, batch) -> dict[str, torch.Tensor]:
         return batch if isinstance(batch, dict) else torch.utils.data.default_collate(batch)
+
+    def samples(self) -> Image:
+        rebuilt = reconstruct_images(self.model.eval(), self.processor, self.images_of(self.sample_rows()))
+        pairs = [Pair(image, reconstruction, "") for _, image, reconstruction in rebuilt]
+        return contact_sheet(pairs, "Reconstructions", "Each beside its original, from its caption embeddings alone.")
 
     @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:

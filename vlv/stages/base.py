@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from vlv.data import load_rows
+from vlv.monitor import Samples
 
 
 @dataclass
@@ -82,6 +83,10 @@ class Stage:
 
     def callbacks(self) -> list[TrainerCallback]:
         return []
+
+    def samples(self) -> Samples | None:
+        """What the model makes of a few evaluation rows, for people to look at after each evaluation."""
+        return None
 
     def save(self, folder: Path) -> None:
         """Writes the trained model in its native format."""

@@ -11,8 +11,10 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from processing_vlv import VLVProcessor
 from vlv.data import Table, captions_of, require_column
+from vlv.inference import caption_images
 from vlv.loading import read_config
 from vlv.lora import LoraSettings, add_adapters, merge_adapters
+from vlv.monitor import markdown_table
 from vlv.stages.vlv import Images, VLVSettings, VLVStage
 
 
@@ -53,10 +55,10 @@ class CaptionStage(VLVStage):
             add_adapters(self.model, self.train_parts, settings)
         if args.use_liger_kernel:
             self.use_liger_kernels()
-        train, evaluation = self.load_data()
+        train, self.eval_rows = self.load_data()
         require_column(train, settings.caption_column, "caption_column")
         self.train_dataset = self.captioned(train, "Encoding images")
-        self.eval_dataset = self.captioned(evaluation, "Encoding evaluation images")
+        self.eval_dataset = self.captioned(self.eval_rows, "Encoding evaluation images")
 
     def load(self, model_class: type[VLVModel]) -> tuple[VLVModel, VLVProcessor]:
         """The model to go on from, with a new caption head where it has none."""
@@ -91,6 +93,14 @@ class CaptionStage(VLVStage):
         batch = dict(batch) if isinstance(batch, dict) else torch.utils.data.default_collate(batch)
         longest = int(batch["attention_mask"].sum(1).max())  # padding up to the longest of the batch, no further
         return batch | {name: batch[name][:, :longest] for name in ("input_ids", "attention_mask", "labels")}
+
+    def samples(self) -> str:
+        rows = self.sample_rows()
+        truths = [row[self.settings.caption_column] for row in rows]
+        truths = [truth if isinstance(truth, str) else truth[0] for truth in truths]
+        length = self.processor(text=truths)["input_ids"].shape[1] + 8
+        said = caption_images(self.model.eval(), self.processor, self.images_of(rows), max_new_tokens=length)
+        return markdown_table(("written", "true"), [(text, truths[number]) for number, text in said])
 
     @torch.no_grad()
     def whole(self) -> VLVModel:

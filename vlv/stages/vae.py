@@ -57,7 +57,8 @@ class VAETraining(nn.Module):
         error = decoded - pixel_values
         weight = 1 + (self.foreground_weight - 1) * foreground(pixel_values)
         reconstruction = (weight * (error.abs() + error.square())).mean() / weight.mean()
-        return {"loss": reconstruction + self.kl_weight * posterior.kl().mean()}
+        divergence = self.kl_weight * posterior.kl().mean()
+        return {"loss": reconstruction + divergence, "reconstruction_loss": reconstruction, "kl_loss": divergence}
 
 
 def foreground(pixel_values: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,19 @@
 """What the two stages that train a VLV share: its settings, its cached inputs, and how it is saved whole."""
 
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from PIL.Image import Image
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from modeling_vlv import STAGES, VLVModel
-from processing_vlv import VLVProcessor
+from processing_vlv import VLVProcessor, load_image
 from vlv import tiny_checkpoint
 from vlv.data import Table
 from vlv.loading import read_config
@@ -61,10 +63,11 @@ class Images(torch.utils.data.Dataset):
 class VLVStage(Stage):
     """A stage of a VLV. What is frozen is computed once per image and kept in memory.
 
-    A subclass loads `model` and `processor`, then calls `choose_parts`.
+    A subclass loads `model` and `processor`, then calls `choose_parts`, then loads its data.
     """
 
     stage: str
+    eval_rows: Dataset
     model: VLVModel
     processor: VLVProcessor
 
@@ -133,6 +136,12 @@ class VLVStage(Stage):
         return {
             name: nn.ParameterList([part]) if isinstance(part, nn.Parameter) else part for name, part in parts.items()
         }
+
+    def sample_rows(self, count: int = 12) -> list[dict]:
+        return list(islice(self.eval_rows, count))
+
+    def images_of(self, rows: list[dict]) -> list[tuple[int, Image]]:
+        return [(number, load_image(row[self.settings.image_column])) for number, row in enumerate(rows)]
 
     def whole(self) -> VLVModel:
         """The model with the parts that this stage did not load."""
