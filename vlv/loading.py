@@ -78,7 +78,7 @@ def read_config(source: str) -> VLVConfig:
 def _load(
     model_class: type[Model], source: str, device: str, dtype: str | None = None, **config: Any
 ) -> tuple[Model, VLVProcessor]:
-    place = _find_device(device)
+    place = find_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else "auto")
     try:
         with _quiet_transformers():
@@ -107,7 +107,8 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _find_device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that `--device` names, `"auto"` being the accelerator where there is one; raises ValueError."""
     if name == "auto":
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
