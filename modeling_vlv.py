@@ -681,20 +681,20 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         loading = {"dtype": dtype or "auto", **hub_kwargs}
         llm = None
         with reading_part("encoder", encoder):
-            florence_config, florence = load_florence(encoder, **loading)
+            florence = load_florence(encoder, **loading)
             prompt_ids = tokenize_prompt(encoder, prompt, **hub_kwargs)
         with reading_part("decoder", decoder):
-            clip = CLIPTextModel.from_pretrained(decoder, subfolder="text_encoder", **loading)
-            unet = UNet2DConditionModel.from_pretrained(decoder, subfolder="unet", torch_dtype=dtype, **hub_kwargs)
-            vae = AutoencoderKL.from_pretrained(decoder, subfolder="vae", torch_dtype=dtype, **hub_kwargs)
+            clip = load_part(CLIPTextModel, decoder, subfolder="text_encoder", **loading)
+            unet = load_part(UNet2DConditionModel, decoder, subfolder="unet", torch_dtype=dtype, **hub_kwargs)
+            vae = load_part(AutoencoderKL, decoder, subfolder="vae", torch_dtype=dtype, **hub_kwargs)
             scheduler_config = DDPMScheduler.load_config(decoder, subfolder="scheduler", **hub_kwargs)
             positions = clip.config.max_position_embeddings
             empty_prompt_ids = tokenize_empty_prompt(decoder, positions, **hub_kwargs)
         if caption_head is not None:
             with reading_part("caption head", caption_head):
-                llm = AutoModelForCausalLM.from_pretrained(caption_head, **loading)
+                llm = load_part(AutoModelForCausalLM, caption_head, **loading)
         parts = {
-            "encoder": florence,
+            "encoder": module_weights(florence),
             "text_encoder": module_weights(getattr(clip, "text_model", clip)),
             "unet": module_weights(unet),
             "vae": module_weights(vae),
@@ -702,21 +702,16 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         }
         weights = {f"{name}.{key}": weight for name, part in parts.items() for key, weight in part.items()}
         config = VLVConfig(
-            encoder_config=florence_config,
+            encoder_config=florence.config,
             text_encoder_config=clip.config,
-            decoder_config={
-                name: {key: value for key, value in settings.items() if key != "_name_or_path"}
-                for name, settings in (("unet", unet.config), ("vae", vae.config), ("scheduler", scheduler_config))
-            },
+            decoder_config={"unet": unet.config, "vae": vae.config, "scheduler": scheduler_config},
             caption_config=None if llm is None else llm.config,
             num_queries=positions if num_queries is None else num_queries,
             image_size=image_size,
             prompt_ids=prompt_ids,
             empty_prompt_ids=empty_prompt_ids,
         )
-        for part in (config.encoder_config, config.text_encoder_config, config.caption_config):
-            if part is not None:
-                part._name_or_path = ""  # a folder of this machine says nothing on the next
+        record_origins(config, encoder, decoder, caption_head)
         dtype = dtype or functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
         # The library's own loading places the weights, ties what each part ties, and makes new what no part has.
         model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **kwargs)
@@ -851,12 +846,11 @@ def fit_florence_config(config: Florence2Config, weights: Mapping[str, torch.Ten
     vision.max_temporal_embeddings = len(weights[projector + "visual_temporal_embed.pos_idx_to_embed"])
 
 
-def load_florence(encoder: str, dtype: torch.dtype | str = "auto", **hub_kwargs):
-    """A Florence-2 in either layout: its config, and its weights as `Florence2Model` names them, each once."""
+def load_florence(encoder: str, dtype: torch.dtype | str = "auto", **hub_kwargs) -> Florence2Model:
+    """A Florence-2 in either layout, without its language head."""
     config = load_florence_config(encoder, **hub_kwargs)
     if not _is_microsofts(Florence2Config.get_config_dict(encoder, **hub_kwargs)[0]):
-        florence = Florence2ForConditionalGeneration.from_pretrained(encoder, dtype=dtype, **hub_kwargs)
-        return florence.config, module_weights(florence.model)
+        return load_part(Florence2ForConditionalGeneration, encoder, dtype=dtype, **hub_kwargs).model
     find = functools.partial(cached_file, encoder, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     if path := find("model.safetensors"):
         weights = load_file(path)
@@ -869,10 +863,20 @@ def load_florence(encoder: str, dtype: torch.dtype | str = "auto", **hub_kwargs)
     weights[projection] = weights[projection].T.contiguous()
     # Whichever of the tied copies, lm_head among them, the file holds.
     copies = [weights.pop(key) for key in (*FLORENCE_EMBEDDINGS, "language_model.lm_head.weight") if key in weights]
-    weights[FLORENCE_EMBEDDINGS[0]] = copies[0]
+    if copies:
+        weights[FLORENCE_EMBEDDINGS[0]] = copies[0]
     weights.pop("language_model.final_logits_bias", None)
     fit_florence_config(config, weights)
-    return config, weights
+    dtype = weights[projection].dtype if dtype == "auto" else dtype
+    return load_part(Florence2Model, None, config=config, state_dict=weights, dtype=dtype)
+
+
+def load_part(part_class, source: str | None, **kwargs):
+    """A pretrained part with all of its weights: the libraries would put random numbers where one is missing."""
+    part, info = part_class.from_pretrained(source, output_loading_info=True, **kwargs)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"it lacks {len(missing)} of its weights, such as {missing[0]}.")
+    return part
 
 
 def tokenize_prompt(encoder: str, prompt: str = TASK_PROMPT, **hub_kwargs) -> list[int]:
@@ -888,6 +892,18 @@ def tokenize_empty_prompt(decoder: str, positions: int, **hub_kwargs) -> list[in
 
 def _is_microsofts(config):
     return "dim_embed" in config.get("vision_config", {})
+
+
+def record_origins(config: VLVConfig, encoder: str, decoder: str | None, caption_head: str | None) -> None:
+    """Notes of which models on the Hub the parts are; a folder of this machine says nothing on the next."""
+    sources = (encoder, decoder, caption_head)
+    encoder, decoder, caption_head = ("" if not source or Path(source).is_dir() else str(source) for source in sources)
+    config.encoder_config._name_or_path = encoder
+    config.text_encoder_config._name_or_path = decoder
+    if config.caption_config is not None:
+        config.caption_config._name_or_path = caption_head
+    for part in (config.decoder_config or {}).values():
+        part["_name_or_path"] = decoder
 
 
 def module_weights(module):

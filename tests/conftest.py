@@ -69,6 +69,7 @@ def hub(monkeypatch, tmp_path):
     with running_hub() as hub:
         for name, value in {
             "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_XET": True,  # Xet is a service of its own; without it files go through the Hub itself
             "HF_TOKEN_PATH": str(tmp_path / "token"),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+LARGE = (".safetensors", ".bin", ".pt", ".png")  # what the Hub keeps as LFS files
 OWNER = "ada"
 WRITE_TOKEN, READ_TOKEN = "hf_ada_writes", "hf_ada_reads"  # of the one account that this Hub has
 
@@ -81,6 +82,13 @@ class Hub(ThreadingHTTPServer):
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
+
+    def publish(self, repo_id, folder, revision="main", private=False):
+        """Put a folder there as a model repo, as if somebody had pushed it."""
+        repo = self.repos["models", repo_id] = Repo(private)
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        tree = {name: Blob(path.read_bytes(), path.suffix in LARGE) for name, path in files.items()}
+        repo.commit(revision, tree, "publish")
 
     def files(self, repo_id, kind="models", revision="main"):
         """Content of every file of a revision, by path."""
@@ -254,7 +262,7 @@ class Handler(BaseHTTPRequestHandler):
         tree = repo.commits[self._commit_of(repo, revision)]
         files = []
         for file in json.loads(self.body)["files"]:
-            is_lfs = file["path"].endswith((".safetensors", ".png"))
+            is_lfs = file["path"].endswith(LARGE)
             old = tree.get(file["path"])
             oid = old and (old.sha256 if old.is_lfs else old.git_oid)
             mode = "lfs" if is_lfs else "regular"

@@ -1,15 +1,23 @@
 """`VLVModel.from_components` and `vlv assemble`: a VLV from the parts that a user has."""
 
 import json
+import os
 import shutil
 
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from hub_server import READ_TOKEN
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
     Florence2ForConditionalGeneration,
+    Florence2Model,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -18,7 +26,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from modeling_vlv import VLVModel
+from modeling_vlv import VLVModel, load_florence_config
+from processing_vlv import VLVProcessor
+from vlv.cli import main
 
 PARITY = tiny.Path(__file__).parent / "data" / "parity"
 
@@ -139,6 +149,58 @@ def test_microsofts_florence_in_safetensors(microsofts, tmp_path, kept):
     assert language_model.encoder.embed_positions.weight.shape == (130, 64)
 
 
+@pytest.mark.parametrize(
+    "width, layers, dims, billions",
+    [(768, 6, [128, 256, 512, 1024], 0.23), (1024, 12, [256, 512, 1024, 2048], 0.77)],
+    ids=["base", "large"],
+)
+def test_the_released_sizes_of_microsofts_florence(width, layers, dims, billions, tmp_path):
+    """Read from a config in Microsoft's layout, they have the parameters that Microsoft tells."""
+    config = json.loads((PARITY / "components" / "florence" / "config.json").read_text())
+    heads = [dim // 32 for dim in dims]
+    config["vision_config"] |= {"dim_embed": dims, "num_heads": heads, "num_groups": heads, "depths": [1, 1, 9, 1]}
+    config["vision_config"] |= {"projection_dim": width}
+    config["text_config"] |= {"d_model": width, "vocab_size": 51289, "max_position_embeddings": 1024}
+    config["text_config"] |= {"num_hidden_layers": layers}
+    for half in ("encoder", "decoder"):
+        config["text_config"] |= {f"{half}_layers": layers, f"{half}_attention_heads": width // 64}
+        config["text_config"] |= {f"{half}_ffn_dim": 4 * width}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        florence = Florence2Model(load_florence_config(str(tmp_path)))
+    florence.tie_weights()
+    assert round(sum(weight.numel() for weight in florence.parameters()) / 1e9, 2) == billions
+
+
+# ---- Stable Diffusion 1.x ----------------------------------------------------------------------------------
+
+
+def test_stable_diffusion_1(tiny_components, tmp_path):
+    """As the released ones are: 1x1 convolutions around the attention, quick GELU, .bin files, no scaling factor."""
+    parts = tiny.decoder_config("epsilon")
+    folder = shutil.copytree(tiny_components / "decoder", tmp_path / "sd")
+    shutil.rmtree(folder / "text_encoder")
+    clip = CLIPTextConfig(**{**tiny.text_encoder_config().to_dict(), "hidden_act": "quick_gelu"})
+    clip = tiny.randomise(CLIPTextModel(clip), seed=1)
+    torch.save(clip.state_dict(), (folder / "text_encoder").mkdir() or folder / "text_encoder" / "pytorch_model.bin")
+    clip.config.save_pretrained(folder / "text_encoder")
+    for name, part_class in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        shutil.rmtree(folder / name)
+        tiny.randomise(part_class.from_config(parts[name])).save_pretrained(folder / name, safe_serialization=False)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    del config["scaling_factor"]
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True).save_pretrained(folder / "scheduler")
+    model = assemble(tiny_components, decoder=str(folder))
+    assert model.vae.config.scaling_factor == 0.18215
+    assert model.config.decoder_config["scheduler"]["prediction_type"] == "epsilon"
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.text_encoder(ids), clip(ids).last_hidden_state)
+    pixel_values, _ = tiny.pixels(1)
+    assert model.reconstruct(pixel_values, num_inference_steps=2)[0].size == (32, 32)
+
+
 # ---- how it is loaded --------------------------------------------------------------------------------------
 
 
@@ -164,6 +226,54 @@ def test_device_map(tiny_components, tmp_path):
     pixel_values, _ = tiny.pixels(1)
     images = model.reconstruct(pixel_values, num_inference_steps=1, generator=torch.Generator().manual_seed(0))
     assert len(images) == 1
+
+
+@pytest.mark.slow
+def test_ids_and_how_the_hub_is_asked(tiny_components, hub, monkeypatch, tmp_path, capsys):
+    """Private repos, on a branch: revision and token are passed on, and without network the cache is enough."""
+    monkeypatch.delenv("HF_TOKEN")
+    parts = {name: f"ada/{name}" for name in ("encoder", "decoder", "caption_head")}
+    for name, repo_id in parts.items():
+        hub.publish(repo_id, tiny_components / name, revision="v2", private=True)
+    command = ["assemble", "--output", str(tmp_path / "vlv"), "--revision", "v2"]
+    command += [argument for name, repo_id in parts.items() for argument in (f"--{name}", repo_id)]
+    assert main(command) == 2
+    assert "cannot be read from ada/encoder" in capsys.readouterr().err
+    assert main([*command, "--token", READ_TOKEN]) == 0
+    model = VLVModel.from_pretrained(tmp_path / "vlv")
+    expected = assemble(tiny_components)
+    for part in ("encoder", "text_encoder", "unet", "vae", "caption_head"):
+        for name, weight in getattr(expected, part).state_dict().items():
+            assert torch.equal(getattr(model, part).state_dict()[name], weight), f"{part}.{name}"
+    # Where the parts are from is recorded, for the model card.
+    assert model.config.encoder_config._name_or_path == "ada/encoder"
+    assert model.config.text_encoder_config._name_or_path == "ada/decoder"
+    assert {part["_name_or_path"] for part in model.config.decoder_config.values()} == {"ada/decoder"}
+    assert model.config.caption_config._name_or_path == "ada/caption_head"
+
+    hub.fail = lambda method, path: True
+    command[2] = str(tmp_path / "again")
+    assert main([*command, "--local_files_only"]) == 0
+    assert VLVProcessor.from_pretrained(tmp_path / "again").tokenizer("red").input_ids
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_complete_repo(tiny_components, tmp_path):
+    folder = tmp_path / "vlv"
+    command = ["assemble", "--output", str(folder), "--num-queries", "5", "--image-size", "64", "--crop", "center"]
+    for name in ("encoder", "decoder", "caption-head"):
+        command += [f"--{name}", str(tiny_components / name.replace("-", "_"))]
+    assert main([*command, "--dtype", "bfloat16"]) == 0
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert (model.dtype, model.config.num_queries, processor.crop) == (torch.bfloat16, 5, "center")
+    inputs = processor(images=tiny.images(2))
+    assert len(processor.batch_decode(model.generate(**inputs, max_new_tokens=3))) == 2
+    assert model.reconstruct(**inputs, num_inference_steps=1)[0].size == (64, 64)
+    assert main(command) == 2  # and is not overwritten
+    assert [path.name for path in tmp_path.iterdir()] == ["vlv"]
 
 
 # ---- what does not fit -------------------------------------------------------------------------------------
@@ -212,3 +322,72 @@ def test_a_truncated_file(tiny_components, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="The encoder cannot be read from .*/encoder: "):
         assemble(tmp_path)
+
+
+PARTS = ["encoder", "decoder/text_encoder", "decoder/unet", "decoder/vae", "caption_head"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_lacks_a_weight(part, tiny_components, tmp_path):
+    """The libraries would go on with random numbers in its place."""
+    shutil.copytree(tiny_components, tmp_path, dirs_exist_ok=True)
+    (file,) = (tmp_path / part).glob("*.safetensors")
+    weights = load_file(file)
+    left_out = next(name for name in weights if name.endswith("bias"))
+    save_file({name: weight for name, weight in weights.items() if name != left_out}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 of its weights, such as .*{left_out.rpartition('model.')[2]}"):
+        assemble(tmp_path)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_config_that_contradicts_the_weights(part, tiny_components, tmp_path):
+    changes = {
+        "encoder": {"vision_config": {**tiny.encoder_config().vision_config.to_dict(), "embed_dim": [16, 64]}},
+        "decoder/text_encoder": {"intermediate_size": 40},
+        "decoder/unet": {"block_out_channels": [16, 40]},
+        "decoder/vae": {"block_out_channels": [8, 8, 12]},
+        "caption_head": {"intermediate_size": 60},
+    }
+    name = part.partition("/")[0].replace("_", " ")
+    with pytest.raises(ValueError, match=f"The {name} cannot be read from .*") as error:
+        assemble(spoil(tiny_components, tmp_path, f"{part}/config.json", **changes[part]))
+    assert "\n" not in str(error.value)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_pickle_with_code_is_not_run(part, tiny_components, microsofts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_components, tmp_path / "parts")
+    if part == "encoder":
+        shutil.rmtree(tmp_path / "parts" / part)
+        shutil.copytree(microsofts, tmp_path / "parts" / part)
+    for file in (tmp_path / "parts" / part).glob("*.safetensors"):
+        file.unlink()
+    name = "diffusion_pytorch_model.bin" if part in ("decoder/unet", "decoder/vae") else "pytorch_model.bin"
+    torch.save({"weight": Malice()}, tmp_path / "parts" / part / name)
+    with pytest.raises((OSError, ValueError), match="cannot be read from"):
+        assemble(tmp_path / "parts")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_microsofts_florence_that_lacks_a_weight(microsofts, tmp_path):
+    shutil.copytree(microsofts, tmp_path, dirs_exist_ok=True)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    for left_out in ("vision_tower.convs.0.proj.bias", "image_projection"):
+        torch.save({name: t for name, t in weights.items() if name != left_out}, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match="The encoder cannot be read from .*: it lacks "):
+            components_of_the_reference(encoder=str(tmp_path))
+
+
+def test_the_command_tells_in_one_line_and_leaves_nothing(tiny_components, tmp_path, capsys):
+    parts = {"encoder": str(tmp_path), "decoder": str(tiny_components / "decoder")}
+    command = [argument for name, part in parts.items() for argument in (f"--{name}", part)]
+    assert main(["assemble", *command, "--output", str(tmp_path / "output" / "vlv")]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith(f"vlv assemble: error: The encoder cannot be read from {tmp_path}: ")
+    assert not list((tmp_path / "output").iterdir())

@@ -2,28 +2,11 @@
 
 import huggingface_hub
 import pytest
-from hub_server import READ_TOKEN, WRITE_TOKEN, running_hub
+from hub_server import READ_TOKEN
 
 from vlv.publish.push import push
 
 REPO = "ada/vlv-tiny"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A running Hub that the client in this process talks to, with a token that may write."""
-    with running_hub() as hub:
-        for name, value in {
-            "ENDPOINT": hub.url,
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,  # Xet is a service of its own; without it files go through the Hub itself
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-        }.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-        huggingface_hub.close_session()
-        yield hub
-        huggingface_hub.close_session()
 
 
 @pytest.fixture

@@ -29,7 +29,9 @@ from modeling_vlv import (
     VLVModel,
     fit_florence_config,
     load_florence_config,
+    load_part,
     reading_part,
+    record_origins,
     rename_florence_key,
     tokenize_empty_prompt,
     tokenize_prompt,
@@ -269,10 +271,11 @@ def convert_checkpoint(
         prompt_ids=prompt_ids,
         empty_prompt_ids=empty_prompt_ids,
     )
+    record_origins(config, encoder, decoder, caption_head)
     if report.stage == 2 and takes_decoder:
         for name, part_class in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
             with reading_part("decoder", decoder):
-                part = part_class.from_pretrained(decoder, subfolder=name).state_dict()
+                part = load_part(part_class, decoder, subfolder=name).state_dict()
             report.added[f"{decoder}/{name}"] = len(part)
             weights.update({f"{name}.{key}": tensor for key, tensor in part.items()})
     _check(checkpoint, config, weights, report)
