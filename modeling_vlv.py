@@ -767,6 +767,7 @@ class VLVForConditionalGeneration(VLVModel):
         config = copy.copy(config)  # the caller's keeps its decoder
         config.decoder_config = None
         super().__init__(config)
+        self.loss_type = None  # from the class name, Trainer would think that labels are shifted, and miscount them
 
 
 def _check_images(name, images, source):
