@@ -5,21 +5,30 @@ the image (that is the model), the true caption's word embeddings (the teacher: 
 another image's (floors).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
+from vlv.evaluation.captions import write_captions
+from vlv.evaluation.pictures import draw, embed_captions, encode_images
 from vlv.evaluation.results import Measurement
 from vlv.reader import scene_reader
 from vlv.scenes import Scene, compare, parse_caption
 
 Pictures = Sequence[tuple[Image.Image, Scene]]
+
+# As `vlv.scenes.compare` counts them: of scenes, and of their objects, whose place is right where anything is there.
+OF_SCENES = ("exact", "background_right")
+OF_OBJECTS = ("objects_right", "shape_right", "colour_right", "size_right", "place_right")
+SCORES = ("exact", *OF_OBJECTS, "background_right")
+MAIN_SCORES = ("objects_right", "background_right")  # of ceilings and floors
 
 
 @dataclass
@@ -37,64 +46,55 @@ class SceneScorer:
     model: VLVModel
     processor: VLVProcessor
     batch_size: int = 50
-    num_inference_steps: int = 20
+    num_inference_steps: int = 10
     guidance_scale: float = 2.0
     seed: int = 0
 
     def captions(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
-        """Greedy captions of the pictures: exactly right, objects and backgrounds right, ended by themselves."""
-        counts, ended = [], []
-        end = self.model.generation_config.eos_token_id
-        ends = torch.tensor(end if isinstance(end, list) else [end])
-        for batch in self._batches(pictures, f"Captioning {name}"):
-            embeds = self._encode([image for image, _ in batch])
-            ids = self.model.generate(caption_embeds=embeds, do_sample=False, num_beams=1).cpu()
-            ended += torch.isin(ids, ends).any(1).tolist()
-            for caption, (_, truth) in zip(self.processor.batch_decode(ids), batch, strict=True):
-                counts.append(compare(_parsed(caption), truth))
-        scores = _shares(counts, f"captions/{name}", ("exact", "objects_right", "background_right"))
-        return scores | {f"captions/{name}/ended": Measurement.share(np.array(ended))}
+        """Greedy captions of the pictures, parsed, and the share of them that ended by themselves."""
+        images = (image for image, _ in pictures)
+        captions = write_captions(self.model, self.processor, images, self.batch_size)
+        captions = list(_progress(captions, f"Captioning {name}", pictures))
+        counts = [
+            compare(_parsed(caption.text), truth) for caption, (_, truth) in zip(captions, pictures, strict=True)
+        ]
+        ended = Measurement.share(np.array([caption.ended for caption in captions]))
+        return _shares(counts, f"captions/{name}", SCORES) | {f"captions/{name}/ended": ended}
 
     def reconstructions(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
         """Pictures rebuilt from nothing but their caption embeddings."""
-        return self._drawn(
-            pictures, f"reconstruction/{name}", lambda batch: self._encode([image for image, _ in batch])
-        )
+        painted = self._draw(lambda batch: self._encode([image for image, _ in batch]), pictures)
+        return self._read(pictures, f"reconstruction/{name}", painted, SCORES)
 
     def ceilings(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
         """What no reconstruction can be expected to pass: reader alone, VAE alone, and the teacher."""
+        drawings = (image for image, _ in pictures)
+        taught = self._draw(
+            lambda batch: embed_captions(self.model, self.processor, [truth.caption for _, truth in batch]), pictures
+        )
         return {
-            **self._read(pictures, f"reader on drawings/{name}", lambda batch: [image for image, _ in batch]),
-            **self._read(
-                pictures, f"VAE alone/{name}", lambda batch: self._through_vae([image for image, _ in batch])
-            ),
-            **self._drawn(
-                pictures,
-                f"teacher from true captions/{name}",
-                lambda batch: self._embed_text([truth.caption for _, truth in batch]),
-            ),
+            **self._read(pictures, f"reader on drawings/{name}", drawings, SCORES),
+            **self._read(pictures, f"VAE alone/{name}", self._through_vae(pictures)),
+            **self._read(pictures, f"teacher from true captions/{name}", taught),
         }
 
     def floors(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
         """What chance alone gets right: pictures drawn from the empty prompt, and from another image's embeddings."""
-        others = [image for image, _ in (*pictures[1:], pictures[0])]
-        partner = {id(image): other for (image, _), other in zip(pictures, others, strict=True)}
+        from_nothing = self._draw(
+            lambda batch: embed_captions(self.model, self.processor, [""] * len(batch)), pictures
+        )
+        from_another = self._draw(
+            lambda batch: self._encode([image for image, _ in batch]), [*pictures[1:], pictures[0]]
+        )
         return {
-            **self._drawn(pictures, f"empty context/{name}", lambda batch: self._embed_text([""] * len(batch))),
-            **self._drawn(
-                pictures,
-                f"another image's context/{name}",
-                lambda batch: self._encode([partner[id(image)] for image, _ in batch]),
-            ),
+            **self._read(pictures, f"empty context/{name}", from_nothing),
+            **self._read(pictures, f"another image's context/{name}", from_another),
         }
 
-    def _drawn(self, pictures, name, embed: Callable) -> dict[str, Measurement]:
-        drawn = 0
+    def _draw(self, embed: Callable[[Pictures], torch.Tensor], pictures: Pictures) -> Iterator[Image.Image]:
+        """Pictures from the caption embeddings that `embed` gives for batches of `pictures`."""
 
-        def draw(batch):
-            nonlocal drawn
-            generators = [torch.Generator().manual_seed(self.seed + drawn + i) for i in range(len(batch))]
-            drawn += len(batch)
+        def paint(batch, generators):
             return self.model.reconstruct(
                 caption_embeds=embed(batch),
                 num_inference_steps=self.num_inference_steps,
@@ -102,42 +102,28 @@ class SceneScorer:
                 generator=generators,
             )
 
-        return self._read(pictures, name, draw)
+        return draw(paint, pictures, self.batch_size, self.seed)
 
-    def _read(self, pictures, name, paint: Callable) -> dict[str, Measurement]:
-        reader, counts = scene_reader().to(self.model.device), []
-        for batch in self._batches(pictures, name):
-            scenes = reader.read(paint(batch))
-            counts += [compare(scene, truth) for scene, (_, truth) in zip(scenes, batch, strict=True)]
-        return _shares(counts, name, ("objects_right", "background_right"))
+    def _through_vae(self, pictures: Pictures) -> Iterator[Image.Image]:
+        def paint(batch, _):
+            images = [image for image, _ in batch]
+            pixels = self.processor(images=images, return_decoder_pixel_values=True)["decoder_pixel_values"]
+            decoded = self.model.decode_latents(self.model.encode_latents(pixels, sample=False))
+            return VaeImageProcessor().postprocess(decoded.float(), output_type="pil")
 
-    def _batches(self, pictures, description) -> Iterator[Pictures]:
-        starts = range(0, len(pictures), self.batch_size)
-        with torch.inference_mode():
-            for start in tqdm(starts, desc=description, unit="batch", leave=False):
-                yield pictures[start : start + self.batch_size]
+        return draw(paint, pictures, self.batch_size)
+
+    def _read(
+        self, pictures: Pictures, name: str, painted: Iterable[Image.Image], scores: Sequence[str] = MAIN_SCORES
+    ) -> dict[str, Measurement]:
+        """What the scene reader finds in the painted pictures, compared with the truth of `pictures`."""
+        reader = scene_reader().to(self.model.device)
+        scenes = reader.read(list(_progress(painted, name, pictures)))
+        counts = [compare(scene, truth) for scene, (_, truth) in zip(scenes, pictures, strict=True)]
+        return _shares(counts, name, scores)
 
     def _encode(self, images):
-        return self.model.encode(self.processor(images=images)["pixel_values"])
-
-    def _through_vae(self, images):
-        pixels = self.processor(images=images, return_decoder_pixel_values=True)["decoder_pixel_values"]
-        decoded = self.model.decode_latents(self.model.encode_latents(pixels, sample=False)).float().cpu()
-        values = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        return [Image.fromarray(value) for value in values]
-
-    def _embed_text(self, captions):
-        """The captions' word embeddings (B, Q, E): what the teacher was trained to read."""
-        tokenizer = self.processor.decoder_tokenizer
-        if tokenizer is None:
-            raise ValueError(
-                "The checkpoint lacks its decoder's tokenizer (folder decoder_tokenizer), which the ceiling needs."
-            )
-        positions = self.model.config.text_encoder_config.max_position_embeddings
-        ids = tokenizer(
-            captions, padding="max_length", max_length=positions, truncation=True, return_tensors="pt"
-        ).input_ids
-        return self.model.text_encoder.embeddings.token_embedding(ids.to(self.model.device))
+        return encode_images(self.model, self.processor, images)
 
 
 def mirror(pictures: Pictures) -> Pictures:
@@ -152,7 +138,13 @@ def _parsed(caption):
         return None
 
 
-def _shares(counts, name, wanted) -> dict[str, Measurement]:
-    total = {"objects_right": "objects"}
-    column = {key: np.array([count[key] for count in counts]) for key in (*wanted, "objects", "scenes")}
-    return {f"{name}/{key}": Measurement.share(column[key], column[total.get(key, "scenes")]) for key in wanted}
+def _progress(items, description, pictures):
+    return tqdm(items, desc=description, total=len(pictures), unit="image", leave=False)
+
+
+def _shares(counts, name, scores) -> dict[str, Measurement]:
+    columns = {key: np.array([count[key] for count in counts]) for key in (*scores, "objects", "scenes")}
+    return {
+        f"{name}/{score}": Measurement.share(columns[score], columns["scenes" if score in OF_SCENES else "objects"])
+        for score in scores
+    }
