@@ -1,0 +1,62 @@
+"""FID and KID: how far a set of pictures is from the set of their originals, by the features of any vision model."""
+
+import datasets
+import evaluate
+import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from vlv.evaluation.embedding import load_embedder
+
+SUBSET_SIZE = 1000  # of KID, as published
+SUBSETS = 100
+
+
+class Frechet(evaluate.Metric):
+    """
+    - `fid`: Fréchet distance between normal distributions fitted to the features. It falls with the number of
+      pictures, so only values of equally many compare.
+    - `kid`: unbiased squared maximum mean discrepancy under a cubic kernel, the mean over 100 subsets of 1,000
+      pictures; of all pictures at once, where there are no more than 1,000. It may fall a little below 0.
+
+    Neither compares with published values, which are of Inception's features, unless those were computed with the
+    same model.
+    """
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="Fréchet and kernel distance between sets of pictures.",
+            citation="",
+            inputs_description="predictions: pictures; references: their originals.",
+            features=datasets.Features(
+                {"predictions": datasets.Image(decode=False), "references": datasets.Image(decode=False)}
+            ),
+        )
+
+    def _compute(self, predictions, references, model, device="cpu", batch_size=50):
+        if len(predictions) < 2:
+            raise ValueError("FID and KID compare how sets of pictures spread, and one picture does not: give more.")
+        embedder = load_embedder(model, device, batch_size)
+        drawn, originals = embedder.embed_images(predictions), embedder.embed_images(references)
+
+        fid = FrechetInceptionDistance(feature=_Given(drawn.shape[1]))
+        kid = KernelInceptionDistance(
+            feature=_Given(drawn.shape[1]),
+            subsets=SUBSETS if len(drawn) > SUBSET_SIZE else 1,
+            subset_size=min(SUBSET_SIZE, len(drawn)),
+        )
+        for metric in (fid, kid):
+            metric.update(originals, real=True)
+            metric.update(drawn, real=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # of KID's subsets
+            # Rounding can bring the distance of a set to itself a little below zero.
+            return {"fid": max(0.0, fid.compute().item()), "kid": kid.compute()[0].item()}
+
+
+class _Given(torch.nn.Identity):
+    """Stands where torchmetrics asks for a network: the features are computed already."""
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.num_features = num_features
