@@ -1,17 +1,22 @@
 """`vlv evaluate`: measure a VLV."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from vlv import tiny_checkpoint
 from vlv.commands.parser import CommandParser
-from vlv.evaluation.results import Measurement, write_results
-from vlv.evaluation.scenes import SceneScorer, mirror
-from vlv.loading import load_autoencoder
-from vlv.scenes import sample_picture
+from vlv.evaluation.scores import FAMILIES, SCENES, check_options, find_scores
+
+if TYPE_CHECKING:
+    from vlv.evaluation.results import Measurement
+
+NUM_SCENES = 1000
 
 
 @dataclass
@@ -20,38 +25,141 @@ class EvaluateArguments:
         default=None, metadata={"help": "Folder or Hub id of a VLV (default: the bundled vlv-tiny)."}
     )
     metrics: str = field(
-        default="scenes", metadata={"help": "What to measure; scenes: captions and reconstructions of drawn scenes."}
+        default=SCENES,
+        metadata={
+            "help": "What to measure, with commas between. scenes: captions and reconstructions of drawn scenes, "
+            "where every fact is known. On the images of --dataset: "
+            + "; ".join(f"{family} ({', '.join(scores)})" for family, scores in FAMILIES.items())
+            + ". A family stands for all of its scores; family/score is a single one, as in reconstruction/fid."
+        },
     )
     output: str | None = field(
         default=None,
-        metadata={"help": "JSON file to write (default: results.json in the folder --model, if it is one)."},
+        metadata={
+            "help": "JSON file to write (default, for scenes: results.json in the folder --model, if it is one). "
+            "Captions, pictures and answers are kept beside it, in a folder of its name that ends in .work: run the "
+            "same command again after an interruption, or with more metrics, and they are not made again."
+        },
     )
-    num: int = field(default=1000, metadata={"help": "Scenes to measure on; they are drawn, and none was trained on."})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Folder of images, or of parquet or WebDataset files, or Hub id: what to measure on."},
+    )
+    split: str | None = field(
+        default=None, metadata={"help": "Split of --dataset (default: train, or the only one there is)."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column of --dataset with the images."})
+    caption_column: str = field(
+        default="text", metadata={"help": "Column of --dataset with reference captions: one, or a list, per image."}
+    )
+    num: int | None = field(
+        default=None,
+        metadata={"help": f"Scenes to draw (default: {NUM_SCENES}), or first images of --dataset (default: all)."},
+    )
     seed: int = field(
-        default=0, metadata={"help": "Seed of the scenes and of the noise that pictures are drawn from."}
+        default=0,
+        metadata={"help": "Seed of the scenes, of the noise that pictures are drawn from, and of --shots."},
     )
-    num_inference_steps: int = field(default=20, metadata={"help": "Sampling steps of every picture drawn."})
-    guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance of every picture drawn."})
+    max_new_tokens: int = field(default=300, metadata={"help": "Longest caption of an image of --dataset, in tokens."})
+    num_beams: int = field(default=1, metadata={"help": "Beams of those captions; 1 is greedy, the paper uses 4."})
+    num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps of every picture drawn."})
+    guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance of reconstructions."})
+    guidance_scales: list[float] = field(
+        default_factory=lambda: [1.0, 2.0, 3.0, 4.0],
+        metadata={"help": "caption_to_image: the captions are drawn once at each, as in --guidance_scales 1 2 4."},
+    )
+    text_to_image: str | None = field(
+        default=None,
+        metadata={
+            "help": "caption_to_image: folder or id of the diffusers pipeline that draws the captions (default: the "
+            "model's own decoder)."
+        },
+    )
+    clip: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or id of a CLIP, such as openai/clip-vit-base-patch32: clip_score, clip_similarity."
+        },
+    )
+    sentence_encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or id of a sentence encoder, such as sentence-transformers/all-mpnet-base-v2: "
+            "text_similarity."
+        },
+    )
+    feature_extractor: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or id of a vision model, such as facebook/dinov2-base: fid, kid, feature_similarity."
+        },
+    )
+    questions: str | None = field(
+        default=None,
+        metadata={
+            "help": "questions: JSON Lines file, each line with image (its path below the folder of --dataset), "
+            "question, answer (or a list of annotators' answers) and, for multiple choice, choices."
+        },
+    )
+    llm: str | None = field(
+        default=None, metadata={"help": "questions: folder or id of the language model that answers from captions."}
+    )
+    shots: int = field(
+        default=0, metadata={"help": "questions: solved ones about other images that are shown with each question."}
+    )
     batch_size: int = field(default=50, metadata={"help": "Images at once."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the accelerator."})
 
     def __post_init__(self):
-        if self.metrics != "scenes":
-            raise ValueError(f"--metrics {self.metrics} is unknown; there is: scenes.")
-        for name in ("num", "batch_size", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("num", "batch_size", "num_inference_steps", "max_new_tokens", "num_beams"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1.")
+        if self.shots < 0:
+            raise ValueError(f"--shots is {self.shots}; it must be at least 0.")
+        if self.metrics == SCENES:
+            if self.dataset is not None:
+                raise ValueError(
+                    f"--metrics scenes draws its own images; for {self.dataset}, name some of {', '.join(FAMILIES)}."
+                )
+            return
+        check_options(find_scores(self.metrics), vars(self))
+        for name in ("dataset", "output"):
+            if getattr(self, name) is None:
+                raise ValueError(f"--metrics {self.metrics} needs --{name}.")
 
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(
         EvaluateArguments,
         prog="vlv evaluate",
-        description="Measure a VLV on drawn scenes that it never saw, beside ceilings and floors; prints a table and "
-        "writes results.json.",
-        epilog="example: vlv evaluate --num 200",
+        description="Measure a VLV, print a table, and write the scores with the settings, commit and versions that "
+        "they come from. Without --dataset: on drawn scenes that it never saw, beside ceilings and floors.",
+        epilog="examples: vlv evaluate --num 200; "
+        "vlv evaluate --dataset photos --metrics captions/bleu_4,reconstruction/psnr --output results.json",
     )
     (arguments,) = parser.parse(argv)
+    # Imported only when asked for: torch would keep --help and wrong arguments waiting.
+    from vlv.evaluation.results import write_results
+
+    measure = measure_scenes if arguments.metrics == SCENES else measure_dataset
+    metrics = measure(arguments)
+    Console().print(table(metrics))
+    folder = Path(arguments.model or tiny_checkpoint())
+    output = Path(arguments.output) if arguments.output else folder / "results.json" if folder.is_dir() else None
+    if output is not None:
+        settings = {name: getattr(arguments, name) for name in _settings(arguments)}
+        write_results(output, metrics, settings, () if arguments.metrics == SCENES else _LIBRARIES)
+        print(f"written to {output}")
+
+
+def measure_scenes(arguments: EvaluateArguments) -> "dict[str, Measurement]":
+    """Ceilings, reconstructions, floors and captions on drawn scenes."""
+    from vlv.evaluation.scenes import SceneScorer, mirror
+    from vlv.loading import load_autoencoder
+    from vlv.scenes import sample_picture
+
+    arguments.num = arguments.num or NUM_SCENES
     model, processor = load_autoencoder(arguments.model, arguments.device)
     scorer = SceneScorer(
         model,
@@ -67,42 +175,77 @@ def main(argv: list[str]) -> None:
         **scorer.ceilings(test, "test"),
         **scorer.reconstructions(test, "test"),
         **scorer.reconstructions(novel, "novel"),
+        **scorer.floors(test, "test"),
     }
-    metrics |= scorer.floors(test, "test")
     if model.caption_head is not None:
-        metrics |= (
-            scorer.captions(test, "test") | scorer.captions(mirror(test), "mirrored") | scorer.captions(novel, "novel")
+        for name, pictures in (("test", test), ("mirrored", mirror(test)), ("novel", novel)):
+            metrics |= scorer.captions(pictures, name)
+    return metrics
+
+
+def measure_dataset(arguments: EvaluateArguments) -> "dict[str, Measurement]":
+    """The scores asked for on the images of a data set."""
+    if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
+        raise ValueError(
+            f"--metrics {arguments.metrics} needs {', '.join(missing)}, which is not here: pip install 'vlv[evaluate]'"
         )
-    Console().print(table(metrics))
-    folder = Path(arguments.model or tiny_checkpoint())
-    output = Path(arguments.output) if arguments.output else folder / "results.json" if folder.is_dir() else None
-    if output is not None:
-        settings = {name: value for name, value in vars(arguments).items() if name in _SETTINGS}
-        write_results(output, metrics, settings)
-        print(f"written to {output}")
+    from vlv.evaluation.data import EvaluationData
+    from vlv.evaluation.dataset import DatasetScorer
+    from vlv.evaluation.work import Work
+
+    data = EvaluationData(
+        arguments.dataset, arguments.split, arguments.image_column, arguments.caption_column, arguments.num
+    )
+    scorer = DatasetScorer(
+        data,
+        Work(Path(arguments.output).with_suffix(".work")),
+        find_scores(arguments.metrics),
+        **{option.name: getattr(arguments, option.name) for option in fields(DatasetScorer)[3:]},
+    )
+    return scorer.measure()
 
 
 # What the numbers depend on; where they were computed and in which batches is no part of them.
-_SETTINGS = ("num", "seed", "num_inference_steps", "guidance_scale")
+_SETTINGS = {
+    SCENES: ("num", "seed", "num_inference_steps", "guidance_scale"),
+    "captions": ("max_new_tokens", "num_beams", "clip", "sentence_encoder"),
+    "reconstruction": ("seed", "num_inference_steps", "guidance_scale", "clip", "feature_extractor"),
+    "caption_to_image": (
+        *("max_new_tokens", "num_beams", "seed", "num_inference_steps", "guidance_scales", "text_to_image"),
+        *("clip", "feature_extractor"),
+    ),
+    "questions": ("max_new_tokens", "num_beams", "questions", "llm", "shots", "seed"),
+}
+_OF_DATA = ("dataset", "split", "image_column", "caption_column", "num")
+_LIBRARIES = ("datasets", "evaluate", "pycocoevalcap", "torchmetrics")
 
 
-def table(metrics: dict[str, Measurement]) -> Table:
-    """One line for each metric, with its error and what it was measured on."""
-    result = Table("metric", "scenes", "score")
+def _settings(arguments: EvaluateArguments) -> list[str]:
+    """The names of those that are set and that the metrics asked for depend on."""
+    if arguments.metrics == SCENES:
+        return list(_SETTINGS[SCENES])
+    families = dict.fromkeys(family for family, _ in find_scores(arguments.metrics))
+    names = dict.fromkeys((*_OF_DATA, *(name for family in families for name in _SETTINGS[family])))
+    return [name for name in names if getattr(arguments, name) is not None]
+
+
+def table(metrics: "Mapping[str, Measurement]") -> Table:
+    """One line for each metric, with its error, where it has one, and what it was measured on."""
+    result = Table("metric", "images", "score")
     for column in ("value", "standard error", "n"):
         result.add_column(column, justify="right")
     previous = None
     for name, measured in metrics.items():
-        what, scenes, score = name.split("/")
+        what, images, score = name.split("/")
         if previous not in (None, what):
             result.add_section()
         shown, previous = what if what != previous else "", what
         result.add_row(
             shown,
-            scenes,
+            images,
             score.replace("_", " "),
             f"{measured.value:.4f}",
-            f"{measured.standard_error:.4f}",
+            "" if measured.standard_error is None else f"{measured.standard_error:.4f}",
             str(measured.n),
         )
     return result

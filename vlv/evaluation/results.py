@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +19,13 @@ class Measurement:
     Args:
         value: the metric.
         n: how many things it is measured on (objects, captions, images: the metric's name says which).
-        standard_error: of `value`, with images as the independent units; 0 when all images agree.
+        standard_error: of `value`, with images as the independent units; 0 when all images agree, `None` where it is
+            not defined: for a score of the whole set, or of one image.
     """
 
     value: float
     n: int
-    standard_error: float
+    standard_error: float | None
 
     @classmethod
     def share(cls, right: np.ndarray, total: np.ndarray | None = None) -> "Measurement":
@@ -41,17 +42,29 @@ class Measurement:
             raise ValueError("There is nothing to measure: the data set holds no images, or no objects in them.")
         value = right.sum() / total.sum()
         residuals = right - value * total  # of a ratio of sums, each image being one draw
-        error = np.sqrt(np.square(residuals).sum()) / total.sum()
-        return cls(float(value), int(total.sum()), float(error))
+        error = float(np.sqrt(np.square(residuals).sum()) / total.sum()) if len(right) > 1 else None
+        return cls(float(value), int(total.sum()), error)
+
+    @classmethod
+    def of(cls, score: float | Sequence[float], n: int) -> "Measurement":
+        """What a metric gives for `n` images: one number for each of them, or one for the whole set."""
+        return cls(float(score), n, None) if isinstance(score, float) else cls.share(score)
 
 
-def write_results(file: Path, metrics: Mapping[str, Measurement], settings: Mapping[str, Any]) -> None:
-    """Writes `results.json`: one object per metric, and the commit, versions and settings that they come from."""
+def write_results(
+    file: Path, metrics: Mapping[str, Measurement], settings: Mapping[str, Any], libraries: Sequence[str] = ()
+) -> None:
+    """
+    Writes `results.json`: one object per metric, and the commit, versions and settings that they come from.
+
+    Args:
+        libraries: whose versions matter beside those of the models' own.
+    """
     record = {
         "metrics": {name: asdict(measurement) for name, measurement in metrics.items()},
         **settings,
         "commit": git_commit(),
-        "versions": {name: version(name) for name in ("vlv", "torch", "transformers", "diffusers")},
+        "versions": {name: version(name) for name in ("vlv", "torch", "transformers", "diffusers", *libraries)},
     }
     with atomic_writer(file) as output:
         output.write(json.dumps(record, indent=2) + "\n")

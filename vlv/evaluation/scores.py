@@ -1,0 +1,97 @@
+"""What `vlv evaluate` can measure: families of scores by name, and what each score needs."""
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+
+class Score(NamedTuple):
+    """
+    Args:
+        metric: the module in `metrics/` that computes it.
+        key: its name there.
+        model: the option that names the pretrained model it is computed with, where there is one.
+        images: the fewest that it is defined on.
+        also: what else must be given.
+    """
+
+    metric: str
+    key: str
+    model: str | None = None
+    images: int = 1
+    also: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The options that must be given."""
+        return self.also if self.model is None else (self.model, *self.also)
+
+
+PICTURES = {
+    "fid": Score("frechet", "fid", "feature_extractor", images=2),
+    "kid": Score("frechet", "kid", "feature_extractor", images=2),
+    "feature_similarity": Score("image_similarity", "similarity", "feature_extractor"),
+    "clip_similarity": Score("image_similarity", "similarity", "clip"),
+}
+# By family: of captions, of pictures rebuilt from embeddings, of pictures drawn from captions, and of answers that a
+# language model finds in captions.
+FAMILIES = {
+    "captions": {
+        "cider": Score("cider", "cider", images=2),
+        **{name: Score("overlap", name) for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")},
+        "clip_score": Score("clip_score", "clip_score", "clip"),
+        "text_similarity": Score("text_similarity", "text_similarity", "sentence_encoder"),
+        **{name: Score("wording", name) for name in ("length", "repetition", "distinct_1", "distinct_2", "ended")},
+    },
+    "reconstruction": {"psnr": Score("pixels", "psnr"), "ssim": Score("pixels", "ssim"), **PICTURES},
+    "caption_to_image": PICTURES,
+    "questions": {"accuracy": Score("answers", "accuracy", "llm", also=("questions",))},
+}
+SCENES = "scenes"  # measured by `SceneScorer` on scenes that it draws, on no data set
+REFERENCED = ("cider", "overlap", "text_similarity")  # the metrics that compare with the data set's own captions
+
+
+def find_scores(metrics: str) -> list[tuple[str, str]]:
+    """
+    The scores that `--metrics` asks for, as (family, name), in the order of `FAMILIES`.
+
+    Args:
+        metrics: families (`captions`) and single scores (`reconstruction/fid`), with commas between them.
+
+    Raises:
+        ValueError: for a name that is none of them.
+    """
+    asked = [name.strip() for name in metrics.split(",") if name.strip()]
+    known = [(family, name) for family, scores in FAMILIES.items() for name in scores]
+    names = [*FAMILIES, *(f"{family}/{name}" for family, name in known)]
+    if not asked:
+        raise ValueError(f"--metrics names nothing; there are {', '.join([*FAMILIES, SCENES])}.")
+    for name in asked:
+        if name == SCENES:
+            raise ValueError("--metrics scenes stands alone: it draws its own images, and measures no data set.")
+        if name not in names:
+            near = get_close_matches(name, names, n=1) or [full for full in names if full.endswith(f"/{name}")][:1]
+            mend = f"did you mean {near[0]}?" if near else f"there are {', '.join([*FAMILIES, SCENES])}"
+            raise ValueError(f"--metrics {name} is unknown; {mend}")
+    return [(family, name) for family, name in known if family in asked or f"{family}/{name}" in asked]
+
+
+def check_options(wanted: Sequence[tuple[str, str]], options: Mapping[str, Any]) -> None:
+    """
+    Raises ValueError when scores need options that were not given, naming each, and the scores that could be had.
+
+    Args:
+        wanted: from [`find_scores`].
+        options: what was given, by name; `None` for what was not.
+    """
+    missing = {
+        f"{family}/{name}": [need for need in FAMILIES[family][name].needs if options[need] is None]
+        for family, name in wanted
+    }
+    needed = dict.fromkeys(need for needs in missing.values() for need in needs)
+    if needed:
+        which = "; ".join(
+            f"{', '.join(name for name, needs in missing.items() if need in needs)} needs --{need}" for need in needed
+        )
+        possible = ",".join(name for name, needs in missing.items() if not needs)
+        raise ValueError(f"{which}. Give it" + (f", or leave those out: --metrics {possible}" if possible else "."))

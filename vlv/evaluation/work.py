@@ -1,0 +1,98 @@
+"""What an evaluation has made so far, kept beside its results: an interrupted run goes on where it was."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from PIL import Image
+from tqdm.auto import tqdm
+
+from vlv import __version__
+
+
+class Work:
+    """
+    A folder with one subfolder for each kind of thing that was made with the same settings, `KIND-HASH`, whose
+    `settings.json` says what they were. Other settings, another model or other images make another subfolder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def rows(
+        self, kind: str, settings: dict[str, Any], total: int, make: Callable[[int], Iterator[dict[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """
+        `total` rows of `KIND-HASH/KIND.jsonl`.
+
+        Args:
+            make: the rows from a number on; called for those that are not there yet.
+        """
+        file = self._place(kind, settings) / f"{kind}.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        lines = [line for line in lines if line.endswith(b"\n")]  # the last one was cut where the run was interrupted
+        rows = [json.loads(line) for line in lines]
+        if len(rows) < total:
+            file.write_bytes(b"".join(lines))
+            with file.open("a", encoding="utf-8") as output:
+                for row in _progress(make(len(rows)), kind, len(rows), total):
+                    output.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    output.flush()
+                    rows.append(row)
+        return rows
+
+    def pictures(
+        self, kind: str, settings: dict[str, Any], total: int, make: Callable[[int], Iterator[Image.Image]]
+    ) -> list[str]:
+        """The PNG files of `total` pictures, `KIND-HASH/00000000.png` and so on; `make` as of [`Work.rows`]."""
+        folder = self._place(kind, settings)
+        files = [folder / f"{number:08}.png" for number in range(total)]
+        done = next((number for number, file in enumerate(files) if not file.exists()), total)
+        if done < total:
+            pictures = _progress(make(done), kind, done, total)
+            for file, picture in zip(files[done:], pictures, strict=True):
+                unfinished = file.with_suffix(".part")
+                picture.save(unfinished, format="png")
+                unfinished.replace(file)
+        return [str(file) for file in files]
+
+    def _place(self, kind: str, settings: dict[str, Any]) -> Path:
+        settings = {**settings, "vlv": __version__}
+        folder = self.folder / f"{kind}-{digest(settings)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return folder
+
+
+def digest(value: Any) -> str:
+    """A short name for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def fingerprint(source: str) -> str:
+    """What tells one state of a model from another: of a folder its weights' sizes and times and its configs' text, of
+    a Hub id its commit."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return Path(snapshot_download(source, local_files_only=True)).name
+    weights = [file for pattern in ("*.safetensors", "*.bin") for file in folder.rglob(pattern)]
+    configs = [file for file in folder.rglob("*.json") if file.name.startswith(("config", "processor", "scheduler"))]
+    return digest(
+        [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(weights)]
+        + [[str(file.relative_to(folder)), file.read_text(encoding="utf-8")] for file in sorted(configs)]
+    )
+
+
+def fingerprint_images(images: Iterable[bytes]) -> str:
+    """The hash of all bytes of a data set's image files, in order."""
+    total = hashlib.sha256()
+    for image in images:
+        total.update(hashlib.sha256(image).digest())
+    return total.hexdigest()[:12]
+
+
+def _progress(items: Iterable[Any], kind: str, done: int, total: int) -> Iterable[Any]:
+    return tqdm(items, desc=kind.replace("_", " ").capitalize(), initial=done, total=total, unit="image")
