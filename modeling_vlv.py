@@ -19,10 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import compute_snr
 from diffusers.utils.torch_utils import randn_tensor
@@ -441,12 +440,12 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         self,
         pixel_values: torch.Tensor | None = None,
         caption_embeds: torch.Tensor | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int = 10,
         guidance_scale: float = 2.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         height: int | None = None,
         width: int | None = None,
-        scheduler: diffusers.SchedulerMixin | None = None,
+        scheduler: SchedulerMixin | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable | None = None,
     ):
@@ -461,7 +460,8 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
             generator (`torch.Generator` or one per image): makes the result repeatable; one per image makes it
                 independent of the batch it is drawn in.
             height, width (`int`, *optional*): pixels; `config.image_size` or the UNet's own size by default.
-            scheduler (*optional*): a diffusers scheduler in place of the checkpoint's.
+            scheduler (*optional*): a diffusers scheduler; by default DPM-Solver++ of second order (arXiv 2211.01095),
+                on the checkpoint's own noise schedule, which needs the fewest steps (docs/results.md).
             output_type (`str`): `"pil"`, `"np"` or `"pt"`.
             callback_on_step_end: called as `(model, step, timestep, {"latents": latents})` after each step, as in
                 diffusers' pipelines; the dictionary that it returns may hold new latents.
@@ -475,9 +475,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         self._require_decoder("reconstruct")
         context = self._context(pixel_values, caption_embeds)
         if scheduler is None:
-            scheduler_config = self.config.decoder_config["scheduler"]
-            scheduler_class = getattr(diffusers, scheduler_config.get("_class_name", "DDIMScheduler"))
-            scheduler = scheduler_class.from_config(scheduler_config)
+            scheduler = DPMSolverMultistepScheduler.from_config(self.config.decoder_config["scheduler"])
         scheduler.set_timesteps(num_inference_steps, device=context.device)
         step_accepts = inspect.signature(scheduler.step).parameters
         step_arguments = {"generator": generator} if "generator" in step_accepts else {}

@@ -6,7 +6,7 @@ from threading import Thread
 import pytest
 import tiny
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -253,9 +253,8 @@ def test_sampling_by_hand(prediction_type, timesteps, pixel_values):
     context = model.encode_context(model.encode(pixel_values))
     noise = torch.randn(3, 4, 8, 8, generator=generator())
     expected = two_ddim_steps_by_hand(model, context, noise, 2.5, timesteps)
-    actual = model.reconstruct(
-        pixel_values=pixel_values, num_inference_steps=2, guidance_scale=2.5, generator=generator(), output_type="pt"
-    )
+    scheduler = DDIMScheduler.from_config(model.config.decoder_config["scheduler"])
+    actual = sample(model, pixel_values, guidance_scale=2.5, scheduler=scheduler)
     assert expected.std() > 0.01
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
@@ -305,7 +304,7 @@ def test_without_guidance_the_unet_does_half_of_the_work(tiny_model, pixel_value
     torch.testing.assert_close(unguided, barely_guided, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("scheduler_class", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, EulerDiscreteScheduler])
 def test_another_scheduler_can_sample(tiny_model, pixel_values, scheduler_class):
     scheduler = scheduler_class.from_config(tiny_model.noise_scheduler.config)
     other = sample(tiny_model, pixel_values, scheduler=scheduler, num_inference_steps=3, guidance_scale=1.0)
@@ -313,6 +312,23 @@ def test_another_scheduler_can_sample(tiny_model, pixel_values, scheduler_class)
     again = sample(tiny_model, pixel_values, scheduler=scheduler, num_inference_steps=3, guidance_scale=1.0)
     assert torch.equal(other, again)  # a scheduler that was used before is as good as new
     assert not torch.equal(other, sample(tiny_model, pixel_values, num_inference_steps=3, guidance_scale=1.0))
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+def test_few_steps_of_the_default_solver_come_closer_than_those_of_ddim(prediction_type, pixel_values):
+    model = tiny.model(prediction_type=prediction_type)
+    schedule = model.config.decoder_config["scheduler"]
+    end = sample(model, pixel_values, num_inference_steps=200, scheduler=DDIMScheduler.from_config(schedule))
+    default, explicit, ddim = (
+        sample(model, pixel_values, num_inference_steps=10, **scheduler)
+        for scheduler in (
+            {},
+            {"scheduler": DPMSolverMultistepScheduler.from_config(schedule)},
+            {"scheduler": DDIMScheduler.from_config(schedule)},
+        )
+    )
+    assert torch.equal(default, explicit)
+    assert (default - end).square().mean() < (ddim - end).square().mean()
 
 
 def test_output_types_and_sizes(tiny_model, pixel_values):
