@@ -243,8 +243,9 @@ def test_ids_and_how_the_hub_is_asked(tiny_components, hub, monkeypatch, tmp_pat
     model = VLVModel.from_pretrained(tmp_path / "vlv")
     expected = assemble(tiny_components)
     for part in ("encoder", "text_encoder", "unet", "vae", "caption_head"):
+        weights = getattr(model, part).state_dict()
         for name, weight in getattr(expected, part).state_dict().items():
-            assert torch.equal(getattr(model, part).state_dict()[name], weight), f"{part}.{name}"
+            assert torch.equal(weights[name], weight), f"{part}.{name}"
     # Where the parts are from is recorded, for the model card.
     assert model.config.encoder_config._name_or_path == "ada/encoder"
     assert model.config.text_encoder_config._name_or_path == "ada/decoder"

@@ -9,12 +9,14 @@ from pathlib import Path
 import big
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from processing_vlv import VLVProcessor
 from vlv.cli import main
 from vlv.convert import convert_checkpoint, map_tensors, read_checkpoint
+from vlv.loading import load_captioner
 
 PARITY = Path(__file__).parent / "data" / "parity"
 FLORENCE, SD, QWEN = (str(PARITY / "components" / name) for name in ("florence", "sd", "qwen"))
@@ -179,10 +181,46 @@ def test_a_captioner_without_decoder(text_encoder_only, expected_ids):
     assert torch.equal(ids, expected_ids)
 
 
+@pytest.mark.parametrize("width, heads, act", [(768, 12, "quick_gelu"), (1024, 16, "gelu")], ids=["SD 1", "SD 2"])
+def test_a_captioner_without_any_decoder(width, heads, act, tensors2, tmp_path):
+    """A text encoder of a released width is known without its folder."""
+    sizes = {"vocab_size": 92, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 1}
+    clip = CLIPTextModel(CLIPTextConfig(**sizes, num_attention_heads=heads, hidden_act=act)).eval()
+    text_encoder = getattr(clip, "text_model", clip).state_dict()
+    tensors = {name: tensor for name, tensor in tensors2.items() if ".text_encoder." not in name}
+    tensors |= {f"VLV_model.text_encoder.text_model.{name}": tensor for name, tensor in text_encoder.items()}
+    for layer, shape in (("language_proj.0", (width, 64)), ("language_proj.2", (width, width))):
+        tensors[f"VLV_model.{layer}.weight"], tensors[f"VLV_model.{layer}.bias"] = (
+            torch.randn(shape),
+            torch.zeros(width),
+        )
+    tensors["mlp.layers.0.weight"] = torch.randn(96, width)
+    model, processor, _ = convert_checkpoint(str(flat(tensors, tmp_path)), FLORENCE, None, QWEN, 64)
+    ids = torch.arange(77)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.text_encoder(ids), clip(ids).last_hidden_state)
+    assert processor.decoder_tokenizer is None
+    inputs = processor(images=PARITY / "images" / "a_120x90.png")
+    assert model.generate(**inputs, max_new_tokens=2).shape == (1, 2)
+    model.save_pretrained(tmp_path / "vlv")
+    processor.save_pretrained(tmp_path / "vlv")
+    model, processor = load_captioner(str(tmp_path / "vlv"), "cpu")
+    assert processor.tokenizer("red").input_ids
+
+
+def test_ids(hub, tmp_path, expected_ids):
+    """The checkpoint and the parts by their names on the Hub."""
+    places = {"checkpoint": STAGE2.parent, "florence": FLORENCE, "sd": SD, "qwen": QWEN}
+    for name, folder in places.items():
+        hub.publish(f"ada/{name}", Path(folder))
+    model, processor, _ = convert_checkpoint(*(f"ada/{name}" for name in places), image_size=64)
+    images = [PARITY / "images" / name for name in ("a_120x90.png", "b_77x131.png")]
+    assert torch.equal(model.generate(**processor(images=images), max_new_tokens=16), expected_ids)
+    assert model.config.caption_config._name_or_path == "ada/qwen"
+
+
 @pytest.fixture
 def expected_ids():
-    from safetensors.torch import load_file
-
     return load_file(PARITY / "stage2_expected.safetensors")["gen.greedy.ids"]
 
 
@@ -222,7 +260,8 @@ def test_dtype(dtype, tensors2, tmp_path, text_encoder_only):
     model, _, _ = convert_checkpoint(str(flat(tensors, tmp_path)), FLORENCE, text_encoder_only, QWEN, 64)
     expected, _ = map_tensors(tensors)
     assert model.dtype == dtype and model.config.dtype == dtype
-    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in expected.items())
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
 
 
 def test_mixed_dtypes_lose_nothing(tensors2, tmp_path, text_encoder_only):
@@ -246,8 +285,9 @@ def test_the_command_writes_a_complete_repo(tmp_path, capsys, tensors1):
     assert "mapped     934" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["vlv"]
     model, processor = VLVModel.from_pretrained(tmp_path / "vlv"), VLVProcessor.from_pretrained(tmp_path / "vlv")
+    weights = model.state_dict()
     for name, weight in map_tensors(tensors1)[0].items():
-        assert torch.equal(model.state_dict()[name], weight), name
+        assert torch.equal(weights[name], weight), name
     assert (processor.image_height, processor.decoder_image_size, processor.crop) == (96, 64, "center")
 
 
