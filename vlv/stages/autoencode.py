@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.data import Table, fixed_noise
-from vlv.inference import reconstruct_images
 from vlv.sheets import Pair, contact_sheet
 from vlv.stages.vlv import VLVSettings, VLVStage
 
@@ -109,8 +108,10 @@ class AutoencodeStage(VLVStage):
         return batch if isinstance(batch, dict) else torch.utils.data.default_collate(batch)
 
     def samples(self) -> Image:
-        rebuilt = reconstruct_images(self.model.eval(), self.processor, self.images_of(self.sample_rows()))
-        pairs = [Pair(image, reconstruction, "") for _, image, reconstruction in rebuilt]
+        _, images, pixel_values = self.sample_rows()
+        generators = [torch.Generator().manual_seed(number) for number in range(len(images))]
+        rebuilt = self.model.eval().reconstruct(pixel_values=pixel_values, generator=generators)
+        pairs = [Pair(image, reconstruction, "") for image, reconstruction in zip(images, rebuilt, strict=True)]
         return contact_sheet(pairs, "Reconstructions", "Each beside its original, from its caption embeddings alone.")
 
     @torch.inference_mode()

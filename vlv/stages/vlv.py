@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from modeling_vlv import STAGES, VLVModel
-from processing_vlv import VLVProcessor, load_image
+from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
 from vlv.data import Table
 from vlv.loading import read_config
@@ -137,11 +137,11 @@ class VLVStage(Stage):
             name: nn.ParameterList([part]) if isinstance(part, nn.Parameter) else part for name, part in parts.items()
         }
 
-    def sample_rows(self, count: int = 12) -> list[dict]:
-        return list(islice(self.eval_rows, count))
-
-    def images_of(self, rows: list[dict]) -> list[tuple[int, Image]]:
-        return [(number, load_image(row[self.settings.image_column])) for number, row in enumerate(rows)]
+    def sample_rows(self, count: int = 12) -> tuple[list[dict], list[Image], torch.Tensor]:
+        """A few evaluation rows, what the model sees of their images, and that as its `pixel_values`."""
+        rows = list(islice(self.eval_rows, count))
+        images = [self.processor.preprocess_image(row[self.settings.image_column]) for row in rows]
+        return rows, images, self.processor(images=images)["pixel_values"]
 
     def whole(self) -> VLVModel:
         """The model with the parts that this stage did not load."""
