@@ -88,10 +88,9 @@ def check_options(wanted: Sequence[tuple[str, str]], options: Mapping[str, Any])
         f"{family}/{name}": [need for need in FAMILIES[family][name].needs if options[need] is None]
         for family, name in wanted
     }
-    needed = dict.fromkeys(need for needs in missing.values() for need in needs)
-    if needed:
-        which = "; ".join(
-            f"{', '.join(name for name, needs in missing.items() if need in needs)} needs --{need}" for need in needed
-        )
-        possible = ",".join(name for name, needs in missing.items() if not needs)
-        raise ValueError(f"{which}. Give it" + (f", or leave those out: --metrics {possible}" if possible else "."))
+    lacking = {name: " and ".join(f"--{need}" for need in needs) for name, needs in missing.items() if needs}
+    if lacking:
+        which = ", ".join(f"{name} needs {needs}" for name, needs in lacking.items())
+        possible = ",".join(name for name in missing if name not in lacking)
+        mend = f"Give that, or leave those scores out: --metrics {possible}" if possible else "Give that."
+        raise ValueError(f"{which}. {mend}")

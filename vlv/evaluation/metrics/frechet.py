@@ -1,5 +1,7 @@
 """FID and KID: how far a set of pictures is from the set of their originals, by the features of any vision model."""
 
+import warnings
+
 import datasets
 import evaluate
 import torch
@@ -40,11 +42,12 @@ class Frechet(evaluate.Metric):
         drawn, originals = embedder.embed_images(predictions), embedder.embed_images(references)
 
         fid = FrechetInceptionDistance(feature=_Given(drawn.shape[1]))
-        kid = KernelInceptionDistance(
-            feature=_Given(drawn.shape[1]),
-            subsets=SUBSETS if len(drawn) > SUBSET_SIZE else 1,
-            subset_size=min(SUBSET_SIZE, len(drawn)),
-        )
+        with warnings.catch_warnings(action="ignore"):  # it says that it keeps all features, which are here already
+            kid = KernelInceptionDistance(
+                feature=_Given(drawn.shape[1]),
+                subsets=SUBSETS if len(drawn) > SUBSET_SIZE else 1,
+                subset_size=min(SUBSET_SIZE, len(drawn)),
+            )
         for metric in (fid, kid):
             metric.update(originals, real=True)
             metric.update(drawn, real=False)
