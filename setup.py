@@ -23,7 +23,7 @@ EXTRAS = {
     "train": ["peft", "pyyaml", "tensorboard"],
     "evaluate": ["evaluate", "pycocoevalcap", "torchmetrics"],
     "space": ["gradio"],
-    "test": ["playwright", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+    "test": ["bitsandbytes", "playwright", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 
-PARTS_BUT_THE_LLM = ["encoder", "projection", "text_encoder", "unet", "vae", "prefix_projection"]
 # Loads each folder as a stranger would and writes down its weights, its caption embeddings and a caption's logits.
 FRESH = """
 import sys
@@ -29,44 +28,55 @@ for folder in map(Path, sys.argv[2:]):
 """
 
 
-def test_fresh_process(tmp_path, tiny_repo):
-    pixel_values, _ = tiny.pixels(2)
-    inputs = {"pixel_values": pixel_values, "input_ids": torch.arange(12).reshape(2, 6)}
-    save_file(inputs, tmp_path / "inputs.safetensors")
-    models = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        folder = tmp_path / str(dtype)
-        models[folder] = VLVModel.from_pretrained(tiny_repo, dtype=dtype).eval()
-        models[folder].save_pretrained(folder)
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "inputs.safetensors"), *map(str, models)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+def assert_same_in_a_fresh_process(models, folder):
+    """Models, by name, are saved into `folder`, loaded there by a process that never saw them, and compared."""
+    inputs = {"pixel_values": tiny.pixels(2)[0], "input_ids": torch.arange(12).reshape(2, 6)}
+    save_file(inputs, folder / "inputs.safetensors")
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+    folders = [str(folder / name) for name in models]
+    command = [sys.executable, "-c", FRESH, str(folder / "inputs.safetensors"), *folders]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert result.returncode == 0, result.stderr
-    for folder, model in models.items():
-        seen = load_file(folder / "seen.safetensors")
+    for name, model in models.items():
+        seen = load_file(folder / name / "seen.safetensors")
         with torch.no_grad():
             output = model(inputs["pixel_values"], input_ids=inputs["input_ids"])
         assert torch.equal(seen.pop("output logits"), output.logits)
         assert torch.equal(seen.pop("output caption_embeds"), output.caption_embeds)
-        assert seen.keys() == model.state_dict().keys()
-        for name, weight in model.state_dict().items():
-            assert weight.dtype == seen[name].dtype and torch.equal(weight, seen[name]), name
+        weights = model.state_dict()
+        assert seen.keys() == weights.keys()
+        for key, weight in weights.items():
+            assert weight.dtype == seen[key].dtype and torch.equal(weight, seen[key]), key
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantised_language_model(bits, tiny_repo, tiny_model):
-    """Only the LLM is quantised; all before it stays as it was, to the last bit."""
-    pytest.importorskip("bitsandbytes")
+def test_fresh_process(tmp_path, tiny_repo):
+    dtypes = (torch.float32, torch.bfloat16)
+    models = {str(dtype): VLVModel.from_pretrained(tiny_repo, dtype=dtype) for dtype in dtypes}
+    assert_same_in_a_fresh_process(models, tmp_path)
+
+
+def test_a_quantised_language_model(tmp_path, tiny_repo, tiny_model):
+    """Only the LLM is quantised, as docs/convert.md tells; all before it stays as it was, to the last bit."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised model is tested")
     from transformers import BitsAndBytesConfig
 
-    quantisation = BitsAndBytesConfig(
-        load_in_8bit=bits == 8, load_in_4bit=bits == 4, llm_int8_skip_modules=[*PARTS_BUT_THE_LLM, "lm_head"]
-    )
-    model = VLVForConditionalGeneration.from_pretrained(tiny_repo, quantization_config=quantisation).eval()
-    assert "bitsandbytes" in type(model.caption_head.model.layers[0].mlp.up_proj).__module__
-    pixel_values, _ = tiny.pixels(2)
-    with torch.no_grad():
-        assert torch.equal(model.encode(pixel_values), tiny_model.encode(pixel_values))
-    assert len(model.generate(pixel_values, max_new_tokens=3)) == 2
+    not_the_llm = ["encoder", "projection", "text_encoder", "unet", "vae", "prefix_projection", "lm_head"]
+    models = {}
+    for setting in ("load_in_8bit", "load_in_4bit"):
+        quantisation = BitsAndBytesConfig(**{setting: True}, llm_int8_skip_modules=not_the_llm)
+        model = VLVModel.from_pretrained(tiny_repo, quantization_config=quantisation)
+        quantised = {name for name, module in model.named_modules() if "bitsandbytes" in type(module).__module__}
+        linears = {f"self_attn.{name}_proj" for name in "qkvo"} | {
+            f"mlp.{name}_proj" for name in ("gate", "up", "down")
+        }
+        assert quantised == {f"caption_head.model.layers.{layer}.{name}" for layer in (0, 1) for name in linears}
+        pixel_values, _ = tiny.pixels(2)
+        with torch.no_grad():
+            assert torch.equal(model.encode(pixel_values), tiny_model.encode(pixel_values))
+        assert len(model.generate(pixel_values, max_new_tokens=3)) == 2
+        models[setting] = model
+    assert_same_in_a_fresh_process(models, tmp_path)
 
 
 def test_a_captioner_never_reads_the_decoder(tmp_path, tiny_model):
