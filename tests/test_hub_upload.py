@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import hub_upload
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from vlv.images import find_images
+from vlv.publish.card import model_card
 from vlv.publish.proof import prove
 from vlv.publish.repo import build_model_repo
 from vlv.publish.samples import make_samples
@@ -125,6 +127,19 @@ def test_the_card_tells_what_the_checkpoint_records(built, samples):
     assert "None" not in text
 
 
+def test_the_card_tells_of_metrics_on_a_data_set(built, tiny_model, samples, tmp_path):
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    measured = {"captions/photographs/bleu_4": {"value": 0.31, "n": 500, "standard_error": None}}
+    settings = {"dataset": "ada/photographs", "num": 500, "guidance_scales": [1.0, 2.0]}
+    (tmp_path / "results.json").write_text(json.dumps({"metrics": measured, **settings}))
+    card = model_card(tmp_path, "ada/vlv-test", tiny_model, samples, "apache-2.0")
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("photographs", "bleu_4", 0.31)
+    assert "| captions | photographs | bleu 4 | 0.3100 |  | 500 |" in card.text
+    command = "vlv evaluate --model ada/vlv-test --dataset ada/photographs --num 500 --guidance_scales 1.0 2.0"
+    assert f"{command} --metrics captions/bleu_4" in card.text
+
+
 def test_the_cards_python_runs(built, pictures, tmp_path):
     """Every Python example of the card, word for word, in one process without this package on its path."""
     text = (built / "README.md").read_text().replace('"ada/vlv-test"', repr(str(built)))
@@ -168,7 +183,7 @@ def test_the_proof_accepts_what_was_built(built, samples):
 
 @pytest.mark.slow
 def test_the_proof_notices_a_missing_code_file(built, samples, tmp_path):
-    broken = copy_of(built, tmp_path)
+    broken = shutil.copytree(built, tmp_path / "copy")
     (broken / "pipeline_vlv.py").unlink()
     with pytest.raises(ValueError, match="cannot be loaded without this package, so it is not published"):
         prove(broken, samples)
@@ -176,7 +191,7 @@ def test_the_proof_notices_a_missing_code_file(built, samples, tmp_path):
 
 @pytest.mark.slow
 def test_the_proof_notices_code_that_needs_this_package(built, samples, tmp_path):
-    broken = copy_of(built, tmp_path)
+    broken = shutil.copytree(built, tmp_path / "copy")
     code = (broken / "modeling_vlv.py").read_text()
     (broken / "modeling_vlv.py").write_text(f"{code}\ntry:\n    import vlv\nexcept ValueError:\n    pass\n")
     with pytest.raises(ValueError, match="No module named 'vlv'"):
@@ -185,21 +200,12 @@ def test_the_proof_notices_code_that_needs_this_package(built, samples, tmp_path
 
 @pytest.mark.slow
 def test_the_proof_notices_other_weights(built, samples, tmp_path):
-    broken = copy_of(built, tmp_path)
+    broken = shutil.copytree(built, tmp_path / "copy")
     for file in broken.glob("model*"):
         file.unlink()
     tiny.model(seed=1).save_pretrained(broken)
     with pytest.raises(ValueError, match="is not published: through AutoModel it captions picture-0 as"):
         prove(broken, samples)
-
-
-def copy_of(folder, place):
-    copy = place / "copy"
-    for file in folder.rglob("*"):
-        if file.is_file():
-            (copy / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
-            (copy / file.relative_to(folder)).write_bytes(file.read_bytes())
-    return copy
 
 
 # ---- the Space ---------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def model_card(folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sa
     parts = _parts(model)
     base_models = list(dict.fromkeys(part["origin"] for part in parts if part["origin"]))
     trainings, results = _trainings(folder), _read(folder / "results.json")
-    metrics = [_metric(name, measured) for name, measured in results.get("metrics", {}).items()]
+    metrics = _metrics(results)
     name = repo_id.partition("/")[2]
     data = ModelCardData(
         license=license,
@@ -82,7 +82,7 @@ def model_card(folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sa
         datasets=_datasets(trainings) or None,
         tags=["vlv", "image-captioning", "image-to-image", "custom_code", "arxiv:2507.07104"],
         model_name=name,
-        eval_results=[_eval_result(metric) for metric in metrics if metric["what"] in _OF_THE_MODEL] or None,
+        eval_results=[_eval_result(metric, results) for metric in metrics if metric["what"] in _OF_THE_MODEL] or None,
     )
     config = model.config
     size = config.image_size
@@ -109,8 +109,8 @@ def model_card(folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sa
     )
 
 
-# The rest of what an evaluation measures are the ceilings and floors beside them.
-_OF_THE_MODEL = ("captions", "reconstruction")
+# The rest of what an evaluation measures on drawn scenes are the ceilings and floors beside them.
+_OF_THE_MODEL = ("captions", "reconstruction", "caption_to_image", "questions")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -148,20 +148,26 @@ def _is_hub_id(name):
     return bool(name) and name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
 
 
-def _metric(name, measured):
-    what, split, score = name.split("/")
-    return {"what": what, "split": split, "score": score.replace("_", " "), **measured}
+def _metrics(results):
+    """What was measured, one dictionary each; their names are `what/images/score`."""
+    return [
+        {**dict(zip(("what", "images", "score"), name.split("/"), strict=True)), **measured}
+        for name, measured in results.get("metrics", {}).items()
+    ]
 
 
-def _eval_result(metric):
+def _eval_result(metric, results):
+    """For the metadata; what was measured on no data set was measured on drawn scenes, whose images are a split."""
+    name, score = metric["images"], metric["score"]
+    dataset = {"dataset_type": name, "dataset_name": name, "metric_type": score}
+    if "dataset" not in results:
+        dataset = {"dataset_type": "drawn-scenes", "dataset_name": f"drawn scenes, {name}", "dataset_split": name}
+        dataset["metric_type"] = "accuracy"
     return EvalResult(
-        task_type="image-to-text" if metric["what"] == "captions" else "image-to-image",
-        dataset_type="drawn-scenes",
-        dataset_name=f"drawn scenes, {metric['split']}",
-        dataset_split=metric["split"],
-        metric_type="accuracy",
-        metric_name=f"{metric['what']}: {metric['score']}",
+        task_type="image-to-text" if metric["what"] in ("captions", "questions") else "image-to-image",
+        metric_name=f"{metric['what'].replace('_', ' ')}: {score.replace('_', ' ')}",
         metric_value=round(metric["value"], 4),
+        **dataset,
     )
 
 
@@ -185,5 +191,11 @@ def _datasets(trainings):
 
 
 def _command(repo_id, results):
-    settings = {name: results[name] for name in results if name not in ("metrics", "commit", "versions")}
-    return " ".join([f"vlv evaluate --model {repo_id}", *(f"--{name} {value}" for name, value in settings.items())])
+    """What measures the same again: on drawn scenes unless the results name a data set."""
+    settings = {name: value for name, value in results.items() if name not in ("metrics", "commit", "versions")}
+    if "dataset" in results:
+        settings["metrics"] = ",".join(dict.fromkeys(f"{m['what']}/{m['score']}" for m in _metrics(results)))
+    words = ["vlv evaluate", f"--model {repo_id}"]
+    for name, value in settings.items():
+        words.append(" ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])]))
+    return " ".join(words)
