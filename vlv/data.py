@@ -1,111 +1,130 @@
-"""Images and captions for training: loading through `datasets`, and columns held ready as tensors."""
+"""Data for training: loading rows through `datasets`, and making samples of them.
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+    rows ─ one pass over the images (vlv/cache.py) ─► what frozen parts make of each, on disk
+      └──────────────────────────────────┴─► Examples ─► DataLoader ─► the stage's `collate` ─► the model's inputs
+
+Rows that are streamed skip the pass: `Stream` takes the place of `Examples`.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
+from typing import Any
 
+import datasets
+import fsspec
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.distributed import split_dataset_by_node
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from PIL import Image
 from PIL.Image import Resampling
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from processing_vlv import load_image
 
+# Shards of a data set that lies on disk in one piece and is streamed: enough for many processes and their workers.
+STREAM_SHARDS = 64
 
-def load_rows(dataset: str, split: str | None = None) -> Dataset:
-    """Loads one split of an ImageFolder, of a folder of parquet or WebDataset files, or of a Hub id.
 
-    Images stay encoded (`Image(decode=False)`): they are read by `load_image` where they are needed.
+# ---- rows ------------------------------------------------------------------------------------------------------
+
+
+def load_rows(dataset: str, split: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
+    """Loads one split of an ImageFolder, of parquet or WebDataset files, of a `save_to_disk` folder, or of a Hub id.
+
+    Images stay encoded (`Image(decode=False)`): `open_image` reads them where they are needed.
 
     Raises:
         FileNotFoundError: when `dataset` looks like a path and is none.
-        ValueError: when it holds no such split.
+        ValueError: when it holds no images, or no such split.
     """
     path = Path(dataset).expanduser()
-    if path.is_dir():
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            splits = load_from_disk(str(path))
-        else:
-            splits = load_dataset(folder_format(path), data_dir=str(path))
+    if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+        splits = load_from_disk(str(path))
+    elif path.is_dir():
+        splits = load_dataset(folder_format(path), data_dir=str(path), streaming=streaming)
     elif path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1:
         raise FileNotFoundError(f"There is no folder {dataset}; name a folder of images or a data set on the Hub.")
     else:
-        splits = load_dataset(dataset)
+        splits = load_dataset(dataset, streaming=streaming)
 
-    splits = splits if isinstance(splits, DatasetDict) else DatasetDict(train=splits)
+    splits = splits if isinstance(splits, dict) else {"train": splits}
     if split is None and len(splits) > 1 and "train" not in splits:
-        raise ValueError(f"{dataset} has the splits {', '.join(splits)}: choose one with train_split.")
+        raise ValueError(f"{dataset} has the splits {', '.join(splits)}: choose one with train_split or eval_split.")
     name = split or ("train" if "train" in splits else next(iter(splits)))
     if name not in splits:
         raise ValueError(f"{dataset} has no split '{name}', but {', '.join(splits)}.")
     rows = splits[name]
-    for column, feature in rows.features.items():
-        if isinstance(feature, Image):
-            rows = rows.cast_column(column, Image(decode=False))
+    if streaming and isinstance(rows, Dataset):
+        rows = rows.to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(rows)))
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
 
 
 def folder_format(folder: Path) -> str:
-    """The `datasets` builder that reads what lies in a folder."""
-    suffixes = {file.suffix for file in folder.rglob("*") if file.suffix in (".parquet", ".tar")}
-    return {".parquet": "parquet", ".tar": "webdataset"}.get(next(iter(suffixes), ""), "imagefolder")
+    """The `datasets` builder that reads what lies in a folder; raises ValueError where there is nothing to read."""
+    suffixes = {file.suffix.lower() for file in folder.rglob("*")}
+    if suffixes.intersection(ImageFolder.EXTENSIONS):
+        return "imagefolder"
+    for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
+        if suffix in suffixes:
+            return builder
+    raise ValueError(f"There are no images in {folder}, and neither parquet files nor WebDataset tars.")
 
 
-def require_column(rows: Dataset, column: str, setting: str) -> None:
+def require_column(rows: Dataset | IterableDataset, column: str, setting: str) -> None:
     """Raises ValueError, naming the setting that chooses it, when `rows` has no such column."""
-    if column not in rows.column_names:
+    if rows.column_names is not None and column not in rows.column_names:
         raise ValueError(
             f"The data set has no column '{column}', but {', '.join(rows.column_names)}: choose one with {setting}."
         )
 
 
-class Pixels(torch.utils.data.Dataset):
-    """The images of a data set, one by one: uint8 (3, size, size), squeezed to a square as Florence-2 does."""
-
-    def __init__(self, rows: Dataset, column: str, size: int):
-        self.rows, self.column, self.size = rows, column, size
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        image = load_image(self.rows[index][self.column])
-        if image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def captions_of(value: str | Sequence[str] | None) -> list[str]:
+    """The captions of one image, of which a row holds one, a list, or none; what is empty counts for none."""
+    captions = [value] if isinstance(value, str) else value or []
+    return [caption for caption in captions if caption and not caption.isspace()]
 
 
-def decode_images(rows: Dataset, column: str, size: int, description: str = "Reading images") -> torch.Tensor:
-    """All images of a data set in memory: uint8 (N, 3, size, size)."""
-    workers = min(os.cpu_count() or 1, len(rows) // 1000)
-    loader = DataLoader(Pixels(rows, column, size), batch_size=250, num_workers=workers)
-    images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
-    start = 0
-    for batch in tqdm(loader, desc=description, unit_scale=250, unit="image", disable=None):
-        images[start : start + len(batch)] = batch
-        start += len(batch)
-    return images
+def read_captions(row: dict[str, Any], column: str) -> dict[str, list[str]]:
+    """All `captions` of a row; raises ValueError where there is none."""
+    captions = captions_of(row[column])
+    if not captions:
+        raise ValueError("there is no caption.")
+    return {"captions": captions}
 
 
-def to_unit_range(images: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 to float32 -1..1, the range of diffusion models."""
-    return images.float() / 127.5 - 1
+def draw_captions(batch: dict[str, Any]) -> list[str]:
+    """One of each sample's `captions`, drawn with its `random`."""
+    return [
+        captions[random.integers(len(captions))]
+        for captions, random in zip(batch["captions"], batch["random"], strict=True)
+    ]
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int) -> torch.Tensor:
-    """Token ids (N, max_length), padded on the right with `tokenizer.pad_token_id`.
+def open_image(source: Any) -> Image.Image:
+    """The image in a row, upright and in RGB; raises OSError or ValueError where it cannot be read."""
+    if source is None:
+        raise ValueError("there is no image.")
+    if isinstance(source, dict) and source["bytes"] is None and "://" in source["path"]:
+        with fsspec.open(source["path"], "rb") as file:  # a stream names files where they lie: hf://, zip://, ...
+            source = {**source, "bytes": file.read()}
+    return load_image(source)
 
-    Raises:
-        ValueError: when a caption is longer than `max_length`, which would cut its end off.
-    """
-    ids = tokenizer(list(captions), padding="max_length", max_length=max_length)["input_ids"]
-    longest = max(ids, key=len)
-    if len(longest) > max_length:
-        raise ValueError(f"The caption '{tokenizer.decode(longest)}' is longer than {max_length} tokens.")
-    return torch.tensor(ids)
+
+def image_digest(source: Any) -> bytes:
+    """Tells the image in a row from all others, without reading it: by its bytes, or by its path."""
+    content = source["bytes"] or source["path"].encode() if isinstance(source, dict) else repr(source).encode()
+    return hashlib.blake2b(content, digest_size=8).digest()
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------
 
 
 class Table(torch.utils.data.Dataset):
@@ -124,12 +143,140 @@ class Table(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int | slice | list[int]) -> dict[str, torch.Tensor]:
         return {name: column[index] for name, column in self.columns.items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        rows = torch.as_tensor(indices)
-        return {name: column[rows] for name, column in self.columns.items()}
+        return self[indices]
+
+
+class Examples(torch.utils.data.Dataset):
+    """The rows of a data set as training samples: what was computed of them once, and what is read anew.
+
+    DataLoader asks `__getitems__` for a whole batch, a dict of tensors (B, ...) and lists of B. One of the lists,
+    `random`, holds a generator for each sample, seeded with the seed, the epoch and the row alone: with what is drawn
+    from them, a resumed run sees what the unbroken one would have seen.
+
+    Args:
+        rows: no more columns than `read` needs.
+        read: makes of a row a dict of tensors and lists; `None` where there is nothing to read.
+        cached: tensors for each row, in their order: anything that gives `cached[indices]` as a dict.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        read: Callable[[dict[str, Any]], dict[str, Any]] | None,
+        cached: list[Table | Dataset],
+        seed: int,
+    ):
+        self.rows, self.read, self.cached, self.seed, self.epoch = rows, read, cached, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any]:
+        if isinstance(index, slice):
+            return self.__getitems__(list(range(len(self))[index]))
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        batch = merge([self.read(row) for row in self.rows.__getitems__(indices)]) if self.read else {}
+        for source in self.cached:
+            batch |= source[indices]
+        return {**batch, "random": [np.random.default_rng((self.seed, self.epoch, index)) for index in indices]}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """The rows of a streamed data set as training samples (see `Examples`), without end: epoch after epoch, each in an
+    order of its own.
+
+    Every process reads its own share of the data, and every worker of a DataLoader its own share of that. What cannot
+    be read is told to `report(row, number, error)` and left out.
+
+    Args:
+        held_out: the digests of images that are not to be trained on (see `image_digest`).
+        shuffle_buffer_size: how many rows ahead the next one is drawn from.
+        rank, world_size: of this process.
+    """
+
+    def __init__(
+        self,
+        rows: IterableDataset,
+        read: Callable[[dict[str, Any]], dict[str, Any]],
+        report: Callable[[dict[str, Any], int, Exception], None],
+        image_column: str,
+        held_out: Set[bytes],
+        seed: int,
+        shuffle_buffer_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
+        self.rows = split_dataset_by_node(rows, rank, world_size)
+        self.read, self.report, self.image_column, self.held_out = read, report, image_column, held_out
+        self.seed, self.rank = seed, rank
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        share = (self.rank, 0 if worker is None else worker.id)
+        for epoch in itertools.count():
+            self.rows.set_epoch(epoch)
+            number, found = -1, False
+            for number, row in enumerate(self.rows):
+                if self.held_out and image_digest(row[self.image_column]) in self.held_out:
+                    continue
+                try:
+                    sample = self.read(row)
+                except (OSError, ValueError) as error:
+                    self.report(row, number, error)
+                    continue
+                found = True
+                yield {**sample, "random": np.random.default_rng((self.seed, epoch, *share, number))}
+            if number < 0 and worker is not None:
+                return  # there are more workers than shards of the data
+            if not found:
+                raise ValueError("None of the streamed rows can be trained on: see unreadable.jsonl.")
+
+
+def merge(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples one by one to a batch: tensors stacked (B, ...), the rest in lists of B."""
+    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return {
+        name: torch.stack(values) if isinstance(values[0], torch.Tensor) else values
+        for name, values in columns.items()
+    }
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------
+
+
+def squeeze(image: Image.Image, size: int) -> dict[str, torch.Tensor]:
+    """An image as `images`, uint8 (3, size, size), squeezed to a square as Florence-2 does."""
+    if image.size != (size, size):
+        image = image.resize((size, size), Resampling.BICUBIC)
+    return {"images": torch.from_numpy(np.array(image)).permute(2, 0, 1)}
+
+
+def to_unit_range(images: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 to float32 -1..1, the range of diffusion models."""
+    return images.float() / 127.5 - 1
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str], max_length: int) -> torch.Tensor:
+    """Token ids (N, max_length), padded on the right with `tokenizer.pad_token_id`.
+
+    Raises:
+        ValueError: when a caption is longer than `max_length`, which would cut its end off.
+    """
+    ids = tokenizer(list(captions), padding="max_length", max_length=max_length)["input_ids"]
+    longest = max(ids, key=len)
+    if len(longest) > max_length:
+        raise ValueError(f"The caption '{tokenizer.decode(longest)}' is longer than {max_length} tokens.")
+    return torch.tensor(ids)
 
 
 def fixed_noise(count: int, shape: Sequence[int], num_train_timesteps: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -161,9 +308,3 @@ def in_batches(
     for batch in tqdm(inputs.split(batch_size), desc=description, unit="batch", disable=None):
         outputs.append(tuple(output.cpu() for output in compute(batch.to(device))))
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
-
-
-def captions_of(rows: Dataset, column: str) -> Iterator[str]:
-    """Every caption in a column that holds one caption or a list of captions per row."""
-    for captions in rows[column][:]:
-        yield from [captions] if isinstance(captions, str) else captions

@@ -1,14 +1,21 @@
 """The shape that all stages share."""
 
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from PIL.Image import Image
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from vlv.data import load_rows
+from vlv.cache import as_tensors, compute_once
+from vlv.data import captions_of, load_rows, require_column, squeeze
+from vlv.left_out import LeftOut
 from vlv.monitor import Samples
 
 
@@ -19,7 +26,10 @@ class Settings:
     stage: str | None = field(default=None, metadata={"help": "Which stage the recipe trains."})
     dataset: str | None = field(
         default=None,
-        metadata={"help": "Folder of images (ImageFolder; captions in its metadata.jsonl), or a data set on the Hub."},
+        metadata={
+            "help": "Folder of images (ImageFolder; captions in its metadata.jsonl), of parquet files or WebDataset"
+            " tars, or one that save_to_disk wrote; or a data set on the Hub."
+        },
     )
     train_split: str | None = field(
         default=None, metadata={"help": "Split of `dataset` to train on (default: train)."}
@@ -31,7 +41,16 @@ class Settings:
     eval_split: str | None = field(default=None, metadata={"help": "Split of `eval_dataset` to evaluate on."})
     eval_size: int = field(default=500, metadata={"help": "How many images to evaluate on."})
     image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
-    caption_column: str = field(default="text", metadata={"help": "Column that holds the captions."})
+    caption_column: str = field(
+        default="text", metadata={"help": "Column that holds the captions: one, or a list, per image."}
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where to keep what is computed of each image once, before training (default: cache in"
+            " output_dir). Runs that name the same folder share it."
+        },
+    )
 
 
 class Stage:
@@ -49,15 +68,27 @@ class Stage:
 
     def __init__(self, settings: Settings, args: TrainingArguments):
         self.settings, self.args = settings, args
+        roots = [folder for folder in (settings.dataset, settings.eval_dataset) if folder and os.path.isdir(folder)]
+        self.left_out = LeftOut(Path(args.output_dir), settings.image_column, roots)
 
-    def load_data(self) -> tuple[Dataset, Dataset]:
-        """The rows to train on and the rows to evaluate on, which are never the same."""
+    def load_data(self, streaming: bool = False) -> tuple[Dataset | IterableDataset, Dataset]:
+        """The rows to train on and the rows to evaluate on, which are never the same.
+
+        Streamed rows to train on still hold those to evaluate on, where these come from the same split.
+        """
         settings = self.settings
         if settings.dataset is None:
             raise ValueError("Nothing to train on: give the folder of images with --dataset.")
-        train = load_rows(settings.dataset, settings.train_split)
+        if self.args.process_index == 0 and not self.args.resume:
+            self.left_out.clear()
+        train = load_rows(settings.dataset, settings.train_split, streaming)
+        evaluation = None
         if settings.eval_dataset or settings.eval_split:
-            evaluation = load_rows(settings.eval_dataset or settings.dataset, settings.eval_split)
+            evaluation = load_rows(settings.eval_dataset or settings.dataset, settings.eval_split, streaming)
+        if streaming:
+            first = (evaluation or train).take(settings.eval_size)
+            evaluation = Dataset.from_list(list(first), features=first.features)
+        elif evaluation is not None:
             evaluation = evaluation.select(range(min(settings.eval_size, len(evaluation))))
         else:
             if settings.eval_size >= len(train):
@@ -68,6 +99,59 @@ class Stage:
             split = train.train_test_split(test_size=settings.eval_size, seed=self.args.seed)
             train, evaluation = split["train"], split["test"]
         return train, evaluation
+
+    def read_once(
+        self,
+        rows: Dataset,
+        read: Callable[[Image], dict[str, torch.Tensor]],
+        compute: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+        key: Sequence[Any],
+        description: str,
+    ) -> tuple[Dataset, Dataset]:
+        """The rows whose images can be read, and what `compute` makes of each: see `compute_once`."""
+        column = self.settings.image_column
+        require_column(rows, column, "image_column")
+        folder = Path(self.settings.cache_dir or Path(self.args.output_dir) / "cache")
+        cached = compute_once(rows, column, read, compute, key, folder, self.args, description)
+        reasons = {number: reason for number, reason in enumerate(cached["unreadable"][:]) if reason}
+        return self.leave_out(reasons, rows, cached)
+
+    def read_images(self, rows: Dataset, size: int) -> tuple[Dataset, torch.Tensor]:
+        """The rows whose images can be read, and the images: uint8 (N, 3, size, size), in memory."""
+        rows, cached = self.read_once(rows, partial(squeeze, size=size), _images, [size], "Reading images")
+        return rows, as_tensors(cached, torch.uint8)[:]["images"]
+
+    def captioned(self, rows: Dataset) -> Dataset:
+        """The rows that have a caption."""
+        require_column(rows, self.settings.caption_column, "caption_column")
+        captions = enumerate(rows[self.settings.caption_column][:])
+        reasons = {number: "there is no caption." for number, value in captions if not captions_of(value)}
+        return self.leave_out(reasons, rows)[0]
+
+    def leave_out(self, reasons: dict[int, str], *datasets: Dataset) -> Sequence[Dataset]:
+        """
+        Data sets of the same rows without those, by number, that there is a reason to leave out; it is written down.
+
+        Raises:
+            ValueError: when no row is left.
+        """
+        if not reasons:
+            return datasets
+        rows = datasets[0]
+        if len(reasons) == len(rows):
+            raise ValueError(f"None of the {len(rows)} rows can be used; the first: {reasons[0]}")
+        if self.args.process_index == 0:
+            indices = rows._indices  # where the rows lie in the data set as it was loaded
+            for number, reason in reasons.items():
+                self.left_out.add(
+                    rows[number], number if indices is None else indices.column(0)[number].as_py(), reason
+                )
+        kept = [number for number in range(len(rows)) if number not in reasons]
+        return [dataset.select(kept) for dataset in datasets]
+
+    def lengths(self) -> list[int]:
+        """How long each sample to train on is, for batches of about one length."""
+        raise ValueError(f"group_by_length: the samples of stage '{self.settings.stage}' are all of one length.")
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts of the model by name, for the overview at the start."""
@@ -95,3 +179,7 @@ class Stage:
     def evaluate(self) -> dict[str, float]:
         """Measures the trained model against this stage's own target, on the evaluation rows."""
         return {}
+
+
+def _images(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"images": batch["images"]}

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vlv.data import Table, captions_of, decode_images, require_column, tokenize
+from vlv.data import Table, captions_of, tokenize
 from vlv.stages.base import Settings, Stage
 from vlv.tokenization import train_tokenizer
 
@@ -121,9 +121,10 @@ class EncoderStage(Stage):
 
     def __init__(self, settings: EncoderSettings, args: TrainingArguments):
         super().__init__(settings, args)
-        train, self.eval_rows = self.load_data()
-        require_column(train, settings.caption_column, "caption_column")
-        captions = list(captions_of(train, settings.caption_column))
+        (train, images), (self.eval_rows, eval_images) = (
+            self.read_images(self.captioned(rows), settings.image_size) for rows in self.load_data()
+        )
+        captions = [caption for alternatives in self.captions(train) for caption in alternatives]
         # As many prompts as captions, so that each word of the prompt becomes one token too.
         self.tokenizer = train_tokenizer(
             [*captions, *[settings.task_prompt] * len(captions)],
@@ -142,13 +143,14 @@ class EncoderStage(Stage):
             image_std=list(IMAGE_STD),
             image_seq_length=(settings.image_size // 8) ** 2 + 1,
         )
-        self.train_dataset, self.eval_dataset = self.table(train), self.table(self.eval_rows)
+        self.train_dataset, self.eval_dataset = self.table(train, images), self.table(self.eval_rows, eval_images)
 
-    def table(self, rows: Dataset) -> Table:
-        settings = self.settings
-        images = decode_images(rows, settings.image_column, settings.image_size)
-        captions = [[c] if isinstance(c, str) else c for c in rows[settings.caption_column][:]]
-        ids = tokenize(self.tokenizer, [c for alternatives in captions for c in alternatives], settings.max_length)
+    def captions(self, rows: Dataset) -> list[list[str]]:
+        return [captions_of(value) for value in rows[self.settings.caption_column][:]]
+
+    def table(self, rows: Dataset, images: torch.Tensor) -> Table:
+        captions = self.captions(rows)
+        ids = tokenize(self.tokenizer, [c for texts in captions for c in texts], self.settings.max_length)
         labels = ids.masked_fill(ids == self.tokenizer.pad_token_id, -100).split([len(c) for c in captions])
         return Table(images=images, labels=pad_sequence(labels, batch_first=True, padding_value=-100))  # (N, K, L)
 
@@ -173,10 +175,7 @@ class EncoderStage(Stage):
                 encoder_outputs=memory, max_new_tokens=self.settings.max_length, num_beams=1, do_sample=False
             )
             said += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        truths = self.eval_rows[self.settings.caption_column][:]
-        true = sum(
-            text in ([truth] if isinstance(truth, str) else truth) for text, truth in zip(said, truths, strict=True)
-        )
+        true = sum(text in truths for text, truths in zip(said, self.captions(self.eval_rows), strict=True))
         return {"true_captions": true / len(said), "different_captions": len(set(said))}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, TrainingArguments
 
-from vlv.data import Table, captions_of, require_column, tokenize
+from vlv.data import Table, captions_of, tokenize
 from vlv.scenes import parse_caption
 from vlv.stages.base import Settings, Stage
 
@@ -54,15 +54,14 @@ class LanguageStage(Stage):
 
     def __init__(self, settings: LanguageSettings, args: TrainingArguments):
         super().__init__(settings, args)
-        train, evaluation = self.load_data()
-        require_column(train, settings.caption_column, "caption_column")
-        # Qwen2's own tokenizer class, with a vocabulary learned from these captions.
-        self.tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-            captions_of(train, settings.caption_column), settings.vocab_size, show_progress=False
+        train, evaluation = (
+            [caption for value in self.captioned(rows)[settings.caption_column][:] for caption in captions_of(value)]
+            for rows in self.load_data()
         )
+        # Qwen2's own tokenizer class, with a vocabulary learned from these captions.
+        self.tokenizer = Qwen2Tokenizer().train_new_from_iterator(train, settings.vocab_size, show_progress=False)
         self.train_dataset, self.eval_dataset = (
-            causal_table(self.tokenizer, list(captions_of(rows, settings.caption_column)), settings.max_length)
-            for rows in (train, evaluation)
+            causal_table(self.tokenizer, captions, settings.max_length) for captions in (train, evaluation)
         )
         self.model = tiny_language_model(self.tokenizer)
 

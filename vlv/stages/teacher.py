@@ -2,21 +2,27 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, TrainingArguments
 
+from vlv.cache import as_tensors
 from vlv.data import (
+    Examples,
     Table,
     captions_of,
-    decode_images,
+    draw_captions,
     fixed_noise,
-    in_batches,
-    require_column,
+    open_image,
+    read_captions,
+    squeeze,
     to_unit_range,
     tokenize,
 )
@@ -143,24 +149,23 @@ class TeacherStage(Stage):
         super().__init__(settings, args)
         if settings.vae is None:
             raise ValueError("The teacher draws in the latents of a VAE: give its folder with --vae.")
-        train, self.eval_rows = self.load_data()
-        require_column(train, settings.caption_column, "caption_column")
-
+        train, evaluation = map(self.captioned, self.load_data())
         self.vae = AutoencoderKL.from_pretrained(settings.vae).eval().requires_grad_(False)
+        captions = [caption for value in train[settings.caption_column][:] for caption in captions_of(value)]
         self.tokenizer = train_tokenizer(
-            captions_of(train, settings.caption_column),
+            captions,
             settings.vocab_size,
             bos_token="<|startoftext|>",
             eos_token="<|endoftext|>",
             model_max_length=settings.max_length,
         )
+        tokenize(self.tokenizer, captions, settings.max_length)  # says which is too long, before hours have gone by
         scheduler = v_prediction_scheduler()
-        self.train_dataset = self.table(train)
-        latent_shape = self.train_dataset.columns["latent_mean"].shape[1:]
-        self.eval_dataset = self.table(self.eval_rows)
-        self.eval_dataset.columns |= fixed_noise(
-            len(self.eval_rows), latent_shape, scheduler.config.num_train_timesteps
-        )
+        _, self.train_dataset = self.examples(train)
+        self.eval_rows, self.eval_dataset = self.examples(evaluation)
+        latent_shape = self.eval_dataset[0]["latent_mean"].shape
+        noise = fixed_noise(len(self.eval_rows), latent_shape, scheduler.config.num_train_timesteps)
+        self.eval_dataset.cached.append(Table(**noise))
 
         text_encoder = tiny_text_encoder(self.tokenizer, settings.max_length)
         self.model = TeacherTraining(
@@ -171,21 +176,24 @@ class TeacherStage(Stage):
             settings.caption_dropout,
         )
 
-    def table(self, rows) -> Table:
-        """Latent distributions and token ids of all rows; the VAE is frozen, so each image is encoded once."""
-        images = decode_images(rows, self.settings.image_column, self.vae.config.sample_size)
-        self.vae.to(self.args.device)
-
-        def encode(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            posterior = self.vae.encode(to_unit_range(batch)).latent_dist
-            scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
-            return (posterior.mean - shift) * scale, posterior.std * scale
-
-        mean, std = in_batches(encode, images, self.args.device, description="Encoding latents")
+    def examples(self, rows: Dataset) -> tuple[Dataset, Examples]:
+        """Rows with their latent distributions; the VAE is frozen, so each image is encoded once."""
+        read, column = partial(squeeze, size=self.vae.config.sample_size), self.settings.caption_column
+        rows, latents = self.read_once(rows, read, self.encode, [self.vae.config, self.vae], "Encoding images")
         self.vae.cpu()
-        captions = rows[self.settings.caption_column][:]
-        input_ids = tokenize(self.tokenizer, captions, self.settings.max_length)
-        return Table(latent_mean=mean, latent_std=std, input_ids=input_ids)
+        captions, read = rows.select_columns([column]), partial(read_captions, column=column)
+        return rows, Examples(captions, read, [as_tensors(latents)], self.args.seed)
+
+    @torch.inference_mode()
+    def encode(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        vae = self.vae.to(self.args.device)
+        posterior = vae.encode(to_unit_range(batch["images"].to(vae.device))).latent_dist
+        scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+        return {"latent_mean": (posterior.mean - shift) * scale, "latent_std": posterior.std * scale}
+
+    def collate(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        inputs = {name: values for name, values in batch.items() if isinstance(values, torch.Tensor)}
+        return inputs | {"input_ids": tokenize(self.tokenizer, draw_captions(batch), self.settings.max_length)}
 
     def parts(self) -> dict[str, nn.Module]:
         return {**self.model.denoiser, "average": self.model.average, "vae": self.vae}
@@ -213,24 +221,23 @@ class TeacherStage(Stage):
         pipeline.save_pretrained(folder)
 
         # Pictures say at a glance what the loss cannot: originals above, drawings from their captions below.
-        shown = self.eval_rows.select(range(min(8, len(self.eval_rows))))
+        shown = self.eval_rows[:8]
         pipeline.set_progress_bar_config(disable=True)
         size = self.vae.config.sample_size
         drawn = pipeline(
-            shown[self.settings.caption_column][:],
+            [captions_of(value)[0] for value in shown[self.settings.caption_column]],
             height=size,
             width=size,
             num_inference_steps=20,
             guidance_scale=self.settings.sample_guidance_scale,
             generator=torch.Generator().manual_seed(self.args.seed),
         ).images
-        originals = decode_images(shown, self.settings.image_column, size)
-        originals = pipeline.image_processor.numpy_to_pil(originals.permute(0, 2, 3, 1).numpy() / 255)
+        originals = [open_image(source).resize((size, size)) for source in shown[self.settings.image_column]]
         make_image_grid(originals + drawn, rows=2, cols=len(drawn)).save(folder / "samples.png")
 
     def evaluate(self) -> dict[str, float]:
         """Denoising losses on the evaluation rows: with their captions, and with none, which is the floor."""
-        model, columns = self.model.eval(), self.eval_dataset.columns
+        model, columns = self.model.eval(), self.collate(self.eval_dataset[:])
         floor = {**columns, "input_ids": self.model.empty_ids.cpu().expand_as(columns["input_ids"])}
 
         def loss(inputs: dict[str, torch.Tensor]) -> float:

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import TrainingArguments
 
-from vlv.data import Table, decode_images, in_batches, to_unit_range
+from vlv.data import Table, in_batches, to_unit_range
 from vlv.stages.average import MovingAverage
 from vlv.stages.base import Settings, Stage
 
@@ -90,9 +90,9 @@ class VAEStage(Stage):
 
     def __init__(self, settings: VAESettings, args: TrainingArguments):
         super().__init__(settings, args)
-        train, evaluation = self.load_data()
-        self.train_dataset = Table(images=decode_images(train, settings.image_column, settings.image_size))
-        self.eval_dataset = Table(images=decode_images(evaluation, settings.image_column, settings.image_size))
+        self.train_dataset, self.eval_dataset = (
+            Table(images=self.read_images(rows, settings.image_size)[1]) for rows in self.load_data()
+        )
         self.model = VAETraining(tiny_vae(settings.image_size), settings.foreground_weight, settings.kl_weight)
 
     def parts(self) -> dict[str, nn.Module]:

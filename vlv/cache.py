@@ -1,0 +1,164 @@
+"""One pass over the images of a data set: what frozen parts make of each is kept on disk, as memory-mapped Arrow.
+
+The files are named after everything that went into them, so that whoever asks again for the same gets it without a
+pass: a resumed run, the next run, the other processes. What has changed is never read by mistake.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Array2D, Array3D, Dataset, Features, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+
+from vlv.data import Table, merge, open_image
+
+# Each file is whole or absent: a pass that was killed loses one, and several processes share the files out.
+ROWS_PER_FILE = 20_000
+# Less than this many bytes are held in memory, where a batch is gathered ten times as fast.
+IN_MEMORY = 2**30
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Images(torch.utils.data.Dataset):
+    """The images of a data set, one by one, as `read` makes tensors of them, and `unreadable`: why not, or ""."""
+
+    def __init__(self, rows: Dataset, column: str, read: Callable[[Image.Image], Tensors]):
+        self.rows, self.column, self.read = rows.select_columns([column]), column, read
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return {**self.read(open_image(self.rows[index][self.column])), "unreadable": ""}
+        except (OSError, ValueError) as error:
+            # A stand-in keeps the batch in shape; what becomes of it is marked, and nobody reads it.
+            return {**self.blank(), "unreadable": str(error)}
+
+    def blank(self) -> Tensors:
+        return self.read(Image.new("RGB", (8, 8)))
+
+
+def compute_once(
+    rows: Dataset,
+    column: str,
+    read: Callable[[Image.Image], Tensors],
+    compute: Callable[[Tensors], Tensors],
+    key: Sequence[Any],
+    folder: Path,
+    args: TrainingArguments,
+    description: str,
+) -> Dataset:
+    """
+    Reads every image once and computes something of it, unless that lies in `folder` from before.
+
+    Args:
+        rows: their order is the result's.
+        column: holds the images.
+        read: makes tensors of one image.
+        compute: makes of a batch of them (B, ...) the tensors to keep (B, ...).
+        key: what `read` and `compute` depend on, as `fingerprint` takes it.
+
+    Returns:
+        A memory-mapped data set of what `compute` returned, and `unreadable`: why an image could not be read, or "".
+
+    Raises:
+        OSError: when the disk has no room for it; what lies in `folder` from before is untouched.
+    """
+    images = Images(rows, column, read)
+    folder = folder / fingerprint(rows._fingerprint, column, *key)
+    starts = range(0, len(rows), ROWS_PER_FILE)
+    files = [folder / f"{start:010}.arrow" for start in starts]
+    missing = [(start, file) for start, file in zip(starts, files, strict=True) if not file.exists()]
+    state = PartialState()
+    state.wait_for_everyone()  # all have looked before the first one writes
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        blank = compute({name: tensor[None] for name, tensor in images.blank().items()})
+        size = sum(tensor.nbytes for tensor in blank.values())
+        check_room(folder, size, sum(min(ROWS_PER_FILE, len(rows) - start) for start, _ in missing), blank)
+        for start, file in missing[state.process_index :: state.num_processes]:
+            part = torch.utils.data.Subset(images, range(start, min(start + ROWS_PER_FILE, len(rows))))
+            loader = DataLoader(
+                part,
+                args.per_device_eval_batch_size,
+                collate_fn=merge,
+                num_workers=args.dataloader_num_workers,
+                generator=torch.Generator(),  # else it would draw from the one that training draws from
+            )
+            progress = tqdm(loader, desc=description, unit="batch", disable=None)
+            write(file, ((compute(batch), batch.pop("unreadable")) for batch in progress), blank)
+    state.wait_for_everyone()
+    if absent := [file for file in files if not file.exists()]:
+        raise FileNotFoundError(f"{absent[0]} is not there: cache_dir must be a folder that all processes share.")
+    return concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+
+
+def write(file: Path, batches: Iterable[tuple[Tensors, list[str]]], blank: Tensors) -> None:
+    """Writes one Arrow file, which appears under its name when it is whole."""
+    features = Features(
+        {name: array_feature(tensor) for name, tensor in blank.items()} | {"unreadable": Value("string")}
+    )
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    try:
+        with ArrowWriter(path=str(unfinished), features=features) as writer:
+            for tensors, unreadable in batches:
+                arrays = {name: tensor.numpy(force=True) for name, tensor in tensors.items()}
+                writer.write_batch({**arrays, "unreadable": unreadable})
+            writer.finalize()
+        unfinished.replace(file)
+    except OSError as error:
+        raise OSError(f"{file} cannot be written: {error.strerror or error}. {MEND}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+MEND = "Choose a cache_dir with more room, or cache less: --cache_features false, --cache_latents false."
+
+
+def check_room(folder: Path, size: int, count: int, tensors: Iterable[str]) -> None:
+    """Raises OSError when `count` rows of `size` bytes do not fit on the disk, before hours have gone into them."""
+    free = shutil.disk_usage(folder).free
+    if count * size > free:
+        raise OSError(
+            f"The {' and '.join(tensors)} of {count:,} images take {count * size / 1e9:,.1f} GB, but"
+            f" {folder.parent} has {free / 1e9:,.1f} GB free. {MEND}"
+        )
+
+
+def array_feature(tensor: torch.Tensor) -> Array2D | Array3D:
+    """How `datasets` describes a batch of matrices (B, N, M) or images (B, C, H, W)."""
+    kind = {3: Array2D, 4: Array3D}[tensor.ndim]
+    return kind(tuple(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
+
+
+def as_tensors(cached: Dataset, dtype: torch.dtype = torch.float32) -> Table | Dataset:
+    """The kept tensors, by index: held in memory where they are small, else read from the disk batch by batch."""
+    cached = cached.remove_columns("unreadable").with_format("torch", dtype=dtype)
+    return Table(**cached[:]) if cached.data.nbytes < IN_MEMORY else cached
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short name for all that goes into a computation: modules by their weights, the rest as JSON."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            for name, weight in part.state_dict().items():
+                digest.update(f"{name} {tuple(weight.shape)} ".encode())
+                digest.update(weight.detach().float().cpu().contiguous().numpy())
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()[:16]
