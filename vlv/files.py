@@ -1,11 +1,19 @@
 """Writing files so that a reader, or an interrupted run, never leaves or meets half of one."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from safetensors import SafetensorError
+
+# What says how a model's weights lie in a folder; of an earlier model, it must not outlive that.
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+# Why a disk takes no more: full, a quota, or the most that a file may hold.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -47,3 +55,44 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def replaced_together(folder: str | os.PathLike) -> Iterator[Path]:
+    """
+    A folder to fill with a model, whose entries take the place of those of the same names in `folder` when the block
+    ends; when the block raises, nothing has changed.
+    """
+    folder = Path(folder)
+    unfinished = folder / f".unfinished.{os.getpid()}"
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        new = {entry.name for entry in unfinished.iterdir()}
+        old = {entry.name for pattern in WEIGHT_FILES for entry in folder.glob(pattern)} - new
+        for name in [*old, *new]:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            elif name in old:
+                (folder / name).unlink()
+        for name in new:
+            (unfinished / name).replace(folder / name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def writing_to(folder: str | os.PathLike) -> Iterator[None]:
+    """Turns what libraries raise when the disk is full into one OSError that says so."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # PyTorch and safetensors tell it in words of their own.
+        is_full = error.errno in NO_ROOM if isinstance(error, OSError) else "PytorchStreamWriter" in str(error)
+        if not is_full and not isinstance(error, SafetensorError):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            f"{folder} cannot be written to, where {free / 1e9:.2f} GB are free: {error}."
+            " What was saved before is whole."
+        ) from error

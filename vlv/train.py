@@ -19,6 +19,7 @@ from transformers import TrainingArguments, set_seed
 
 from vlv.commands.parser import CommandParser
 from vlv.evaluation.results import git_commit
+from vlv.files import replaced_together, writing_to
 from vlv.stages import stage_class
 from vlv.stages.base import Settings, Stage
 from vlv.trainer import StageTrainer, last_whole_checkpoint
@@ -72,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         stage.model.eval()
-        stage.save(output_dir)
+        with replaced_together(output_dir) as folder, writing_to(output_dir):
+            stage.save(folder)
         metrics |= stage.evaluate()
         record = {
             "recipe": {**vars(settings), **changed_arguments(args)},
@@ -93,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{settings.stage}: {output_dir}\n"
             + "\n".join(f"  {name}: {value:.4g}" for name, value in metrics.items())
         )
+        if left_out := stage.left_out.summary():
+            print(left_out)
 
 
 def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]:

@@ -10,12 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from vlv.files import writing_to
 from vlv.monitor import LossBar, write_samples
 from vlv.stages.base import Stage
 
@@ -103,6 +105,41 @@ class StageTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # counting them walks through all parameters at every step
 
+    def get_train_dataloader(self) -> DataLoader:
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        # A stream shares itself out among the processes: if accelerate did, one process would read for all.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        strategy = getattr(self.args, "train_sampling_strategy", None)
+        if strategy != "group_by_length" and not getattr(self.args, "group_by_length", False):  # transformers 5.0's
+            return super()._get_train_sampler(train_dataset)
+        # As Trainer does it, but alike on all processes, and in a resumed run as in the unbroken one.
+        sampler = DistributedLengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            num_replicas=1,
+            rank=0,
+            seed=self.args.seed,
+            lengths=self.stage.lengths(),
+        )
+        self.add_callback(EpochCallback(sampler))
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
+        return SequentialSampler(eval_dataset)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        with writing_to(self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
+
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         # Trainer has one switch for both, but only training drops its last short batch.
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -113,14 +150,17 @@ class StageTrainer(Trainer):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the data set which epoch begins, on every process; accelerate forgets to where it shards the batches."""
+    """
+    Tells the data set, or a sampler, which epoch begins, on every process; accelerate forgets to where it shards the
+    batches.
+    """
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    def __init__(self, listener: Dataset | Sampler):
+        self.listener = listener
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(int(state.epoch))
+        if hasattr(self.listener, "set_epoch"):
+            self.listener.set_epoch(int(state.epoch))
 
 
 def last_whole_checkpoint(output_dir: Path) -> Path | None:
