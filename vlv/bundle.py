@@ -24,9 +24,8 @@ def bundle(outputs: Path, checkpoint: Path) -> None:
             raise FileNotFoundError(f"{outputs / step} holds no finished training: run `make tiny` first.")
     root = Path(__file__).resolve().parents[1]
     shutil.rmtree(checkpoint, ignore_errors=True)
-    shutil.copytree(
-        outputs / "caption", checkpoint, ignore=shutil.ignore_patterns("checkpoint-*", "*.py", "training.json")
-    )
+    left_behind = ("checkpoint-*", "cache", "samples", "*.py", "training.json", "unreadable.jsonl")
+    shutil.copytree(outputs / "caption", checkpoint, ignore=shutil.ignore_patterns(*left_behind))
     for name in CODE_FILES:  # one copy of the code in the repository; a wheel holds the files themselves
         (checkpoint / name).symlink_to(os.path.relpath(root / name, checkpoint))
     for step in STEPS:
