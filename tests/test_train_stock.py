@@ -1,0 +1,53 @@
+"""transformers' own Trainer, as the README shows it."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from datasets import load_dataset
+from transformers import Trainer, TrainingArguments
+
+from modeling_vlv import VLVForConditionalGeneration
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def dataset(scenes):
+    return load_dataset("imagefolder", data_dir=str(scenes), split="train").select(range(8))
+
+
+def test_the_readmes_example_trains_stage_2(tiny_model, tiny_processor, dataset, tmp_path, monkeypatch):
+    (example,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Trainer(" in code)
+    model = copy.deepcopy(tiny_model)
+    names = {"model": model, "processor": tiny_processor, "dataset": dataset}
+    monkeypatch.chdir(tmp_path)
+    exec(example, {**names, "Trainer": Trainer, "TrainingArguments": TrainingArguments})
+
+    before = dict(tiny_model.named_parameters())
+    changed = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"prefix_projection", "caption_head"}
+    assert list(tmp_path.glob("stage2/checkpoint-*/model.safetensors"))
+
+
+def test_training_counts_the_tokens_that_evaluation_counts(tiny_processor, dataset, tmp_path):
+    def collate(rows):
+        images, text = ([row[name] for row in rows] for name in ("image", "text"))
+        return tiny_processor(images=images, text=text, return_labels=True)
+
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        learning_rate=0,
+        logging_steps=1,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        prediction_loss_only=True,
+    )
+    model = tiny.model(VLVForConditionalGeneration).set_stage("caption")
+    trainer = Trainer(model, arguments, train_dataset=dataset, eval_dataset=dataset, data_collator=collate)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
