@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tiny
 from PIL import Image
@@ -86,7 +88,12 @@ def test_folder_of_every_kind_of_image(tiny_repo, tiny_model, tmp_path):
     assert len(set(expected.values())) > 5  # the images are told apart, so the comparison means something
     for name in broken | {"missing.png"}:
         assert f"vlv caption: left out: {folder / name}: " in result.stderr
-    assert list(output.parent.iterdir()) == [output]
+    report = output.with_name("failures.jsonl")
+    failures = {row["file_name"]: row["error"] for row in map(json.loads, report.read_text("utf-8").splitlines())}
+    assert failures.keys() == broken | {"missing.png"}
+    assert all(reason.startswith(f"{folder / name}: ") for name, reason in failures.items())
+    assert f"{len(seen)} captioned, {len(failures)} left out, listed in {report}" in result.stderr.splitlines()[-1]
+    assert set(output.parent.iterdir()) == {output, report}
 
 
 def test_prints_captions_without_output(tiny_repo, tiny_model, tmp_path, capsys):
@@ -124,6 +131,83 @@ def test_options_reach_the_model(tiny_repo, tiny_model, tmp_path, capsys):
     assert capsys.readouterr().out == f"a.png\t{expected}\n"
 
 
+def _caption(tiny_repo, *arguments):
+    return main(["caption", *map(str, arguments), "--model", str(tiny_repo), "--max_new_tokens", LENGTH])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "sub").mkdir()
+    for name, image in zip(["a.png", "b.png", "sub/c.png"], tiny.images(3), strict=True):
+        image.save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captions(photos, tiny_model):
+    return {name: _expected(tiny_model, Image.open(photos / name)) for name in ("a.png", "b.png", "sub/c.png")}
+
+
+def test_parquet(tiny_repo, photos, captions, tmp_path):
+    from datasets import load_dataset
+
+    output = tmp_path / "captions.parquet"
+    assert _caption(tiny_repo, photos, "--output", output) == 0
+    rows = load_dataset("parquet", data_files=str(output), split="train", cache_dir=str(tmp_path / "cache"))
+    assert dict(zip(rows["file_name"], rows["text"], strict=True)) == captions
+
+
+def test_several_captions_of_an_image_are_a_list(tiny_repo, photos, tmp_path):
+    for suffix in ("jsonl", "parquet"):
+        assert (
+            _caption(tiny_repo, photos, "--num_captions", 2, "--num_beams", 3, "--output", tmp_path / f"c.{suffix}")
+            == 0
+        )
+    rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text("utf-8").splitlines()]
+    assert pyarrow.parquet.read_table(tmp_path / "c.parquet").to_pylist() == rows
+    for row in rows:
+        assert len(set(row["text"])) == 2
+
+
+@pytest.fixture
+def own_photos(photos, tmp_path):
+    return shutil.copytree(photos, tmp_path / "photos")
+
+
+def test_sidecars(tiny_repo, own_photos, captions, capsys):
+    kept = own_photos / "a.txt"
+    kept.write_text("by hand")
+    assert _caption(tiny_repo, own_photos, "--output", ".txt") == 0
+    assert kept.read_text() == "by hand"
+    for name in ("b.png", "sub/c.png"):
+        assert (own_photos / name).with_suffix(".txt").read_text("utf-8") == " ".join(captions[name].split()) + "\n"
+    assert len(list(own_photos.rglob("*"))) == 3 + 1 + 3  # nothing else is left behind
+    assert "2 captioned, 0 left out" in capsys.readouterr().err
+    assert _caption(tiny_repo, own_photos, "--output", ".txt", "--existing", "overwrite") == 0
+    assert kept.read_text("utf-8") == " ".join(captions["a.png"].split()) + "\n"
+    assert "3 captioned" in capsys.readouterr().err
+
+
+def test_sidecars_of_several_captions_have_a_line_each(tiny_repo, own_photos):
+    assert _caption(tiny_repo, own_photos, "--output", ".caption", "--num_beams", 2, "--num_captions", 2) == 0
+    lines = (own_photos / "a.caption").read_text("utf-8").splitlines()
+    assert len(lines) == len(set(lines)) == 2
+
+
+def test_sidecars_that_two_images_would_share(tiny_repo, own_photos, capsys):
+    (own_photos / "a.bmp").write_bytes((own_photos / "a.png").read_bytes())
+    assert _caption(tiny_repo, own_photos, "--output", ".txt") == 2
+    assert f"would share the sidecar {own_photos / 'a.txt'}" in capsys.readouterr().err
+    assert not (own_photos / "b.txt").exists()
+
+
+def test_rows_of_tables_have_no_sidecars(tiny_repo, tmp_path, capsys):
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"", b""]}), tmp_path / "images.parquet")
+    assert _caption(tiny_repo, tmp_path / "images.parquet", "--output", ".txt") == 2
+    assert "--output .txt needs image files" in capsys.readouterr().err
+
+
 def test_captions_without_a_network(tiny_repo, tmp_path):
     tiny.images(1)[0].save(tmp_path / "a.png")
     code = (
@@ -153,9 +237,13 @@ def test_nothing_readable(tiny_repo, tmp_path, capsys):
         (["missing.png"], "missing.png: there is no such file."),
         (["."], ".: there are no images in this folder"),
         ([], "the following arguments are required: PATH"),
-        (["a.png", "--batch_size", "0"], "--batch_size is 0; it must be at least 1."),
+        (["a.png", "--batch_size", "0"], "--batch_size is 0; it must be at least 1, or auto."),
         (["a.png", "--num_beams", "many"], "invalid int value: 'many'"),
         (["a.png", "--output", "captions.csv"], "must end in .jsonl"),
+        (["a.png", "--num_captions", "3"], "--num_captions 3 needs as many --num_beams, or a --temperature above 0."),
+        (["a.png", "--temperature", "1", "--num_beams", "2"], "choose one"),
+        (["a.png", "--min_new_tokens", "9", "--max_new_tokens", "8"], "--min_new_tokens 9 is more than"),
+        (["ada/nothing"], "ada/nothing: there is no such file or folder, and no such data set"),
     ],
 )
 def test_wrong_arguments(arguments, sentence, tmp_path, monkeypatch, capsys):

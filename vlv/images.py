@@ -1,5 +1,6 @@
 """Image files on disk: finding them, and reading them one by one past the broken ones."""
 
+import glob
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,14 +24,17 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[ImageFile]:
     """
     List the image files that `paths` stand for, each once, in the order given.
 
-    A folder stands for all images in it and its subfolders, sorted, hidden ones left out. What is not there, and a
+    A folder stands for all images in it and its subfolders, sorted, hidden ones left out; a pattern (`photos/*.jpg`)
+    for what it matches, sorted; a list, which is a `.txt` file, for the paths in its lines. What is not there, and a
     folder without images, is listed as it is: reading it says what is wrong, and costs the others nothing.
     Names are relative to the folder given, or to the deepest folder that holds everything given.
 
     Raises:
         FileNotFoundError: when there is no file at all.
     """
-    paths = [Path(path) for path in paths]
+    paths = [path for given in paths for path in _expand(Path(given))]
+    if not paths:
+        raise FileNotFoundError("There are no images: the list of files is empty.")
     root = os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in paths])
     found = {}
     for path in paths:
@@ -41,6 +45,16 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[ImageFile]:
     if all(problems):
         raise FileNotFoundError(" ".join(problems))
     return list(found.values())
+
+
+def _expand(path: Path) -> list[Path]:
+    """The paths that a list or a pattern stands for; any other path stands for itself."""
+    if path.suffix.lower() == ".txt" and path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [Path(line.strip()) for line in lines if line.strip()]
+    if glob.has_magic(str(path)) and not path.exists():
+        return [Path(match) for match in sorted(glob.glob(str(path), recursive=True))] or [path]
+    return [path]
 
 
 def _problem(path: Path) -> str | None:
@@ -60,6 +74,20 @@ def _images_in(folder: Path) -> list[Path]:
     )
 
 
+def read_image(path: Path) -> Image.Image:
+    """
+    Read one file as an upright RGB image.
+
+    Raises:
+        OSError, ValueError: when it cannot be read; the sentence begins with its path.
+    """
+    from processing_vlv import load_image  # imported only when needed: torch comes with it
+
+    if problem := _problem(path):
+        raise ValueError(problem)
+    return load_image(path)
+
+
 def read_images(files: Iterable[ImageFile], report: Callable[[str], None]) -> Iterator[tuple[ImageFile, Image.Image]]:
     """
     Read the files as upright RGB images, in their order. One that cannot be read is left out and `report` is told
@@ -68,14 +96,10 @@ def read_images(files: Iterable[ImageFile], report: Callable[[str], None]) -> It
     Raises:
         ValueError: at the end, when there were files and none of them could be read.
     """
-    from processing_vlv import load_image  # imported only when needed: torch comes with it
-
     readable = unreadable = 0
     for file in files:
         try:
-            if problem := _problem(file.path):
-                raise ValueError(problem)
-            image = load_image(file.path)
+            image = read_image(file.path)
         except (OSError, ValueError) as error:
             unreadable += 1
             report(f"left out: {error}")

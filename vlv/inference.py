@@ -9,25 +9,24 @@ from PIL import Image
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
+from vlv.captioning.captioner import Captioner
+from vlv.captioning.settings import Decoding
 
 Key = TypeVar("Key")
 
 
-@torch.inference_mode()
 def caption_images(
     model: VLVModel,
     processor: VLVProcessor,
     images: Iterable[tuple[Key, Image.Image]],
     batch_size: int = 8,
-    max_new_tokens: int = 300,
-    do_sample: bool = False,
-    **generation,
+    decoding: Decoding | None = None,
 ) -> Iterator[tuple[Key, str]]:
-    """Write a caption for each image, in order; the rest goes to `model.generate`. Keys come back untouched."""
+    """Write a caption for each image, in order. Keys come back untouched."""
+    captioner = Captioner(model, processor, decoding or Decoding(), batch_size)
     for keys, pictures in _batches(images, batch_size):
-        inputs = processor(images=pictures, return_tensors="pt").to(model.device)
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=do_sample, **generation)
-        yield from zip(keys, processor.batch_decode(ids), strict=True)
+        captions = captioner([str(key) for key in keys], processor(images=pictures)["pixel_values"])
+        yield from zip(keys, (best for best, *_ in captions), strict=True)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from configuration_vlv import VLVConfig
@@ -18,25 +18,46 @@ from vlv import tiny_checkpoint
 Model = TypeVar("Model", bound=VLVModel)
 
 
-def load_captioner(source: str | None, device: str = "auto") -> tuple[VLVForConditionalGeneration, VLVProcessor]:
+def load_captioner(
+    source: str | None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str | None = None,
+    **loading: Any,
+) -> tuple[VLVForConditionalGeneration, VLVProcessor]:
     """
     Load what writes captions: the model without UNet and VAE, and its processor. It is the installed code that reads
     the checkpoint; code that lies beside the weights is never run.
 
     Args:
         source: folder or Hub id; `None` is the bundled checkpoint.
-        device: as torch names it, or `"auto"`: the accelerator where there is one. On the CPU the model is in fp32,
-            elsewhere in the dtype that it was saved in.
+        device: as torch names it, or `"auto"`: the accelerator where there is one.
+        dtype: as torch names it, or `"auto"`: fp32 on the CPU, elsewhere what the model was saved in.
+        quantization: `"8bit"` or `"4bit"`, in which bitsandbytes holds the caption head's weights.
+        loading: `device_map`, `attn_implementation`, ... as `from_pretrained` takes them.
 
     Raises:
         OSError, ValueError: when there is no such model, when it is damaged or no VLV, or has no caption head.
     """
+    source = find_captioner(source)
+    if quantization is not None:
+        loading["quantization_config"] = BitsAndBytesConfig(
+            **{f"load_in_{quantization}": True},
+            llm_int8_skip_modules=["encoder", "projection", "text_encoder", "prefix_projection", "lm_head"],
+        )
+        loading.setdefault("device_map", {"": find_device(device)})
+    dtype = None if dtype == "auto" else getattr(torch, dtype)
+    return _load(VLVForConditionalGeneration, source, device, dtype, **loading)
+
+
+def find_captioner(source: str | None) -> str:
+    """The folder or Hub id of what writes captions, checked by its config alone; else as [`load_captioner`]."""
     source = source or tiny_checkpoint()
     if read_config(source).caption_config is None:
         raise ValueError(
             f"{source} has no caption head and cannot caption: train one with `vlv train`, or take another --model."
         )
-    return _load(VLVForConditionalGeneration, source, device)
+    return source
 
 
 def load_autoencoder(source: str | None, device: str = "auto", **config: Any) -> tuple[VLVModel, VLVProcessor]:
@@ -76,21 +97,25 @@ def read_config(source: str) -> VLVConfig:
 
 
 def _load(
-    model_class: type[Model], source: str, device: str, dtype: str | None = None, **config: Any
+    model_class: type[Model], source: str, device: str, dtype: torch.dtype | str | None = None, **loading: Any
 ) -> tuple[Model, VLVProcessor]:
     place = find_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else "auto")
     try:
         with _quiet_transformers():
-            model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **config)
+            model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **loading)
             processor = VLVProcessor.from_pretrained(source)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"The weights of {source} cannot be read: {error}") from error
+    except ImportError as error:  # bitsandbytes, flash_attn, ...: the library's sentence says how to install it
+        raise ValueError(str(error)) from error
     if info["missing_keys"]:
         # transformers would go on with random numbers in their place.
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(f"{source} lacks {len(info['missing_keys'])} of the weights that its config asks for: {some}")
-    return model.to(place).eval(), processor
+    if "device_map" not in loading:
+        model.to(place)
+    return model.eval(), processor
 
 
 @contextmanager

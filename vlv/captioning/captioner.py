@@ -1,0 +1,113 @@
+"""From pixels to captions, in batches that fit into memory."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from modeling_vlv import VLVModel
+from processing_vlv import VLVProcessor
+from vlv.captioning.decoding import generation_arguments
+from vlv.captioning.memory import free_memory, memory_in_use, peak_memory
+from vlv.captioning.settings import Decoding
+
+# An automatic batch grows between these, as long as memory allows.
+FIRST_BATCH = 4
+LARGEST_BATCH = {"cpu": 16}
+LARGEST_ON_ACCELERATOR = 128
+SHARE_OF_MEMORY = 0.8
+
+
+class Captioner:
+    """
+    Writes captions, the same for an image whatever the batch (in fp32; lower precisions round differently in
+    different batches).
+
+    Args:
+        model, processor: from [`load_captioner`].
+        decoding: what the captions are like.
+        batch_size: images at once; `None` starts small and grows as far as free memory allows. What turns out not to
+            fit is halved until it does.
+    """
+
+    def __init__(
+        self,
+        model: VLVModel,
+        processor: VLVProcessor,
+        decoding: Decoding,
+        batch_size: int | None = None,
+    ):
+        self.model, self.processor, self.decoding = model, processor, decoding
+        self.device = next(model.parameters()).device
+        self.largest = batch_size or LARGEST_BATCH.get(self.device.type, LARGEST_ON_ACCELERATOR)
+        self.batch_size = batch_size or FIRST_BATCH
+        eos = model.generation_config.eos_token_id
+        self.eos_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        prefix = decoding.prefix or ""
+        self.prefix_ids = processor.tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
+
+    def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[str]]:
+        """
+        Args:
+            names: the images' names, which seed what is drawn for them.
+            pixel_values: as many tensors of shape `(3, H, W)`, from the processor.
+
+        Returns:
+            For each image its captions, best first.
+
+        Raises:
+            ValueError: when not even one image fits into memory.
+        """
+        captions = []
+        while len(captions) < len(names):
+            batch = slice(len(captions), len(captions) + self.batch_size)
+            before = memory_in_use(self.device)
+            written = self._try(names[batch], torch.stack(tuple(pixel_values[batch])))
+            if written is None:
+                self._shrink(len(names[batch]))
+            else:
+                captions += written
+                self._grow(len(written), peak_memory(self.device) - before)
+        return captions
+
+    def _try(self, names, pixel_values):
+        """The captions, or `None` when memory did not suffice."""
+        try:
+            return self._caption(names, pixel_values)
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                raise
+        return None  # only out here is the memory free that the failed attempt held
+
+    @torch.inference_mode()
+    def _caption(self, names, pixel_values):
+        caption_embeds = self.model.encode(pixel_values.to(self.device))
+        prefix_ids = torch.tensor(self.prefix_ids, dtype=torch.long, device=self.device).expand(len(names), -1)
+        arguments = generation_arguments(self.decoding, names, self.processor.tokenizer, self.eos_token_ids)
+        with warnings.catch_warnings():
+            # That what was not written is not counted as repeated: here, that is as it should be.
+            warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
+            ids = self.model.generate(caption_embeds=caption_embeds, input_ids=prefix_ids, **arguments)
+        texts = self.processor.batch_decode([self.prefix_ids + self._until_end(row) for row in ids.tolist()])
+        each = self.decoding.num_captions
+        return [texts[start : start + each] for start in range(0, len(texts), each)]
+
+    def _until_end(self, ids):
+        """Without what fills a row up that ended before others: a padding token need not be a special one."""
+        end = next((place for place, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
+        return ids[:end]
+
+    def _shrink(self, failed):
+        clear_device_cache(garbage_collection=True)
+        if failed == 1:
+            raise ValueError(
+                "Not even one image at a time fits into memory: lower --num_beams, --num_captions or "
+                "--max_new_tokens, or take --dtype bfloat16 or --quantization."
+            )
+        self.batch_size = self.largest = failed // 2
+
+    def _grow(self, images, used):
+        if images == self.batch_size < self.largest:
+            fitting = int(SHARE_OF_MEMORY * free_memory(self.device) * images / max(used, 1))
+            self.batch_size = max(self.batch_size, min(2 * self.batch_size, self.largest, fitting))

@@ -1,0 +1,86 @@
+"""The engine of many processes and machines: the same steps as Ray Data actors."""
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from processing_vlv import VLVProcessor
+from vlv.captioning.captioner import Captioner
+from vlv.captioning.engine import Prepared, Reader, caption_batch
+from vlv.captioning.sink import Row
+from vlv.captioning.sources import Source
+from vlv.loading import find_captioner
+
+PARTS_PER_PROCESSOR = 4  # of the input: small enough that no processor waits long for the last one
+BATCH = 64  # images that an actor gets at once, where it finds out itself how many of them fit into memory
+
+
+def caption_with_ray(
+    source: Source,
+    done: Collection[str],
+    make_captioner: Callable[[], Captioner],
+    model: str | None,
+    batch_size: int | None,
+) -> Iterator[list[Row]]:
+    """
+    Caption the pictures that are not done, on all of the cluster that Ray is told of (`RAY_ADDRESS`; else this
+    machine): tasks read pictures, and actors, one on each GPU or on the processors where there is none, caption them.
+
+    Yields:
+        Rows as they come, in no order.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    processor = VLVProcessor.from_pretrained(find_captioner(model))
+    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="warning")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    resources = ray.cluster_resources()
+    processors, gpus = int(resources["CPU"]), int(resources.get("GPU", 0))
+    parts = min(len(source.shards), PARTS_PER_PROCESSOR * processors)
+    work = ray.put((source, Reader(processor), frozenset(done)))
+
+    def read_part(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        source, reader, done = ray.get(work)
+        for picture in source.pictures(int(row["id"]), parts):
+            if picture.name not in done:
+                yield _pack(reader[picture], processor)
+
+    rows = (
+        ray.data.range(parts, override_num_blocks=parts)
+        .flat_map(read_part)
+        .map_batches(
+            _Actor,
+            fn_constructor_args=[make_captioner],
+            batch_size=batch_size or BATCH,
+            num_gpus=1 if gpus else None,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=gpus or max(1, processors - 1)),
+        )
+    )
+    for batch in rows.iter_batches(batch_size=None):
+        yield [json.loads(row) for row in batch["row"]]
+
+
+class _Actor:
+    def __init__(self, make_captioner: Callable[[], Captioner]):
+        self.captioner = make_captioner()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        return {"row": [json.dumps(row) for row in caption_batch(self.captioner, [_unpack(**row) for row in rows])]}
+
+
+def _pack(prepared: Prepared, processor: VLVProcessor) -> dict[str, Any]:
+    """What has been read, as columns; an image that cannot be read has blank pixels, which nobody looks at."""
+    order, name, pixel_values, error = prepared
+    if pixel_values is None:
+        pixel_values = torch.zeros(3, processor.image_height, processor.image_width)
+    return {"order": np.array(order), "name": name, "pixel_values": pixel_values.numpy(), "error": error or ""}
+
+
+def _unpack(order: np.ndarray, name: str, pixel_values: np.ndarray, error: str) -> Prepared:
+    return Prepared(tuple(order.tolist()), str(name), torch.tensor(pixel_values), str(error) or None)

@@ -1,0 +1,104 @@
+"""The options of `vlv caption`, in groups; nothing here loads torch."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help_text: str, **argparse: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **argparse})
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What the captions are like."""
+
+    _argument_group_name = "the captions"
+
+    max_new_tokens: int = option(300, "Longest caption, in tokens.")
+    min_new_tokens: int = option(0, "Shortest caption, in tokens.")
+    num_beams: int = option(1, "Beams of the search; 1 is greedy, the paper uses 4.")
+    temperature: float = option(
+        0.0,
+        "Above 0, each token is drawn at random, the more freely the higher; 0 takes the likeliest. What is drawn for "
+        "an image depends on --seed and its name, not on the images beside it.",
+    )
+    top_p: float = option(1.0, "Draw only among the likeliest tokens that together have this probability.")
+    seed: int = option(0, "Another seed draws other captions (with --temperature).")
+    num_captions: int = option(
+        1,
+        "Captions per image, from one look at it: the best of --num_beams, or as many draws. "
+        "With more than 1, text is a list.",
+    )
+    prefix: str | None = option(
+        None, 'Beginning of every caption, which the model continues, such as "A watercolour of".'
+    )
+    force_words: list[str] | None = option(
+        None,
+        "Words that every caption must hold. One that it lacks is added where it would have ended, and the model goes "
+        "on from there.",
+        metavar="WORD",
+    )
+    ban_words: list[str] | None = option(None, "Words that no caption may hold.", metavar="WORD")
+    repetition_penalty: float | None = option(
+        None, "Above 1, what a caption holds already becomes less likely; 1.1 is mild (default: the model's own)."
+    )
+    no_repeat_ngram_size: int = option(0, "Sequences of so many tokens may occur only once; 0 allows all.")
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "num_beams", "num_captions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("min_new_tokens", "temperature", "no_repeat_ngram_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 0.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p is {self.top_p}; it must be above 0 and at most 1.")
+        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
+            raise ValueError(f"--repetition_penalty is {self.repetition_penalty}; it must be above 0.")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"--min_new_tokens {self.min_new_tokens} is more than --max_new_tokens.")
+        if self.temperature > 0 and self.num_beams > 1:
+            raise ValueError("--temperature draws captions and --num_beams searches for the likeliest: choose one.")
+        if self.temperature == 0 and self.num_captions > self.num_beams:
+            raise ValueError(
+                f"--num_captions {self.num_captions} needs as many --num_beams, or a --temperature above 0."
+            )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, where and how."""
+
+    _argument_group_name = "the model"
+
+    model: str | None = option(None, "Folder or Hub id of a VLV (default: the bundled vlv-tiny, for drawn scenes).")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the accelerator.")
+    device_map: str | None = option(
+        None, "auto spreads a model that is too large for one device over all of them and the host's memory."
+    )
+    dtype: str = option(
+        "auto", "float32, bfloat16 or float16; auto is float32 on the CPU and what was saved elsewhere."
+    )
+    quantization: str | None = option(
+        None,
+        "Hold the language model's weights in 8 or in 4 bits; needs bitsandbytes.",
+        choices=["8bit", "4bit"],
+    )
+    attn_implementation: str | None = option(
+        None, "sdpa, flash_attention_2 or eager (default: what is best here, mostly sdpa)."
+    )
+
+    def __post_init__(self):
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype {self.dtype} is unknown: choose auto, float32, bfloat16 or float16.")
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows of tables are read."""
+
+    _argument_group_name = "rows of parquet files, archives and data sets (of no concern to image files)"
+
+    split: str = option("train", "Split of a data set from the Hub.")
+    image_column: str | None = option(None, "Column of the images (default: the one that is typed so, or image).")
+    id_column: str | None = option(None, "Column that names the rows (default: their file and number or key).")

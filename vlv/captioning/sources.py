@@ -1,0 +1,176 @@
+"""Where pictures come from: image files, and rows of parquet files, WebDataset archives and data sets of the Hub."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vlv.images import SUFFIXES, ImageFile, find_images
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".tar.gz": "webdataset", ".tgz": "webdataset"}
+
+
+class Picture(NamedTuple):
+    """An image on its way to the model."""
+
+    order: tuple[int, int]  # shard and row: where it stands in the input
+    name: str  # its `file_name`
+    source: Any  # a path, or what else `processing_vlv.load_image` reads, or the error that takes the image's place
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How the rows of a table are read; of no concern to image files."""
+
+    split: str = "train"
+    image_column: str | None = None
+    id_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One parquet file, archive, or shard of a data set: opened only when it is read."""
+
+    name: str
+    open: Callable[[], "IterableDataset"]
+    options: RowOptions
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        try:
+            dataset = self.open().decode(False)
+            column = self._find_image_column(dataset)
+            for number, row in enumerate(dataset):
+                name = self._name(row, number, column)
+                yield name, _image_of_row(row[column], name)
+        except Exception as error:  # of any of the libraries that read tables: the other tables go on
+            yield self.name, ValueError(f"{self.name}: it cannot be read ({' '.join(str(error).split())})")
+
+    def _find_image_column(self, dataset: "IterableDataset") -> str:
+        from datasets import Image
+
+        wanted, features = self.options.image_column, dataset.features or {}
+        columns = [wanted] if wanted else [name for name, kind in features.items() if isinstance(kind, Image)]
+        columns = [name for name in columns or ["image"] if name in features]
+        if not columns:
+            raise ValueError(f"name the column of the images with --image_column: there are {', '.join(features)}")
+        return columns[0]
+
+    def _name(self, row: dict[str, Any], number: int, column: str) -> str:
+        if self.options.id_column is not None:
+            return str(row[self.options.id_column])
+        return f"{self.name}/{row['__key__']}.{column}" if "__key__" in row else f"{self.name}/{number}"
+
+
+def _image_of_row(image: Any, name: str) -> Any:
+    """What `load_image` reads, so that it calls an image that it cannot read by the row's name."""
+    if image is None:
+        return ValueError(f"{name}: the row has no image.")
+    if isinstance(image, bytes):
+        return {"bytes": image, "path": name}
+    return {**image, "path": name} if isinstance(image, dict) and image["bytes"] else image
+
+
+class Source:
+    """
+    All the pictures of a run, in shards: an image file is a shard of one, a table one of many.
+
+    It holds no pictures and can be pickled, so that any process can read its part of them.
+    """
+
+    def __init__(self, shards: Sequence[ImageFile | Table], total: int | None):
+        self.shards = shards
+        self.total = total  # pictures, where that is known
+
+    def pictures(self, part: int = 0, parts: int = 1) -> Iterator[Picture]:
+        """
+        The pictures, or those of one of `parts` equal parts: whole shards where there are enough of them to go
+        round, else rows of every shard.
+        """
+        by_shard = len(self.shards) >= parts
+        for number, shard in enumerate(self.shards):
+            if by_shard and number % parts != part:
+                continue
+            rows = enumerate([(shard.name, shard.path)] if isinstance(shard, ImageFile) else shard)
+            for row, (name, source) in rows if by_shard else islice(rows, part, None, parts):
+                yield Picture((number, row), name, source)
+
+    @property
+    def files(self) -> list[ImageFile] | None:
+        """The image files, or `None` where some pictures are rows of tables and have no place on disk."""
+        return list(self.shards) if all(isinstance(shard, ImageFile) for shard in self.shards) else None
+
+
+def open_source(paths: Sequence[str], options: RowOptions = RowOptions()) -> Source:
+    """
+    The pictures that command-line paths stand for: image files, folders, patterns and lists of them (as
+    [`find_images`]), `.parquet` files, WebDataset `.tar` archives, and ids of data sets on the Hub.
+
+    Raises:
+        FileNotFoundError: when there is nothing of the kind.
+    """
+    ids = [path for path in paths if _is_dataset_id(path)]
+    files = [path for path in paths if path not in ids]
+    shards, counts = [], []
+    for file in find_images(files) if files else []:
+        kind = next((kind for suffix, kind in BUILDERS.items() if file.name.lower().endswith(suffix)), None)
+        shards.append(file if kind is None else _open_file(file, kind, options))
+        counts.append(1 if kind is None else _count_rows(file.path))
+    for dataset_id in ids:
+        tables, count = _open_dataset(dataset_id, options)
+        shards += tables
+        counts.append(count)
+    return Source(shards, None if None in counts else sum(counts))
+
+
+def _is_dataset_id(path: str) -> bool:
+    shape = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path)
+    return bool(shape) and not path.lower().endswith((*SUFFIXES, *BUILDERS, ".txt")) and not Path(path).exists()
+
+
+def _open_file(file: ImageFile, kind: str, options: RowOptions) -> Table:
+    return Table(file.name, partial(_load_file, kind, str(file.path)), options)
+
+
+def _load_file(kind: str, path: str) -> "IterableDataset":
+    from datasets import load_dataset
+
+    return load_dataset(kind, data_files=path, split="train", streaming=True)
+
+
+def _count_rows(path: Path) -> int | None:
+    if path.suffix.lower() != ".parquet":
+        return None
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
+
+    try:
+        return read_metadata(path).num_rows
+    except (OSError, ArrowException):
+        return 1  # the failure that reading it will be
+
+
+def _open_dataset(dataset_id: str, options: RowOptions) -> tuple[list[Table], int | None]:
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(dataset_id, split=options.split, streaming=True)
+    except ValueError as error:
+        raise ValueError(f"The data set {dataset_id} cannot be read: {error}") from error
+    except Exception as error:  # the Hub's client and `datasets` have many ways of saying that it is not there
+        raise FileNotFoundError(
+            f"{dataset_id}: there is no such file or folder, and no such data set could be had from the Hub "
+            f"({' '.join(str(error).split())})."
+        ) from error
+    count = dataset.num_shards
+    tables = [
+        Table(f"{dataset_id}/{options.split}/{number}", partial(dataset.shard, count, number), options)
+        for number in range(count)
+    ]
+    split = (dataset.info.splits or {}).get(options.split)
+    return tables, split.num_examples if split else None
