@@ -342,6 +342,6 @@ class DatasetScorer:
     def _pipeline(self) -> DiffusionPipeline:
         dtype = torch.float32 if self._device.type == "cpu" else torch.bfloat16
         with reading_part("pipeline of --text_to_image", self.text_to_image):
-            pipeline = AutoPipelineForText2Image.from_pretrained(self.text_to_image, torch_dtype=dtype)
+            pipeline = AutoPipelineForText2Image.from_pretrained(self.text_to_image)
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(self._device)
+        return pipeline.to(self._device, dtype)
