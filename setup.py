@@ -21,7 +21,7 @@ INSTALL_REQUIRES = [
 
 EXTRAS = {
     "train": ["peft", "pyyaml", "tensorboard"],
-    "evaluate": ["evaluate", "pycocoevalcap", "torchmetrics"],
+    "evaluate": ["evaluate", "matplotlib", "pycocoevalcap", "torchmetrics"],
     "space": ["gradio"],
     "test": ["bitsandbytes", "playwright", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
 }
