@@ -1,0 +1,69 @@
+"""Past one process: Ray Data actors and `accelerate launch` give the same rows as the local engine."""
+
+import os
+import subprocess
+import sys
+
+import datasets
+import pytest
+import tiny
+
+from vlv.cli import main
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with a broken file in it, and a table."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "photos").mkdir()
+    images = tiny.images(COUNT)
+    for number, image in enumerate(images):
+        image.save(folder / "photos" / f"{number:02}.png")
+    (folder / "photos" / "05.png").write_text("no image")
+    rows = datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image())
+    rows.to_parquet(folder / "images.parquet")
+    return [folder / "photos", folder / "images.parquet"]
+
+
+def _arguments(inputs, repo, output):
+    settings = ["--max_new_tokens", 6, "--temperature", 1, "--num_captions", 2, "--batch_size", 4]
+    return list(map(str, [*inputs, "--model", repo, "--output", output, *settings]))
+
+
+@pytest.fixture(scope="module")
+def local(inputs, tiny_repo, tmp_path_factory):
+    output = tmp_path_factory.mktemp("local") / "captions.jsonl"
+    assert main(["caption", *_arguments(inputs, tiny_repo, output)]) == 0
+    return output.read_bytes(), output.with_name("failures.jsonl").read_bytes()
+
+
+def _check(output, local):
+    assert output.read_bytes() == local[0]
+    assert output.with_name("failures.jsonl").read_bytes() == local[1]
+    assert len(list(output.parent.iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_ray(inputs, tiny_repo, local, tmp_path):
+    pytest.importorskip("ray", reason="vlv[ray] is not installed")
+    output = tmp_path / "captions.jsonl"
+    command = [sys.executable, "-m", "vlv", "caption", *_arguments(inputs, tiny_repo, output), "--engine", "ray"]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "left out" in result.stderr and "05.png" in result.stderr
+    _check(output, local)
+
+
+@pytest.mark.slow
+def test_two_processes(inputs, tiny_repo, local, tmp_path):
+    output = tmp_path / "captions.jsonl"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "vlv"]
+    command = [*launch, "caption", *_arguments(inputs, tiny_repo, output)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    _check(output, local)
