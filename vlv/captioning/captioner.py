@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -71,6 +72,10 @@ class Captioner:
                 self._grow(len(written), peak_memory(self.device) - before)
         return captions
 
+    def generation_arguments(self, names: Sequence[str]) -> dict[str, Any]:
+        """What `model.generate` is told, for the images of these names."""
+        return generation_arguments(self.decoding, names, self.processor.tokenizer, self.eos_token_ids)
+
     def _try(self, names, pixel_values):
         """The captions, or `None` when memory did not suffice."""
         try:
@@ -84,7 +89,7 @@ class Captioner:
     def _caption(self, names, pixel_values):
         caption_embeds = self.model.encode(pixel_values.to(self.device))
         prefix_ids = torch.tensor(self.prefix_ids, dtype=torch.long, device=self.device).expand(len(names), -1)
-        arguments = generation_arguments(self.decoding, names, self.processor.tokenizer, self.eos_token_ids)
+        arguments = self.generation_arguments(names)
         with warnings.catch_warnings():
             # That what was not written is not counted as repeated: here, that is as it should be.
             warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
