@@ -239,7 +239,7 @@ def table(metrics: "Mapping[str, Measurement]") -> Table:
         what, images, score = name.split("/")
         if previous not in (None, what):
             result.add_section()
-        shown, previous = what if what != previous else "", what
+        shown, previous = what.replace("_", " ") if what != previous else "", what
         result.add_row(
             shown,
             images,

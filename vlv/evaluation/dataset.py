@@ -73,7 +73,7 @@ class DatasetScorer:
 
     def measure(self) -> dict[str, Measurement]:
         """
-        The scores, by `what/data set/score`.
+        The scores, by `family/data set/score`; of pictures drawn from captions with the guidance behind the data set.
 
         Raises:
             OSError, ValueError: before any work, when something that a score needs is not there or does not fit.
@@ -130,7 +130,7 @@ class DatasetScorer:
                 return {"ended": [row["ended"] for row in self._written]}
             return {"references": self.data.references if metric in REFERENCED else self.data.images[:]}
 
-        return self._measured("captions", "captions", names, self._texts, inputs)
+        return self._measured("captions", self.data.name, names, self._texts, inputs)
 
     def _reconstruction(self, names):
         settings = {**self._sampling(self.guidance_scale), "images": self.data.fingerprint}
@@ -152,7 +152,7 @@ class DatasetScorer:
             lambda start: (self._seen(number, size) for number in range(start, len(self.data))),
         )
         return self._measured(
-            "reconstruction", "reconstruction", names, pictures, lambda metric: {"references": originals}
+            "reconstruction", self.data.name, names, pictures, lambda metric: {"references": originals}
         )
 
     def _caption_to_image(self, names):
@@ -168,8 +168,8 @@ class DatasetScorer:
 
             pictures = self.work.pictures("caption_to_image", settings, len(self.data), draw_captions)
             metrics |= self._measured(
-                f"caption to image at {guidance_scale:g}",
                 "caption_to_image",
+                f"{self.data.name} at guidance {guidance_scale:g}",
                 names,
                 pictures,
                 lambda metric: {"references": self.data.images[:]},
@@ -201,13 +201,13 @@ class DatasetScorer:
 
     def _measured(
         self,
-        what: str,
         family: str,
+        images: str,
         names: Sequence[str],
         predictions: Sequence[str],
         inputs: Callable[[str], Mapping[str, Any]],
     ) -> dict[str, Measurement]:
-        """`inputs`: what a metric compares the predictions with."""
+        """`images`: what to call what is measured on; `inputs`: what a metric compares the predictions with."""
         computed, metrics = {}, {}
         for name in names:
             score = FAMILIES[family][name]
@@ -218,7 +218,7 @@ class DatasetScorer:
                     model = {"model": getattr(self, score.model), "device": str(self._device)}
                     model["batch_size"] = self.batch_size
                 computed[how] = compute(score.metric, predictions=predictions, **inputs(score.metric), **model)
-            metrics[f"{what}/{self.data.name}/{name}"] = Measurement.of(computed[how][score.key], len(predictions))
+            metrics[f"{family}/{images}/{name}"] = Measurement.of(computed[how][score.key], len(predictions))
         return metrics
 
     # ---- what families share -------------------------------------------------------------------------------

@@ -69,8 +69,7 @@ class Embedder:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """
         One vector for each text, (N, D) float32 on the CPU: the model's text features if it is a CLIP, else the mean
-        of its last states, as most sentence encoders are trained for. Texts are cut at the model's longest; one
-        without a single token is the zero vector.
+        of its last states, as most sentence encoders are trained for. Texts are cut at the model's longest.
         """
         with reading_part("tokenizer", self.source):
             tokenizer = AutoTokenizer.from_pretrained(self.source)
