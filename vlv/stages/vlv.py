@@ -167,7 +167,7 @@ class VLVStage(Stage):
         names = [name for name in self.image_inputs if name not in sources]
         columns = [*([self.settings.image_column] if names else []), *([caption_column] if caption_column else [])]
         return rows, Examples(
-            rows.select_columns(columns),
+            rows.select_columns(columns) if columns else rows,  # without columns it would have no length
             self.reader(names) if columns else None,
             [as_tensors(cached)] if computed else [],
             self.args.seed,
