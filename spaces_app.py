@@ -5,6 +5,7 @@ try:
 except ImportError:
     spaces = None
 
+import inspect
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,7 @@ class Studio:
             max_new_tokens: the longest caption, in tokens.
             num_beams: beams of the search; 1 is greedy, and streams the caption as it is written.
         """
-        settings = {"max_new_tokens": int(max_new_tokens), "num_beams": int(num_beams), "do_sample": False}
+        settings = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
         caption_embeds = self._encode(self._read(image))
         if num_beams > 1:  # a beam search settles its first word last: there is nothing to stream
             yield self._write(caption_embeds, **settings)
@@ -159,9 +160,9 @@ class Studio:
 
         return self.model.reconstruct(
             caption_embeds=caption_embeds,
-            num_inference_steps=int(num_inference_steps),
+            num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            generator=torch.Generator().manual_seed(int(seed)),
+            generator=torch.Generator().manual_seed(seed),
             callback_on_step_end=show_step,
         )[0]
 
@@ -195,12 +196,12 @@ def _caption_tab(function, look):
         with gr.Column():
             image = _image_input("Image", look)
             with gr.Accordion("Settings", open=False):
-                length = gr.Slider(8, 512, 300, step=1, label="Longest caption", info="in tokens")
-                beams = gr.Slider(1, 8, 1, step=1, label="Beams", info="1 streams the words as they come")
+                length = gr.Slider(8, 512, 300, step=1, precision=0, label="Longest caption", info="in tokens")
+                beams = gr.Slider(1, 8, 1, step=1, precision=0, label="Beams", info="1 streams the words as they come")
             button = gr.Button("Caption", variant="primary")
         with gr.Column():
             caption = gr.Textbox(label="Caption", lines=6, buttons=["copy"], interactive=False)
-    button.click(function, [image, length, beams], caption, api_name="caption", **_ONE_QUEUE)
+    _connect(button, function, [image, length, beams], caption)
     _examples([[example] for example in _example_files()], [image])
 
 
@@ -215,14 +216,7 @@ def _reconstruct_tab(function, look):
                 original = _image_output("Original", look)
                 rebuilt = _image_output("Reconstruction", look)
             caption = gr.Textbox(label="Caption", lines=3, buttons=["copy"], interactive=False)
-    button.click(
-        function,
-        [image, *sampling],
-        [original, rebuilt, caption],
-        api_name="reconstruct",
-        show_progress_on=rebuilt,
-        **_ONE_QUEUE,
-    )
+    _connect(button, function, [image, *sampling], [original, rebuilt, caption], show_progress_on=rebuilt)
     _examples([[example] for example in _example_files()], [image])
 
 
@@ -236,13 +230,24 @@ def _compose_tab(function, look):
             button = gr.Button("Compose", variant="primary")
         with gr.Column():
             composed = _image_output("Composition", look)
-    button.click(function, [first, second, share, *sampling], composed, api_name="compose", **_ONE_QUEUE)
+    _connect(button, function, [first, second, share, *sampling], composed)
     files = _example_files()
     _examples([list(pair) for pair in zip(files[::2], files[1::2], strict=False)], [first, second])
 
 
-# All requests share the one model, whichever tab they come from.
-_ONE_QUEUE = {"concurrency_id": "model", "concurrency_limit": CONCURRENCY}
+def _connect(button, function, inputs, outputs, **settings):
+    """A button and an endpoint of the function's name, documented by its docstring."""
+    button.click(
+        function,
+        inputs,
+        outputs,
+        api_name=function.__name__,
+        api_description=inspect.getdoc(function),
+        # All requests share the one model, whichever tab they come from.
+        concurrency_id="model",
+        concurrency_limit=CONCURRENCY,
+        **settings,
+    )
 
 
 def _image_input(label, look):
@@ -268,7 +273,7 @@ def _image_output(label, look):
 def _sampling_settings():
     with gr.Accordion("Settings", open=False):
         return (
-            gr.Slider(1, 50, 10, step=1, label="Steps", info="more are slower and finer"),
+            gr.Slider(1, 50, 10, step=1, precision=0, label="Steps", info="more are slower and finer"),
             gr.Slider(1, 10, 2, step=0.1, label="Guidance", info="1 switches it off"),
             gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         )

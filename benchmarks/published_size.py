@@ -1,24 +1,29 @@
 """
 The paper's configuration for real: Florence-2-large, Stable Diffusion 2.1-base and Qwen2.5-0.5B, random bf16 weights.
 
-    python benchmarks/published_size.py [--device cuda] [--folder DIR]
+    python benchmarks/published_size.py [--dtype float32] [--device cuda] [--folder DIR] [--output results.json]
 
-Writes such a checkpoint (5.8 GB; deleted again unless --folder names its place), then captions an image, takes one
+Writes such a checkpoint (5.2 GB; deleted again unless --folder names its place), then captions an image, takes one
 stage-1 step and makes one reconstruction step, each in a process of its own, and prints what each took at its peak
-above the imports. A machine with 24 GB of memory and no GPU is enough.
+above the imports. A machine with 24 GB of memory and no GPU is enough; where the CPU has no instructions for bf16,
+computing in --dtype float32 takes more memory and a tenth of the time.
 """
 
 import argparse
 import json
+import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
+from vlv.files import atomic_writer
 from vlv.published import published_config
 
 
@@ -46,24 +51,24 @@ def pixels(device: str, side: int) -> torch.Tensor:
     return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device) * 2 - 1
 
 
-def caption(folder: Path, device: str) -> None:
+def caption(folder: Path, device: str, dtype: str) -> None:
     """Eight tokens. UNet and VAE are never built, nor read."""
-    model = VLVForConditionalGeneration.from_pretrained(folder, device_map=device)
+    model = VLVForConditionalGeneration.from_pretrained(folder, device_map=device, dtype=dtype)
     assert model.unet is None and model.vae is None
     ids = model.generate(pixels(device, 768), max_new_tokens=8, min_new_tokens=8)
     assert ids.shape == (1, 8)
 
 
-def train(folder: Path, device: str) -> None:
+def train(folder: Path, device: str, dtype: str) -> None:
     """One step of stage 1 at batch size 1: what trains is held in fp32, with AdamW's two states."""
-    model = VLVModel.from_pretrained(folder, caption_config=None, device_map=device)
+    model = VLVModel.from_pretrained(folder, caption_config=None, device_map=device, dtype=dtype)
     model.set_stage("autoencode").train()
     model.gradient_checkpointing_enable()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=5e-5)
-    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype != "float32"):
         loss = model(pixels(device, 768), decoder_pixel_values=pixels(device, 384)).loss
     loss.backward()
     before = model.queries.detach().clone()
@@ -71,9 +76,9 @@ def train(folder: Path, device: str) -> None:
     assert not torch.equal(model.queries, before)
 
 
-def reconstruct(folder: Path, device: str) -> None:
+def reconstruct(folder: Path, device: str, dtype: str) -> None:
     """One sampling step at 384x384 with guidance, and the decoding."""
-    model = VLVModel.from_pretrained(folder, caption_config=None, device_map=device)
+    model = VLVModel.from_pretrained(folder, caption_config=None, device_map=device, dtype=dtype)
     (image,) = model.reconstruct(pixels(device, 768), num_inference_steps=1)
     assert image.size == (384, 384)
 
@@ -82,7 +87,7 @@ PHASES = {phase.__name__: phase for phase in (caption, train, reconstruct)}
 
 
 def peak(device: str) -> dict[str, float]:
-    """In GB: of the process since it began, and of the accelerator."""
+    """In GiB: of the process since it began, and of the accelerator."""
     status = Path("/proc/self/status").read_text()
     peaks = {"host": int(status.split("VmHWM:")[1].split()[0]) / 2**20}
     if torch.device(device).type == "cuda":
@@ -90,38 +95,50 @@ def peak(device: str) -> dict[str, float]:
     return peaks
 
 
-def run(phase: str, folder: Path, device: str) -> None:
+def run(phase: str, folder: Path, device: str, dtype: str) -> None:
     imports = peak(device)
     start = time.perf_counter()
-    PHASES[phase](folder, device)
-    used = {place: value - imports[place] for place, value in peak(device).items()}
+    PHASES[phase](folder, device, dtype)
+    used = {f"{place}_gib": value - imports[place] for place, value in peak(device).items()}
     print(json.dumps({"phase": phase, "seconds": time.perf_counter() - start, **used}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="what is computed in")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--folder", type=Path, help="where to keep the checkpoint, or find it again")
+    parser.add_argument("--output", type=Path, help="JSON file to write the numbers to")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.phase:
-        run(arguments.phase, arguments.folder, arguments.device)
+        run(arguments.phase, arguments.folder, arguments.device, arguments.dtype)
         return
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         if not (folder / "config.json").is_file():
             make(folder)
+        settings = ["--folder", str(folder), "--device", arguments.device, "--dtype", arguments.dtype]
         for phase in PHASES:
-            command = [sys.executable, __file__, "--phase", phase, "--folder", str(folder)]
-            result = subprocess.run([*command, "--device", arguments.device], capture_output=True, text=True)
-            if result.returncode:
-                print(f"{phase}: exit status {result.returncode}\n{result.stderr[-2000:]}")
-                continue
-            row = json.loads(result.stdout.splitlines()[-1])
-            places = ", ".join(
-                f"{row[place]:.1f} GiB of {place} memory" for place in ("host", "device") if place in row
+            command = [sys.executable, __file__, "--phase", phase, *settings]
+            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            rows.append(json.loads(result.stdout.splitlines()[-1]))
+            print(
+                *(f"{name}: {value:.2f}" if name != "phase" else value for name, value in rows[-1].items()), flush=True
             )
-            print(f"{phase}: {places}, {row['seconds']:.0f} s", flush=True)
+    if arguments.output is not None:
+        machine = {"processor": processor(arguments.device), "cores": os.cpu_count(), "dtype": arguments.dtype}
+        versions = {name: version(name) for name in ("torch", "transformers", "diffusers")}
+        with atomic_writer(arguments.output) as file:
+            file.write(json.dumps({"phases": rows, **machine, "versions": versions}, indent=2) + "\n")
+
+
+def processor(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(": ")[2] if names else platform.processor()
 
 
 if __name__ == "__main__":

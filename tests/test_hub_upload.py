@@ -255,15 +255,17 @@ def test_what_is_no_vlv_is_refused(tmp_path):
 
 
 LOAD = """
-import json, sys
+import sys
+from pathlib import Path
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 repo, picture = sys.argv[1:]
 door = AutoModel if repo.endswith("whole") else AutoModelForImageTextToText
 model = door.from_pretrained(repo, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
 ids = model.generate(**processor(images=picture), max_new_tokens=40, do_sample=False)
-total = sum(parameter.double().abs().sum().item() for parameter in model.parameters())
-print(json.dumps([processor.batch_decode(ids)[0], model.unet is not None, total]))
+Path("caption.txt").write_text(processor.batch_decode(ids)[0])
+save_file({name: weight.clone().contiguous() for name, weight in model.state_dict().items()}, "weights.safetensors")
 """
 
 
@@ -296,11 +298,9 @@ def test_from_a_checkpoint_to_a_strangers_cold_cache(source, pictures, tmp_path,
             text=True,
         )
         assert run.returncode == 0, run.stderr
-    caption, rebuilds, total = json.loads(run.stdout.splitlines()[-1])
     model = (VLVModel if name == "whole" else VLVForConditionalGeneration).from_pretrained(source)
     ids = model.generate(**tiny.processor()(images=picture), max_new_tokens=40, do_sample=False)
-    assert caption == tiny.processor().batch_decode(ids)[0]
-    assert rebuilds == (name == "whole")
-    assert total == pytest.approx(
-        sum(parameter.double().abs().sum().item() for parameter in model.parameters()), rel=1e-12
-    )
+    assert (tmp_path / "caption.txt").read_text() == tiny.processor().batch_decode(ids)[0]
+    weights, expected = load_file(tmp_path / "weights.safetensors"), model.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[key]) for key, weight in weights.items())

@@ -20,8 +20,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hub_server import READ_TOKEN
 from PIL import Image
 from transformers import Qwen2Tokenizer, pipeline
+
+from vlv.images import find_images
+from vlv.publish.space import build_space_repo
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
@@ -38,7 +42,7 @@ class App:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{environment.get('GRADIO_SERVER_NAME', '127.0.0.1')}:{port}"
         self.log = Path(log)
         environment = {
             **os.environ,
@@ -195,14 +199,19 @@ def test_endpoints_are_described(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert set(endpoints) == {"/caption", "/reconstruct", "/compose"}
     arguments = {
-        name: [(each["parameter_name"], each["parameter_has_default"]) for each in endpoint["parameters"]]
+        name: [
+            (each["parameter_name"], each["python_type"]["type"], each["parameter_has_default"])
+            for each in endpoint["parameters"]
+        ]
         for name, endpoint in endpoints.items()
     }
-    sampling = [("num_inference_steps", True), ("guidance_scale", True), ("seed", True)]
-    assert arguments["/caption"] == [("image", False), ("max_new_tokens", True), ("num_beams", True)]
-    assert arguments["/reconstruct"] == [("image", False), *sampling]
-    assert arguments["/compose"] == [("first", False), ("second", False), ("share", True), *sampling]
-    assert all(endpoint["description"] for endpoint in endpoints.values())
+    sampling = [("num_inference_steps", "int", True), ("guidance_scale", "float", True), ("seed", "int", True)]
+    images = {name: (name, "filepath", False) for name in ("image", "first", "second")}
+    assert arguments["/caption"] == [images["image"], ("max_new_tokens", "int", True), ("num_beams", "int", True)]
+    assert arguments["/reconstruct"] == [images["image"], *sampling]
+    assert arguments["/compose"] == [images["first"], images["second"], ("share", "float", True), *sampling]
+    for name, endpoint in endpoints.items():
+        assert all(f"{argument}: " in endpoint["description"] for argument, *_ in arguments[name])
 
 
 @pytest.mark.slow
@@ -363,12 +372,30 @@ def test_a_wrong_setting_gets_one_sentence(client, pictures, arguments, endpoint
 # ---- ways to start it --------------------------------------------------------------------------------------
 
 
+def test_share_and_auth_are_passed_on(monkeypatch):
+    import spaces_app
+
+    class Page:
+        def launch(self, **settings):
+            self.settings = settings
+
+    page = Page()
+    monkeypatch.setattr(spaces_app, "Studio", lambda model: model)
+    monkeypatch.setattr(spaces_app, "build_app", lambda studio: page)
+    spaces_app.main(["--model", "m", "--share", "--auth", "ada:love:lace"])
+    assert (page.settings["share"], page.settings["auth"]) == (True, ("ada", "love:lace"))
+    spaces_app.main(["--model", "m"])
+    assert (page.settings["share"], page.settings["auth"]) == (False, None)
+
+
 @pytest.mark.slow
 def test_a_captioner_has_one_tab_and_asks_for_its_password(tmp_path, tiny_processor):
     repo = tmp_path / "captioner"
     tiny.model(decoder_config=None).save_pretrained(repo)
     tiny_processor.save_pretrained(repo)
-    with App(tmp_path / "log.txt", "--model", repo, "--auth", "ada:love:lace") as app:
+    # Another address of this machine, which is the host that visitors must ask for.
+    place = {"GRADIO_SERVER_NAME": "127.0.0.2"}
+    with App(tmp_path / "log.txt", "--model", repo, "--auth", "ada:love:lace", **place) as app:
         with pytest.raises(Exception, match="401|credentials|auth"):
             app.client()
         client = app.client(auth=("ada", "love:lace"))
@@ -392,6 +419,23 @@ def test_wrong_arguments_are_one_line(arguments, sentence):
     (line,) = [line for line in run.stderr.splitlines() if "error:" in line]
     assert sentence in line
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.slow
+def test_the_space_serves_the_model_on_the_hub(tmp_path, repo, hub, captioner, pictures):
+    """The Space's own files, started as Hugging Face starts them, with an empty cache."""
+    hub.publish("ada/vlv", repo, private=True)
+    space = tmp_path / "space"
+    space.mkdir()
+    build_space_repo(space, "ada/vlv", find_images([pictures[0].parent]), "mit")
+    log = tmp_path / "log.txt"
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    secrets = {"HF_TOKEN": READ_TOKEN, "HF_HOME": str(tmp_path / "home")}
+    with App(log, script=space / "spaces_app.py", **online, **secrets) as app:
+        caption = app.client().predict(upload(pictures[0]), NEW_TOKENS, api_name="/caption")
+        with urlopen(app.url) as page:
+            assert "This one is **ada/vlv**" in page.read().decode()
+    assert caption == caption_of(captioner, str(pictures[0]))
 
 
 @pytest.mark.slow
@@ -419,7 +463,7 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
-        pytest.skip("Chromium is not installed")
+        pytest.skip("NOT SEEN IN A BROWSER: there is no Chromium here (apt-get install chromium, as .ci/run does)")
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
