@@ -8,7 +8,7 @@ OLDEST_INSTALLED := .venv-oldest/.installed
 OLDEST_TESTS := $(wildcard tests/test_model*.py tests/test_doors*.py tests/test_*loading.py) \
 	tests/test_processing.py tests/test_caption_command.py tests/test_reconstruct_command.py
 
-.PHONY: demo test test-oldest tiny lint format clean
+.PHONY: demo test test-oldest tiny experiments results lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/vlv demo
@@ -33,6 +33,14 @@ tiny: $(INSTALLED)
 	$(BIN)/python -m vlv.bundle $(OUT)
 	$(BIN)/vlv evaluate
 	$(BIN)/python -m vlv.evaluation.readme
+
+# What docs/results.md shows: measured where docs/results lacks its JSON, then drawn.
+experiments: $(INSTALLED)
+	$(BIN)/python -m experiments
+	$(MAKE) results
+
+results: $(INSTALLED)
+	$(BIN)/python -m experiments.report
 
 # The model, its doors and the main job on the oldest versions that setup.py allows.
 test-oldest: $(OLDEST_INSTALLED)

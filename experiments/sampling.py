@@ -1,0 +1,105 @@
+"""Solvers, steps and guidance against quality: what a reconstruction costs, and what it is worth."""
+
+import time
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from matplotlib.figure import Figure
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from experiments.scoring import encode, rebuild, scores
+from modeling_vlv import VLVModel
+from processing_vlv import VLVProcessor
+from vlv.reader import scene_reader
+from vlv.scenes import sample_picture
+
+PAPER = ("DDPM", 50, 2.0)
+SOLVERS = {
+    "DDPM": DDPMScheduler,
+    "DDIM": DDIMScheduler,
+    "DPM-Solver++": DPMSolverMultistepScheduler,
+    "UniPC": UniPCMultistepScheduler,
+}
+SETTINGS = [
+    PAPER,
+    *(("DDIM", steps, 2.0) for steps in (20, 10, 5)),
+    *(("DPM-Solver++", steps, 2.0) for steps in (20, 10, 8, 6, 4)),
+    *(("UniPC", steps, 2.0) for steps in (10, 8, 6, 4)),
+    *(("DDIM", 20, guidance) for guidance in (1.0, 1.5, 3.0, 5.0)),
+]
+
+
+class ReaderFeatures(torch.nn.Module):
+    """The scene reader's last map, averaged: (B, 3, h, w) uint8 -> (B, features). What FID is measured in."""
+
+    def __init__(self):
+        super().__init__()
+        self.reader = scene_reader()
+        self.num_features = self.reader.config.backbone_config["hidden_sizes"][-1]
+
+    @torch.inference_mode()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.reader.backbone(self.reader.enlarge(images.float() / 127.5 - 1)).last_hidden_state.mean((2, 3))
+
+
+def frechet_distance(real, drawn) -> float:
+    """FID, in the scene reader's features, between two lists of PIL images."""
+    metric = FrechetInceptionDistance(feature=ReaderFeatures())
+    for images, is_real in ((real, True), (drawn, False)):
+        pixels = torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2)
+        for batch in pixels.split(100):
+            metric.update(batch, real=is_real)
+    return float(metric.compute())
+
+
+def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:
+    images, truths = zip(*(sample_picture("test", index) for index in range(num)), strict=True)
+    caption_embeds = encode(model, processor, images)
+    rows, reference = [], None
+    for solver, steps, guidance in SETTINGS:
+        start = time.perf_counter()
+        scheduler = SOLVERS[solver].from_config(model.config.decoder_config["scheduler"])
+        pictures = rebuild(
+            model, caption_embeds, num_inference_steps=steps, guidance_scale=guidance, scheduler=scheduler
+        )
+        seconds = time.perf_counter() - start
+        reference = reference or pictures  # the paper's setting comes first
+        rows.append(
+            {
+                "solver": solver,
+                "steps": steps,
+                "guidance": guidance,
+                **scores(pictures, truths),
+                "FID to the originals": frechet_distance(images, pictures),
+                "FID to the paper's setting": frechet_distance(reference, pictures),
+                "seconds per 100 images": 100 * seconds / num,
+            }
+        )
+    return rows
+
+
+def plot(rows: list[dict], figure: Figure) -> None:
+    steps, guidance = figure.subplots(1, 2, sharey=True)
+    for solver in SOLVERS:
+        found = [row for row in rows if row["solver"] == solver and row["guidance"] == PAPER[2]]
+        _curve(steps, found, "steps", solver)
+    _curve(guidance, sorted((r for r in rows if (r["solver"], r["steps"]) == ("DDIM", 20)), key=_guidance), "guidance")
+    steps.set(xlabel="sampling steps", ylabel="objects right", xscale="log")
+    guidance.set(xlabel="guidance scale (DDIM, 20 steps)")
+    steps.legend()
+
+
+def _guidance(row):
+    return row["guidance"]
+
+
+def _curve(axes, rows, column, label=None):
+    values = [row["objects right"] for row in rows]
+    axes.errorbar(
+        [row[column] for row in rows],
+        [it["value"] for it in values],
+        [it["standard_error"] for it in values],
+        marker="o",
+        label=label,
+    )

@@ -1,0 +1,54 @@
+"""What the experiments share: pictures out of caption embeddings, and what of the truth is in them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from modeling_vlv import VLVModel
+from processing_vlv import VLVProcessor
+from vlv.evaluation.results import Measurement
+from vlv.reader import scene_reader
+from vlv.scenes import Scene, compare
+
+BATCH = 50
+
+
+@torch.inference_mode()
+def encode(model: VLVModel, processor: VLVProcessor, images: Sequence[Image.Image]) -> torch.Tensor:
+    """Caption embeddings of the images, (N, Q, E)."""
+    starts = range(0, len(images), BATCH)
+    return torch.cat([model.encode(processor(images=images[at : at + BATCH])["pixel_values"]) for at in starts])
+
+
+def rebuild(model: VLVModel, caption_embeds: torch.Tensor, **sampling) -> list[Image.Image]:
+    """One picture for each row of embeddings; picture i starts from the noise of seed i, whatever the settings."""
+    pictures = []
+    for start in tqdm(range(0, len(caption_embeds), BATCH), unit="batch", leave=False):
+        embeds = caption_embeds[start : start + BATCH]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(embeds))]
+        pictures += model.reconstruct(caption_embeds=embeds, generator=generators, **sampling)
+    return pictures
+
+
+def scores(pictures: Sequence[Image.Image], truths: Sequence[Scene]) -> dict[str, dict]:
+    """Shares of objects and of backgrounds that the scene reader finds right."""
+    counts = [compare(found, truth) for found, truth in zip(scene_reader().read(pictures), truths, strict=True)]
+    return {
+        "objects right": share([it["objects_right"] for it in counts], [it["objects"] for it in counts]),
+        "backgrounds right": share([it["background_right"] for it in counts]),
+    }
+
+
+def share(right: Sequence[float], total: Sequence[float] | None = None) -> dict:
+    """`Measurement.share` as JSON holds it."""
+    return asdict(Measurement.share(np.array(right), None if total is None else np.array(total)))
+
+
+def mean(values: Sequence[float]) -> dict:
+    """The mean of independent values, as JSON holds it."""
+    values = np.array(values, dtype=float)
+    return asdict(Measurement(float(values.mean()), len(values), float(values.std(ddof=1) / len(values) ** 0.5)))

@@ -1,0 +1,104 @@
+"""Spatial awareness: where rebuilt and captioned objects stand, by their size and by how many there are.
+
+The training scenes hold one or two objects; three and four ask what the model makes of more than it ever saw.
+"""
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from experiments.scoring import encode, mean, rebuild, share
+from modeling_vlv import VLVModel
+from processing_vlv import VLVProcessor
+from vlv.reader import scene_reader
+from vlv.scenes import WORLD, Scene, SceneObject, parse_caption, sample_picture
+
+
+def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:
+    rows = []
+    for count in range(1, len(WORLD.places) + 1):
+        images, truths = zip(*(sample_picture("test", index, count=count) for index in range(num)), strict=True)
+        caption_embeds = encode(model, processor, images)
+        ids = model.generate(caption_embeds=caption_embeds, do_sample=False, num_beams=1)
+        captioned = [_parsed(caption) for caption in processor.batch_decode(ids)]
+        pictures = rebuild(model, caption_embeds)
+        found = scene_reader().read(pictures)
+        for size in WORLD.sizes:
+            placed, told, errors, centred = [], [], [], []
+            for image, truth, picture, rebuilt, said in zip(images, truths, pictures, found, captioned, strict=True):
+                for item in truth.objects:
+                    if item.size != size:
+                        continue
+                    placed.append(item in rebuilt.objects)
+                    told.append(said is not None and item in said.objects)
+                    if placed[-1]:
+                        place = centre(image, truth, item)
+                        errors.append(np.linalg.norm(centre(picture, truth, item) - place))
+                        centred.append(np.linalg.norm(place - cell_centre(item)))
+            rows.append(
+                {
+                    "objects in the scene": count,
+                    "size": size,
+                    "rebuilt right": share(placed),
+                    "captioned right": share(told),
+                    "position error, pixels": mean(errors),
+                    "error of the cell's centre, pixels": mean(centred),
+                }
+            )
+    return rows
+
+
+def centre(picture: Image.Image, scene: Scene, item: SceneObject) -> np.ndarray:
+    """Centre of mass (x, y) of an object in its cell, in pixels: of how far each pixel goes from paper to paint."""
+    left, top, width, height = _cell(item)
+    pixels = np.asarray(picture, dtype=float)[top : top + height, left : left + width]
+    paper, paint = np.array(WORLD.backgrounds[scene.background]), np.array(WORLD.colours[item.colour])
+    mass = ((pixels - paper) @ (paint - paper) / np.square(paint - paper).sum()).clip(0, 1)
+    mass[mass < 0.1] = 0  # what a decoder leaves of noise on the paper
+    y, x = np.mgrid[:height, :width] + 0.5
+    return np.array([left + (x * mass).sum() / mass.sum(), top + (y * mass).sum() / mass.sum()])
+
+
+def cell_centre(item: SceneObject) -> np.ndarray:
+    left, top, width, height = _cell(item)
+    return np.array([left + width / 2, top + height / 2])
+
+
+def _cell(item):
+    row, column = divmod(WORLD.places.index(item.place), WORLD.columns)
+    width, height = WORLD.image_size // WORLD.columns, WORLD.image_size // WORLD.rows
+    return column * width, row * height, width, height
+
+
+def _parsed(caption):
+    try:
+        return parse_caption(caption)
+    except ValueError:
+        return None
+
+
+def plot(rows: list[dict], figure: Figure) -> None:
+    right, errors = figure.subplots(1, 2)
+    for size, style in zip(WORLD.sizes, ("--", "-"), strict=True):
+        found = [row for row in rows if row["size"] == size]
+        counts = [row["objects in the scene"] for row in found]
+        for axes, column, colour in (
+            (right, "rebuilt right", "C0"),
+            (right, "captioned right", "C1"),
+            (errors, "position error, pixels", "C0"),
+            (errors, "error of the cell's centre, pixels", "C7"),
+        ):
+            values = [row[column] for row in found]
+            axes.errorbar(
+                counts,
+                [it["value"] for it in values],
+                [it["standard_error"] for it in values],
+                linestyle=style,
+                color=colour,
+                marker="o",
+                label=f"{column}, {size}",
+            )
+    right.set(xlabel="objects in the scene", ylabel="share of objects", xticks=range(1, len(WORLD.places) + 1))
+    errors.set(xlabel="objects in the scene", ylabel="pixels", ylim=0, xticks=range(1, len(WORLD.places) + 1))
+    for axes in (right, errors):
+        axes.legend(fontsize="small")
