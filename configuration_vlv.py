@@ -48,6 +48,9 @@ class VLVConfig(PreTrainedConfig):
             Share of training images whose context is replaced by the empty prompt's.
         sample_latents (`bool`, defaults to `True`):
             Whether latents are sampled from the VAE's posterior, as in the paper, or are its mean.
+        bypass_text_encoder (`bool`, defaults to `False`):
+            Whether the caption embeddings are the context themselves, rather than the text encoder's reading of them:
+            the paper's ablation. The unconditional context is the text encoder's either way.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of new queries and projections.
 
@@ -76,6 +79,7 @@ class VLVConfig(PreTrainedConfig):
         min_snr_gamma=None,
         context_dropout=0.0,
         sample_latents=True,
+        bypass_text_encoder=False,
         initializer_range=0.02,
         **kwargs,
     ):
@@ -91,6 +95,7 @@ class VLVConfig(PreTrainedConfig):
         self.min_snr_gamma = min_snr_gamma
         self.context_dropout = context_dropout
         self.sample_latents = sample_latents
+        self.bypass_text_encoder = bypass_text_encoder
         self.initializer_range = initializer_range
         # Each part ties its own embeddings, or not, by its own config.
         kwargs["tie_word_embeddings"] = False

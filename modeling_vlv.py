@@ -363,7 +363,8 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
                 f"caption_embeds have shape {tuple(caption_embeds.shape)}: expected (batch, queries, {width}) with at "
                 f"most {positions} queries, as encode() returns them."
             )
-        return self.text_encoder(inputs_embeds=_cast(caption_embeds, self.text_encoder))
+        caption_embeds = _cast(caption_embeds, self.text_encoder)
+        return caption_embeds if self.config.bypass_text_encoder else self.text_encoder(inputs_embeds=caption_embeds)
 
     def empty_context(self, length: int | None = None) -> torch.Tensor:
         """The unconditional context (1, Q, E): the empty prompt through the text encoder, at the queries' length."""

@@ -1,10 +1,11 @@
-"""The paper's questions, asked of vlv-tiny: one module an experiment, one JSON of rows each in docs/results.
+"""The paper's questions, asked at tiny scale.
 
     python -m experiments [NAME ...]      measure (what is already in docs/results is left as it is)
     python -m experiments.report          draw docs/results.md's tables and plots anew from the JSON
 
-An experiment is a module with `run(model, processor, num) -> rows` and `plot(rows, figure)`. A row is a flat dict of
-settings and of measurements, each of these a `vlv.evaluation.results.Measurement` as a dict.
+An experiment of `MEASURED` asks the bundled checkpoint. It is a module with `run(model, processor, num) -> rows` and
+`plot(rows, figure)`, and leaves one JSON of rows. A row is a flat dict of settings and of measurements, each of these
+a `vlv.evaluation.results.Measurement` as a dict. The others train models to compare: experiments/trained.py.
 """
 
-EXPERIMENTS = ("sampling", "spatial", "composition")
+MEASURED = ("sampling", "spatial", "composition")

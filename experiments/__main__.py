@@ -3,11 +3,14 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from experiments import EXPERIMENTS
+from experiments import MEASURED
+from experiments.trained import Plan
 from vlv.commands.parser import CommandParser
 from vlv.evaluation.results import git_commit
 from vlv.files import atomic_writer
@@ -16,34 +19,61 @@ from vlv.loading import load_whole
 
 @dataclass
 class ExperimentArguments:
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a VLV (default: vlv-tiny)."})
-    num: int = field(default=500, metadata={"help": "Scenes for each row of an experiment."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": f"Folder or Hub id of the VLV that {', '.join(MEASURED)} ask (default: vlv-tiny)."},
+    )
+    num: int = field(default=500, metadata={"help": "Scenes that each score is measured on."})
     output: str = field(default="docs/results", metadata={"help": "Folder for the JSON."})
+    work: str = field(default="outputs/experiments", metadata={"help": "Folder for what is trained."})
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], plan: Plan | None = None) -> None:
+    plan = plan or Plan()
+    trained = {experiment.name: experiment for experiment in plan.experiments()}
+    names = [*MEASURED, *trained]
     parser = CommandParser(
         ExperimentArguments,
         prog="python -m experiments",
-        description=f"Measure what docs/results.md shows: {', '.join(EXPERIMENTS)}. An experiment whose JSON is there "
-        "is left as it is: delete the file to measure again.",
+        description=f"Measure what docs/results.md shows: {', '.join(names)}. Whatever has its JSON is left as it is: "
+        "delete the file to measure again. Interrupted, a training goes on where it was.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments to run (default: all)")
     arguments, inputs = parser.parse(argv)
-    for name in inputs.names or EXPERIMENTS:
-        if name not in EXPERIMENTS:
-            parser.error(f"there is no experiment {name!r}, but {', '.join(EXPERIMENTS)}")
-        file = Path(arguments.output, f"{name}.json")
-        if file.exists():
-            print(f"{file} is there already.")
-            continue
-        start = time.perf_counter()
-        model, processor = load_whole(arguments.model)
-        rows = import_module(f"experiments.{name}").run(model.float().eval(), processor, arguments.num)
-        seconds = round(time.perf_counter() - start)
-        with atomic_writer(file) as output:
-            output.write(json.dumps({"commit": git_commit(), "seconds": seconds, "rows": rows}, indent=1) + "\n")
-        print(f"{file}: {len(rows)} rows in {seconds} s")
+    wanted = inputs.names or names
+    for name in wanted:
+        if name not in names:
+            parser.error(f"there is no experiment {name!r}, but {', '.join(names)}")
+    for name in MEASURED:
+        if name in wanted:
+            write(Path(arguments.output, f"{name}.json"), lambda name=name: ask(name, arguments.model, arguments.num))
+    runs = {run.name for name in wanted if name in trained for row in trained[name].rows for run in row.runs}
+    for run in plan.runs():
+        if run.name in runs:
+            write(
+                Path(arguments.output, f"{run.name}.json"),
+                lambda run=run: run.make(Path(arguments.work), arguments.num),
+            )
+
+
+def write(file: Path, measure: Callable[[], dict[str, Any]]) -> None:
+    """Writes what `measure` returns, unless the file is there."""
+    if file.exists():
+        print(f"{file} is there already.", flush=True)
+        return
+    start = time.perf_counter()
+    record = measure()
+    with atomic_writer(file) as output:
+        output.write(json.dumps(record, indent=1) + "\n")
+    print(f"{file}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def ask(name: str, model: str | None, num: int) -> dict[str, Any]:
+    """The rows of one experiment of `MEASURED`."""
+    start = time.perf_counter()
+    vlv, processor = load_whole(model)
+    rows = import_module(f"experiments.{name}").run(vlv.float().eval(), processor, num)
+    return {"commit": git_commit(), "seconds": round(time.perf_counter() - start), "rows": rows}
 
 
 if __name__ == "__main__":

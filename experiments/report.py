@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments import EXPERIMENTS
+from experiments import MEASURED
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -35,7 +35,7 @@ def fill(text: str, name: str, contents: str) -> str:
 def main() -> None:
     page = DOCS / "results.md"
     text = page.read_text(encoding="utf-8")
-    for name in EXPERIMENTS:
+    for name in MEASURED:
         file = DOCS / "results" / f"{name}.json"
         if not file.exists():
             continue

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv.evaluation.captions import write_captions
+from vlv.evaluation.captions import Caption, write_captions
 from vlv.evaluation.pictures import draw, embed_captions, encode_images
 from vlv.evaluation.results import Measurement
 from vlv.reader import scene_reader
@@ -54,12 +54,7 @@ class SceneScorer:
         """Greedy captions of the pictures, parsed, and the share of them that ended by themselves."""
         images = (image for image, _ in pictures)
         captions = write_captions(self.model, self.processor, images, self.batch_size)
-        captions = list(_progress(captions, f"Captioning {name}", pictures))
-        counts = [
-            compare(_parsed(caption.text), truth) for caption, (_, truth) in zip(captions, pictures, strict=True)
-        ]
-        ended = Measurement.share(np.array([caption.ended for caption in captions]))
-        return _shares(counts, f"captions/{name}", SCORES) | {f"captions/{name}/ended": ended}
+        return score_captions(_progress(captions, f"Captioning {name}", pictures), pictures, name)
 
     def reconstructions(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
         """Pictures rebuilt from nothing but their caption embeddings."""
@@ -124,6 +119,14 @@ class SceneScorer:
 
     def _encode(self, images):
         return encode_images(self.model, self.processor, images)
+
+
+def score_captions(captions: Iterable[Caption], pictures: Pictures, name: str) -> dict[str, Measurement]:
+    """What captions of the pictures, parsed, get right, and the share of them that ended by themselves."""
+    captions = list(captions)
+    counts = [compare(_parsed(caption.text), truth) for caption, (_, truth) in zip(captions, pictures, strict=True)]
+    ended = Measurement.share(np.array([caption.ended for caption in captions]))
+    return _shares(counts, f"captions/{name}", SCORES) | {f"captions/{name}/ended": ended}
 
 
 def mirror(pictures: Pictures) -> Pictures:

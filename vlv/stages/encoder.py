@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    AutoTokenizer,
     BartConfig,
     Florence2Config,
     Florence2ForConditionalGeneration,
@@ -28,6 +29,9 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 @dataclass
 class EncoderSettings(Settings):
+    encoder: str | None = field(
+        default=None, metadata={"help": "Folder of a Florence-2 to go on from (default: a new one)."}
+    )
     caption_column: str = field(
         default="short",
         metadata={"help": "Column of short captions, one or a list per image."},
@@ -124,17 +128,12 @@ class EncoderStage(Stage):
         (train, images), (self.eval_rows, eval_images) = (
             self.read_images(self.captioned(rows), settings.image_size) for rows in self.load_data()
         )
-        captions = [caption for alternatives in self.captions(train) for caption in alternatives]
-        # As many prompts as captions, so that each word of the prompt becomes one token too.
-        self.tokenizer = train_tokenizer(
-            [*captions, *[settings.task_prompt] * len(captions)],
-            settings.vocab_size,
-            bos_token="<s>",
-            eos_token="</s>",
-            pad_token="<pad>",
-            extra_special_tokens={"image_token": "<image>"},
-        )
-        florence = tiny_florence2(self.tokenizer, settings.image_size)
+        if settings.encoder is not None:
+            florence = Florence2ForConditionalGeneration.from_pretrained(settings.encoder, dtype=torch.float32)
+            self.tokenizer = AutoTokenizer.from_pretrained(settings.encoder)
+        else:
+            self.tokenizer = self.train_tokenizer(train)
+            florence = tiny_florence2(self.tokenizer, settings.image_size)
         self.model = ShortCaptioning(florence, self.tokenizer(settings.task_prompt)["input_ids"])
         self.image_processor = CLIPImageProcessorPil(
             size={"height": settings.image_size, "width": settings.image_size},
@@ -144,6 +143,18 @@ class EncoderStage(Stage):
             image_seq_length=(settings.image_size // 8) ** 2 + 1,
         )
         self.train_dataset, self.eval_dataset = self.table(train, images), self.table(self.eval_rows, eval_images)
+
+    def train_tokenizer(self, rows: Dataset) -> PreTrainedTokenizerBase:
+        captions = [caption for alternatives in self.captions(rows) for caption in alternatives]
+        # As many prompts as captions, so that each word of the prompt becomes one token too.
+        return train_tokenizer(
+            [*captions, *[self.settings.task_prompt] * len(captions)],
+            self.settings.vocab_size,
+            bos_token="<s>",
+            eos_token="</s>",
+            pad_token="<pad>",
+            extra_special_tokens={"image_token": "<image>"},
+        )
 
     def captions(self, rows: Dataset) -> list[list[str]]:
         return [captions_of(value) for value in rows[self.settings.caption_column][:]]

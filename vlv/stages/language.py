@@ -18,16 +18,18 @@ class LanguageSettings(Settings):
         default=24, metadata={"help": "Caption length in tokens, end-of-text and padding included."}
     )
     vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
+    hidden_size: int = field(default=192, metadata={"help": "Width of the language model."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the language model."})
 
 
-def tiny_language_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """A randomly initialised Qwen2 of 4 layers and width 192 with tied embeddings."""
+def tiny_language_model(tokenizer: PreTrainedTokenizerBase, width: int, layers: int) -> Qwen2ForCausalLM:
+    """A randomly initialised Qwen2 with tied embeddings."""
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
+            hidden_size=width,
+            intermediate_size=8 * width // 3,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=512,
@@ -63,7 +65,7 @@ class LanguageStage(Stage):
         self.train_dataset, self.eval_dataset = (
             causal_table(self.tokenizer, captions, settings.max_length) for captions in (train, evaluation)
         )
-        self.model = tiny_language_model(self.tokenizer)
+        self.model = tiny_language_model(self.tokenizer, settings.hidden_size, settings.num_hidden_layers)
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

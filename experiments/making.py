@@ -1,0 +1,113 @@
+"""What an experiment trains, said as data, and made where it is missing: scenes, models put together, trainings.
+
+Each is a dataclass with `make(work) -> folder`, and its settings may be others of them, which are made first:
+
+    stage1 = Training("recipes/tiny/autoencode.yaml", {"dataset": Scenes(1000), "model": Assembled(seed=0)})
+    Training("recipes/tiny/caption.yaml", {"dataset": Scenes(100), "model": stage1}).make(Path("outputs/experiments"))
+
+What two runs share, such as a stage 1, lies in one folder, named after everything that it was made from.
+"""
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from modeling_vlv import VLVModel
+from processing_vlv import VLVProcessor
+from vlv import train
+from vlv.export import export_parts
+from vlv.files import atomic_folder
+from vlv.loading import load_whole
+from vlv.scenes import write_scenes
+from vlv.stages import STAGES
+
+STAGES["llava"] = ("experiments.llava", "LlavaStage")
+ENCODER = "experiments/parts/encoder"  # what recipes/tiny/encoder.yaml left, in half precision
+
+
+def digest(thing: Any) -> str:
+    """A short name for a dataclass and all that is in it."""
+    return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The first `num` drawn scenes of a split: the larger set holds the smaller one."""
+
+    num: int
+    split: str = "train"
+
+    def make(self, work: Path) -> Path:
+        folder = work / f"scenes-{self.split}-{self.num}"
+        if not (folder / "metadata.jsonl").exists():
+            write_scenes(folder, self.num, split=self.split)
+        return folder
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of `vlv train`, which goes on where it was interrupted."""
+
+    recipe: str
+    settings: dict[str, Any]
+
+    def make(self, work: Path) -> Path:
+        folder = self.folder(work)
+        if not (folder / "training.json").exists():
+            argv = [self.recipe, "--output_dir", str(folder), "--cache_dir", str(work / "cache"), "--resume", "true"]
+            for name, value in self.settings.items():
+                values = value if isinstance(value, list) else [value]
+                argv += [f"--{name}", *(str(one.make(work) if hasattr(one, "make") else one) for one in values)]
+            train.main(argv)
+            gc.collect()  # the Trainer's circles hold the data set
+        return folder
+
+    def folder(self, work: Path) -> Path:
+        return work / f"{Path(self.recipe).stem}-{digest(self)}"
+
+    def records(self, work: Path) -> Iterator[dict[str, Any]]:
+        """What this training and those before it left of themselves, but for their loss logs."""
+        for before in self.settings.values():
+            if isinstance(before, Training):
+                yield from before.records(work)
+        record = json.loads((self.folder(work) / "training.json").read_text(encoding="utf-8"))
+        yield {name: value for name, value in record.items() if name != "log"}
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """
+    A VLV put together from pretrained parts, without a caption head: the decoder is vlv-tiny's, queries and projection
+    are new.
+    """
+
+    seed: int
+    settings: dict[str, Any] = field(default_factory=dict)  # of its config
+
+    def make(self, work: Path) -> Path:
+        folder = work / f"assembled-{digest(self)}"
+        if not folder.exists():
+            parts = {"encoder": ENCODER, "decoder": str(_decoder(work))}
+            config = dict(self.settings)
+            set_seed(self.seed)
+            model = VLVModel.from_components(**parts, num_queries=config.pop("num_queries", None), dtype="float32")
+            model.config.update(config)
+            with atomic_folder(folder) as unfinished:
+                model.save_pretrained(unfinished)
+                VLVProcessor.from_components(**parts).save_pretrained(unfinished)
+        return folder
+
+
+def _decoder(work):
+    """vlv-tiny's teacher, which no stage of a VLV changes."""
+    folder = work / "vlv-tiny"
+    if not folder.exists():
+        with atomic_folder(folder) as unfinished:
+            export_parts(*load_whole(None), unfinished)
+    return folder / "decoder"

@@ -1,0 +1,284 @@
+"""The experiments that train: which models each of them compares, as data, and what is measured of every one.
+
+Every run is measured by itself and leaves its own JSON in docs/results; see `Plan` for what they have in common.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from experiments import peers
+from experiments.making import ENCODER, Assembled, Scenes, Training
+from modeling_vlv import VLVForConditionalGeneration
+from vlv.evaluation.results import Measurement, git_commit
+from vlv.evaluation.scenes import SceneScorer, score_captions
+from vlv.loading import load_whole
+from vlv.scenes import sample_picture
+
+READERS = ["queries", "projection"]  # what is new in a VLV's encoder
+LANGUAGE = [*READERS, "language_model"]  # what stage 1 trains
+HEAD = ["prefix_projection", "caption_head"]  # what stage 2 trains
+WHOLE_ENCODER = [*LANGUAGE, "image_projection", "vision_tower", "word_embeddings"]
+# Of a caption head, (width, layers).
+SMALL, MEDIUM, LARGE = (64, 1), (128, 2), (192, 4)
+MAX_NEW_TOKENS = 48  # the longest true caption has 21 tokens
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained captioner; its JSON is docs/results/`name`.json."""
+
+    name: str
+    model: Training
+
+    def make(self, work: Path, num: int) -> dict[str, Any]:
+        """Trains what is missing, and measures it on `num` unseen scenes."""
+        start = time.perf_counter()
+        folder = self.model.make(work)
+        records = list(self.model.records(work))
+        scores, parameters = measure(folder, records[-1]["recipe"]["stage"], num)
+        return {
+            "scores": {name: asdict(score) for name, score in scores.items()},
+            "num": num,
+            "parameters": parameters,
+            "seed": records[-1]["seed"],
+            "commit": git_commit(),
+            "versions": {name: version(name) for name in ("vlv", "torch", "transformers", "diffusers")},
+            "seconds": round(time.perf_counter() - start),
+            "trainings": records,
+        }
+
+
+def measure(folder: Path, stage: str, num: int) -> tuple[dict[str, Measurement], int]:
+    """Scores of the captioner that `stage` left in `folder`, and how many parameters it captions with."""
+    pictures = [sample_picture("test", index) for index in range(num)]
+    if stage == "caption":
+        model, processor = load_whole(str(folder))
+        scorer = SceneScorer(model.float().eval(), processor)
+        model.generation_config.max_new_tokens = MAX_NEW_TOKENS
+        scores = scorer.captions(pictures, "test") | scorer.reconstructions(pictures, "test")
+        return scores, VLVForConditionalGeneration(model.config).num_parameters()
+    peer = peers.LOADERS[stage](folder)
+    captions = peer.write([image for image, _ in pictures], MAX_NEW_TOKENS)
+    return score_captions(captions, pictures, "test"), peer.model.num_parameters()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a table shows in one line: settings by column, and the same run with one seed or several."""
+
+    settings: dict[str, Any]
+    runs: Sequence[Run]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """
+    Args:
+        x: the column that a plot's abscissa shows; each value of the others is a line.
+        log: whether its scale is logarithmic.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    x: str
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    The size of everything that is trained; what a test makes small.
+
+    Args:
+        stage1, stage2: steps of the two stages; whatever has no stage 1 trains for the sum of them.
+        batch: images, or captions, a step.
+        images: to train stage 1 on, and how many scenes' captions the language models know as text.
+        captions: to train stage 2 on, where that is not the question.
+        language: steps of the language models.
+        seeds: of the experiments that are to show their spread; the others have the first.
+    """
+
+    stage1: int = 2400
+    stage2: int = 400
+    batch: int = 32
+    images: int = 50_000
+    captions: int = 10_000
+    few_captions: Sequence[int] = (100, 1000, 50_000)
+    few_images: Sequence[int] = (100, 1000, 10_000)
+    language: int = 500
+    evaluation: int = 100
+    save_steps: int = 400
+    seeds: Sequence[int] = (0, 1, 2)
+
+    def experiments(self) -> list[Experiment]:
+        """All of them, the most wanted first."""
+        return [
+            self.compare_captioners(),
+            self.compare_queries(),
+            self.compare_text_encoder(),
+            self.compare_images(),
+            self.compare_parts(),
+            self.compare_heads(),
+        ]
+
+    def runs(self) -> list[Run]:
+        """Every run once, in the order of what is wanted: all with the first seed, then those with the second."""
+        experiments = self.experiments()
+        ordered = [
+            run
+            for number in range(len(self.seeds))
+            for experiment in experiments
+            for row in experiment.rows
+            for run in row.runs[number : number + 1]
+        ]
+        return list({run.name: run for run in ordered}.values())
+
+    # ---- the experiments -----------------------------------------------------------------------------------
+
+    def compare_captioners(self) -> Experiment:
+        """Stage 2 with and without stage 1, its encoder frozen or trained, and the peers; captions few and many."""
+        arms = {
+            "VLV, encoder frozen": lambda n, seed: self.caption(self.autoencode(self.start(seed)), n, seed),
+            "VLV, encoder trained": lambda n, seed: self.caption(
+                self.autoencode(self.start(seed)), n, seed, [*HEAD, *LANGUAGE]
+            ),
+            "no stage 1, encoder frozen": lambda n, seed: self.caption_alone(n, seed, [*HEAD, *READERS]),
+            "no stage 1, encoder trained": lambda n, seed: self.caption_alone(n, seed, [*HEAD, *LANGUAGE]),
+            "LLaVA": self.llava,
+            "Florence-2": self.florence,
+        }
+        rows = [
+            Row(
+                {"captioner": arm, "captions": count},
+                [Run(f"captioners/{_slug(arm)}-{count}-seed{seed}", make(count, seed)) for seed in self.seeds],
+            )
+            for arm, make in arms.items()
+            for count in self.few_captions
+        ]
+        return Experiment("captioners", rows, x="captions", log=True)
+
+    def compare_queries(self) -> Experiment:
+        def runs(queries):
+            return [Run(f"queries/{queries}-seed{seed}", self.whole(seed, num_queries=queries)) for seed in self.seeds]
+
+        rows = [Row({"queries": queries}, runs(queries)) for queries in (1, 4, 12)]
+        return Experiment("queries", [*rows, Row({"queries": 24}, self.base())], x="queries")
+
+    def compare_text_encoder(self) -> Experiment:
+        bypassed = [Run(f"text_encoder/bypassed-seed{s}", self.whole(s, bypass_text_encoder=True)) for s in self.seeds]
+        rows = [Row({"text encoder": "in the path"}, self.base()), Row({"text encoder": "bypassed"}, bypassed)]
+        return Experiment("text_encoder", rows, x="text encoder")
+
+    def compare_images(self) -> Experiment:
+        def run(images):
+            model = self.autoencode(self.start(self.seeds[0]), images)
+            return Run(f"images/{images}", self.caption(model, self.captions, self.seeds[0]))
+
+        rows = [Row({"stage-1 images": images}, [run(images)]) for images in self.few_images]
+        rows.append(Row({"stage-1 images": self.images}, self.base()[:1]))
+        return Experiment("images", rows, x="stage-1 images", log=True)
+
+    def compare_parts(self) -> Experiment:
+        seed = self.seeds[0]
+
+        def row(first, second, name=None, stage1=LANGUAGE, stage2=HEAD):
+            model = self.caption(self.autoencode(self.start(seed), parts=stage1), self.captions, seed, stage2)
+            runs = [Run(f"parts/{name}", model)] if name else self.base()[:1]
+            return Row({"trains in stage 1": first, "in stage 2": second}, runs)
+
+        usual = "queries, projection, language model", "prefix, caption head"
+        rows = [
+            row(*usual),
+            row("queries, projection", usual[1], "new-parts", stage1=READERS),
+            row("the whole encoder", usual[1], "whole-encoder", stage1=WHOLE_ENCODER),
+            row(usual[0], "prefix", "prefix", stage2=HEAD[:1]),
+            row(
+                usual[0], "prefix, caption head, encoder's language model", "language-model", stage2=[*HEAD, *LANGUAGE]
+            ),
+        ]
+        return Experiment("parts", rows, x="trains in stage 1")
+
+    def compare_heads(self) -> Experiment:
+        def runs(size):
+            if size == MEDIUM:
+                return self.base()[:1]
+            model = self.autoencode(self.start(self.seeds[0]))
+            model = self.caption(model, self.captions, self.seeds[0], head=size)
+            return [Run(f"heads/{size[0]}x{size[1]}", model)]
+
+        rows = [Row({"width": size[0], "layers": size[1]}, runs(size)) for size in (SMALL, MEDIUM, LARGE)]
+        return Experiment("heads", rows, x="width")
+
+    # ---- the models ----------------------------------------------------------------------------------------
+
+    def base(self) -> list[Run]:
+        """What all comparisons share: a VLV with nothing changed."""
+        return [Run(f"base/seed{seed}", self.whole(seed)) for seed in self.seeds]
+
+    def whole(self, seed: int, **config) -> Training:
+        return self.caption(self.autoencode(self.start(seed, **config)), self.captions, seed)
+
+    def start(self, seed: int, **config) -> Assembled:
+        return Assembled(seed, config)
+
+    def language_model(self, size: tuple[int, int]) -> Training:
+        width, layers = size
+        settings = {"hidden_size": width, "num_hidden_layers": layers}
+        return self.training("recipes/tiny/language.yaml", self.images, self.language, 0, **settings)
+
+    def autoencode(self, start: Assembled, images: int | None = None, parts: Sequence[str] = LANGUAGE) -> Training:
+        settings = {"model": start, "train_parts": list(parts)}
+        return self.training(
+            "recipes/tiny/autoencode.yaml", images or self.images, self.stage1, start.seed, **settings
+        )
+
+    def caption(
+        self, model: Training, captions: int, seed: int, parts: Sequence[str] = HEAD, head: tuple[int, int] = MEDIUM
+    ) -> Training:
+        return self.captioning(model, captions, self.stage2, seed, parts, head)
+
+    def caption_alone(self, captions: int, seed: int, parts: Sequence[str]) -> Training:
+        return self.captioning(self.start(seed), captions, self.stage1 + self.stage2, seed, parts, MEDIUM)
+
+    def captioning(
+        self,
+        model: Assembled | Training,
+        captions: int,
+        steps: int,
+        seed: int,
+        parts: Sequence[str],
+        head: tuple[int, int],
+    ) -> Training:
+        settings = {"model": model, "caption_head": self.language_model(head), "train_parts": list(parts)}
+        if "queries" not in parts:  # to encode every image once pays only where each is seen more often
+            settings["cache_features"] = steps * self.batch > 2 * captions
+        return self.training("recipes/tiny/caption.yaml", captions, steps, seed, save_dtype="float16", **settings)
+
+    def llava(self, captions: int, seed: int) -> Training:
+        settings = {"encoder": ENCODER, "language": self.language_model(LARGE)}
+        return self.training("experiments/recipes/llava.yaml", captions, self.stage1 + self.stage2, seed, **settings)
+
+    def florence(self, captions: int, seed: int) -> Training:
+        settings = {"encoder": ENCODER, "caption_column": "text", "max_length": 32}
+        return self.training("recipes/tiny/encoder.yaml", captions, self.stage1 + self.stage2, seed, **settings)
+
+    def training(self, recipe: str, scenes: int, steps: int, seed: int, **settings) -> Training:
+        common = {
+            "dataset": Scenes(scenes),
+            "eval_dataset": Scenes(self.evaluation, "validation"),
+            "eval_size": self.evaluation,
+            "max_steps": steps,
+            "per_device_train_batch_size": self.batch,
+            "save_steps": self.save_steps,
+            "save_total_limit": 1,
+            "seed": seed,
+        }
+        return Training(recipe, common | settings)
+
+
+def _slug(text):
+    return text.lower().replace(",", "").replace(" ", "-")
