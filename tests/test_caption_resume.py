@@ -11,6 +11,7 @@ import time
 
 import pytest
 import tiny
+from tqdm import tqdm
 
 from vlv.captioning import engine
 from vlv.captioning.captioner import Captioner
@@ -50,6 +51,7 @@ def _fork(function):
         status = 70
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and a killed one would keep it locked
             status = function() or 0
         finally:
             os._exit(status)
