@@ -99,9 +99,11 @@ def test_any_language_model(tiny_components, tmp_path, config_class, model_class
 
 @pytest.fixture(scope="module")
 def microsofts(tmp_path_factory):
-    """The Florence-2 of the reference's checkpoint as Microsoft's remote code saves it."""
+    """The Florence-2 of the reference's checkpoint as Microsoft's remote code saves it, with its few files."""
     folder = tmp_path_factory.mktemp("florence")
-    shutil.copytree(PARITY / "components" / "florence", folder, dirs_exist_ok=True)
+    for name in ("config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json"):
+        shutil.copy(PARITY / "components" / "florence" / name, folder)
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
     checkpoint = torch.load(PARITY / "stage1_flat" / "pytorch_model.bin", weights_only=True)
     weights = {name.removeprefix("model."): t.clone() for name, t in checkpoint.items() if name.startswith("model.")}
     embeddings = weights["language_model.model.shared.weight"]
@@ -252,9 +254,11 @@ def test_ids_and_how_the_hub_is_asked(tiny_components, hub, monkeypatch, tmp_pat
     assert {part["_name_or_path"] for part in model.config.decoder_config.values()} == {"ada/decoder"}
     assert model.config.caption_config._name_or_path == "ada/caption_head"
 
-    hub.fail = lambda method, path: True
+    asked = []
+    hub.fail = lambda method, path: asked.append(path) or True
     command[2] = str(tmp_path / "again")
     assert main([*command, "--local_files_only"]) == 0
+    assert not asked
     assert VLVProcessor.from_pretrained(tmp_path / "again").tokenizer("red").input_ids
 
 

@@ -1,5 +1,6 @@
 """`hub_upload.py`: the repo that it builds, the proof, and the whole way to a stranger's `from_pretrained`."""
 
+import inspect
 import json
 import os
 import shutil
@@ -122,6 +123,8 @@ def test_the_card_tells_what_the_checkpoint_records(built, samples):
     assert text.index("| vae | 1,000 |") < text.index("| caption | 4,200 |")
     assert "learning_rate: 0.001" in text
     assert "no captioner of photographs" in text
+    steps = inspect.signature(VLVModel.reconstruct).parameters["num_inference_steps"].default
+    assert f"rebuilt in {steps} steps" in text
     assert "{{" not in text
     assert "{%" not in text
     assert "None" not in text

@@ -1,6 +1,7 @@
 """Loading models for the commands, and what is said of those that cannot be loaded."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -102,8 +103,22 @@ def test_config_that_contradicts_the_weights(repo):
     config = json.loads((repo / "config.json").read_text())
     config["num_queries"] -= 1
     (repo / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"queries is \(10, \d+\) in its weights, but \(9, \d+\) by its config"):
         load_captioner(str(repo), "cpu")
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def test_a_pickle_is_not_opened(repo, monkeypatch):
+    monkeypatch.chdir(repo)
+    (repo / "model.safetensors").unlink()
+    torch.save({"queries": Malice()}, repo / "pytorch_model.bin")
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        load_captioner(str(repo), "cpu")
+    assert not (repo / "owned").exists()
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])

@@ -103,12 +103,25 @@ def _load(
     dtype = dtype or (torch.float32 if place.type == "cpu" else "auto")
     try:
         with _quiet_transformers():
-            model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **loading)
+            model, info = model_class.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,  # a pickle is not even opened
+                ignore_mismatched_sizes=True,  # but refused below, in a sentence of our own
+                output_loading_info=True,
+                **loading,
+            )
             processor = VLVProcessor.from_pretrained(source)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"The weights of {source} cannot be read: {error}") from error
     except ImportError as error:  # bitsandbytes, flash_attn, ...: the library's sentence says how to install it
         raise ValueError(str(error)) from error
+    if info["mismatched_keys"]:
+        name, size, expected = min(info["mismatched_keys"])
+        raise ValueError(
+            f"{source} contradicts itself: {name} is {tuple(size)} in its weights, but {tuple(expected)} by its "
+            "config."
+        )
     if info["missing_keys"]:
         # transformers would go on with random numbers in their place.
         some = ", ".join(sorted(info["missing_keys"])[:3])
