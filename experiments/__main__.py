@@ -5,11 +5,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from experiments import MEASURED
+from experiments.making import claimed
 from experiments.trained import Plan
 from vlv.commands.parser import CommandParser
 from vlv.evaluation.results import git_commit
@@ -36,7 +38,8 @@ def main(argv: list[str], plan: Plan | None = None) -> None:
         ExperimentArguments,
         prog="python -m experiments",
         description=f"Measure what docs/results.md shows: {', '.join(names)}. Whatever has its JSON is left as it is: "
-        "delete the file to measure again. Interrupted, a training goes on where it was.",
+        "delete the file to measure again. Interrupted, a training goes on where it was. The command can run several "
+        "times at once: each does what no other one is at.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments to run (default: all)")
     arguments, inputs = parser.parse(argv)
@@ -44,28 +47,35 @@ def main(argv: list[str], plan: Plan | None = None) -> None:
     for name in wanted:
         if name not in names:
             parser.error(f"there is no experiment {name!r}, but {', '.join(names)}")
-    for name in MEASURED:
-        if name in wanted:
-            write(Path(arguments.output, f"{name}.json"), lambda name=name: ask(name, arguments.model, arguments.num))
+    work, output = Path(arguments.work), Path(arguments.output)
+    planned = {name: partial(ask, name, arguments.model, arguments.num) for name in MEASURED if name in wanted}
     runs = {run.name for name in wanted if name in trained for row in trained[name].rows for run in row.runs}
-    for run in plan.runs():
-        if run.name in runs:
-            write(
-                Path(arguments.output, f"{run.name}.json"),
-                lambda run=run: run.make(Path(arguments.work), arguments.num),
-            )
+    planned |= {run.name: partial(run.make, work, arguments.num) for run in plan.runs() if run.name in runs}
+    while planned:
+        planned = {
+            name: measure
+            for name, measure in planned.items()
+            if not write(output / f"{name}.json", work / name, measure)
+        }
+        if planned:
+            time.sleep(30)  # other processes are at what is left
 
 
-def write(file: Path, measure: Callable[[], dict[str, Any]]) -> None:
-    """Writes what `measure` returns, unless the file is there."""
+def write(file: Path, claim: Path, measure: Callable[[], dict[str, Any]]) -> bool:
+    """Writes what `measure` returns, unless the file is there; False where another process is at it, or at a part."""
     if file.exists():
-        print(f"{file} is there already.", flush=True)
-        return
+        return True
     start = time.perf_counter()
-    record = measure()
-    with atomic_writer(file) as output:
-        output.write(json.dumps(record, indent=1) + "\n")
-    print(f"{file}: {time.perf_counter() - start:.0f} s", flush=True)
+    try:
+        with claimed(claim):
+            if not file.exists():
+                record = measure()
+                with atomic_writer(file) as output:
+                    output.write(json.dumps(record, indent=1) + "\n")
+                print(f"{file}: {time.perf_counter() - start:.0f} s", flush=True)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def ask(name: str, model: str | None, num: int) -> dict[str, Any]:

@@ -5,13 +5,16 @@ Each is a dataclass with `make(work) -> folder`, and its settings may be others 
     stage1 = Training("recipes/tiny/autoencode.yaml", {"dataset": Scenes(1000), "model": Assembled(seed=0)})
     Training("recipes/tiny/caption.yaml", {"dataset": Scenes(100), "model": stage1}).make(Path("outputs/experiments"))
 
-What two runs share, such as a stage 1, lies in one folder, named after everything that it was made from.
+What two runs share, such as a stage 1, lies in one folder, named after everything that it was made from. Several
+processes may work in one folder: what one of them makes, the others leave to it.
 """
 
+import fcntl
 import gc
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,24 @@ STAGES["llava"] = ("experiments.llava", "LlavaStage")
 ENCODER = "experiments/parts/encoder"  # what recipes/tiny/encoder.yaml left, in half precision
 
 
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Keeps other processes from making `path`; raises BlockingIOError where one of them is at it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def once(folder: Path, last: str, fill: Callable[[], Any]) -> Path:
+    """The folder, which `fill` fills unless `last` is in it: what it leaves there at the end."""
+    if not (folder / last).exists():
+        with claimed(folder):
+            if not (folder / last).exists():
+                fill()
+    return folder
+
+
 def digest(thing: Any) -> str:
     """A short name for a dataclass and all that is in it."""
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
@@ -45,9 +66,7 @@ class Scenes:
 
     def make(self, work: Path) -> Path:
         folder = work / f"scenes-{self.split}-{self.num}"
-        if not (folder / "metadata.jsonl").exists():
-            write_scenes(folder, self.num, split=self.split)
-        return folder
+        return once(folder, "metadata.jsonl", lambda: write_scenes(folder, self.num, split=self.split))
 
 
 @dataclass(frozen=True)
@@ -58,15 +77,15 @@ class Training:
     settings: dict[str, Any]
 
     def make(self, work: Path) -> Path:
-        folder = self.folder(work)
-        if not (folder / "training.json").exists():
-            argv = [self.recipe, "--output_dir", str(folder), "--cache_dir", str(work / "cache"), "--resume", "true"]
-            for name, value in self.settings.items():
-                values = value if isinstance(value, list) else [value]
-                argv += [f"--{name}", *(str(one.make(work) if hasattr(one, "make") else one) for one in values)]
-            train.main(argv)
-            gc.collect()  # the Trainer's circles hold the data set
-        return folder
+        return once(self.folder(work), "training.json", lambda: self._train(work))
+
+    def _train(self, work):
+        argv = [self.recipe, "--output_dir", str(self.folder(work)), "--cache_dir", str(work / "cache"), "--resume"]
+        for name, value in self.settings.items():
+            values = value if isinstance(value, list) else [value]
+            argv += [f"--{name}", *(str(one.make(work) if hasattr(one, "make") else one) for one in values)]
+        train.main(argv)
+        gc.collect()  # the Trainer's circles hold the data set
 
     def folder(self, work: Path) -> Path:
         return work / f"{Path(self.recipe).stem}-{digest(self)}"
@@ -92,22 +111,24 @@ class Assembled:
 
     def make(self, work: Path) -> Path:
         folder = work / f"assembled-{digest(self)}"
-        if not folder.exists():
-            parts = {"encoder": ENCODER, "decoder": str(_decoder(work))}
-            config = dict(self.settings)
-            set_seed(self.seed)
-            model = VLVModel.from_components(**parts, num_queries=config.pop("num_queries", None), dtype="float32")
-            model.config.update(config)
-            with atomic_folder(folder) as unfinished:
-                model.save_pretrained(unfinished)
-                VLVProcessor.from_components(**parts).save_pretrained(unfinished)
-        return folder
+        return once(folder, "config.json", lambda: self._assemble(work, folder))
+
+    def _assemble(self, work, folder):
+        parts = {"encoder": ENCODER, "decoder": str(_decoder(work))}
+        config = dict(self.settings)
+        set_seed(self.seed)
+        model = VLVModel.from_components(**parts, num_queries=config.pop("num_queries", None), dtype="float32")
+        model.config.update(config)
+        with atomic_folder(folder) as unfinished:
+            model.save_pretrained(unfinished)
+            VLVProcessor.from_components(**parts).save_pretrained(unfinished)
 
 
 def _decoder(work):
     """vlv-tiny's teacher, which no stage of a VLV changes."""
-    folder = work / "vlv-tiny"
-    if not folder.exists():
-        with atomic_folder(folder) as unfinished:
+
+    def export():
+        with atomic_folder(work / "vlv-tiny") as unfinished:
             export_parts(*load_whole(None), unfinished)
-    return folder / "decoder"
+
+    return once(work / "vlv-tiny", "decoder", export) / "decoder"

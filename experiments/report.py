@@ -1,27 +1,93 @@
-"""Draws the tables and plots of docs/results.md anew from docs/results/*.json: `python -m experiments.report`."""
+"""Draws the tables and plots of docs/results.md anew from docs/results: `python -m experiments.report`."""
 
 import json
 import re
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import MEASURED
+from experiments.trained import Experiment, Plan
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+# What is shown of the runs that train, by the name of the column.
+SCORES = {
+    "captions exact": "captions/test/exact",
+    "captioned right": "captions/test/objects_right",
+    "rebuilt right": "reconstruction/test/objects_right",
+}
+MISSING = "–"
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as Markdown: settings as they are, measurements as value ± standard error."""
+    """Rows as Markdown: settings as they are, measurements as value ± standard error, or (lowest to highest)."""
     lines = [f"| {' | '.join(rows[0])} |", f"| {' | '.join('---' for _ in rows[0])} |"]
     return "\n".join([*lines, *(f"| {' | '.join(map(_cell, row.values()))} |" for row in rows)]) + "\n"
 
 
 def _cell(value):
+    if value is None:
+        return MISSING
+    if isinstance(value, dict) and "lowest" in value:
+        return f"{value['value']:.3f} ({value['lowest']:.3f} to {value['highest']:.3f})"
     if isinstance(value, dict):
         return f"{value['value']:.3f} ± {value['standard_error']:.3f}"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def gather(experiment: Experiment, folder: Path) -> list[dict[str, Any]]:
+    """One row for each of the experiment's, of those of its runs whose JSON is in `folder`."""
+    rows = []
+    for row in experiment.rows:
+        files = [folder / f"{run.name}.json" for run in row.runs]
+        records = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+        parameters = records[0]["parameters"] if records else None
+        scores = {
+            column: spread([record["scores"].get(name) for record in records]) for column, name in SCORES.items()
+        }
+        rows.append({**row.settings, "parameters": parameters, "seeds": f"{len(records)} of {len(files)}", **scores})
+    return rows
+
+
+def spread(scores: list[dict | None]) -> dict[str, float] | None:
+    """The mean over the seeds, the lowest and the highest; with one seed, what was measured and its error."""
+    scores = [score for score in scores if score is not None]
+    if len(scores) < 2:
+        return scores[0] if scores else None
+    values = [score["value"] for score in scores]
+    return {"value": float(np.mean(values)), "lowest": min(values), "highest": max(values)}
+
+
+def plot(experiment: Experiment, rows: list[dict[str, Any]], figure: Figure) -> None:
+    """One panel for each score, over the experiment's `x`; each value of its other setting is a line."""
+    panels = [name for name in SCORES if any(row[name] is not None for row in rows)]
+    others = [column for column in experiment.rows[0].settings if column != experiment.x]
+    for axes, score in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        lines: dict[tuple, list[dict]] = {}
+        for row in rows:
+            if row[score] is not None:
+                lines.setdefault(tuple(row[column] for column in others), []).append(row)
+        for key, found in lines.items():
+            _line(axes, [row[experiment.x] for row in found], [row[score] for row in found], ", ".join(map(str, key)))
+        axes.set(xlabel=experiment.x, title=score, ylim=(0, 1))
+        if experiment.log:
+            axes.set_xscale("log")
+        if isinstance(rows[0][experiment.x], str):
+            axes.tick_params(axis="x", rotation=20)
+    if others:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+
+
+def _line(axes: Axes, x: list, scores: list[dict], label: str) -> None:
+    below = [score["value"] - score["lowest"] if "lowest" in score else score["standard_error"] for score in scores]
+    above = [score["highest"] - score["value"] if "highest" in score else score["standard_error"] for score in scores]
+    axes.errorbar(x, [score["value"] for score in scores], [below, above], marker="o", capsize=3, label=label)
 
 
 def fill(text: str, name: str, contents: str) -> str:
@@ -32,17 +98,32 @@ def fill(text: str, name: str, contents: str) -> str:
     return block.sub(lambda match: match[1] + contents + match[2], text)
 
 
-def main() -> None:
-    page = DOCS / "results.md"
-    text = page.read_text(encoding="utf-8")
+def progress(plan: Plan, folder: Path) -> str:
+    """How many of the planned runs are in."""
+    runs = plan.runs()
+    done = sum((folder / f"{run.name}.json").exists() for run in runs)
+    return f"{done} of the {len(runs)} planned trainings are in.\n"
+
+
+def main(docs: Path = DOCS, plan: Plan | None = None) -> None:
+    plan, results, page = plan or Plan(), docs / "results", docs / "results.md"
+    text = fill(page.read_text(encoding="utf-8"), "progress", progress(plan, results))
+    shown = {}
     for name in MEASURED:
-        file = DOCS / "results" / f"{name}.json"
-        if not file.exists():
-            continue
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        file = results / f"{name}.json"
+        if file.exists():
+            shown[name] = (
+                json.loads(file.read_text(encoding="utf-8"))["rows"],
+                import_module(f"experiments.{name}").plot,
+            )
+    for experiment in plan.experiments():
+        rows = gather(experiment, results)
+        if any(row["parameters"] for row in rows):
+            shown[experiment.name] = rows, lambda rows, figure, experiment=experiment: plot(experiment, rows, figure)
+    for name, (rows, draw) in shown.items():
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        import_module(f"experiments.{name}").plot(rows, figure)
-        figure.savefig(file.with_suffix(".png"), dpi=110)
+        draw(rows, figure)
+        figure.savefig(results / f"{name}.png", dpi=110)
         text = fill(text, name, f"![{name}](results/{name}.png)\n\n{table(rows)}")
     page.write_text(text, encoding="utf-8")
 

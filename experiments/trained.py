@@ -190,15 +190,13 @@ class Plan:
             runs = [Run(f"parts/{name}", model)] if name else self.base()[:1]
             return Row({"trains in stage 1": first, "in stage 2": second}, runs)
 
-        usual = "queries, projection, language model", "prefix, caption head"
+        usual = "and language model", "prefix, caption head"
         rows = [
-            row(*usual),
             row("queries, projection", usual[1], "new-parts", stage1=READERS),
-            row("the whole encoder", usual[1], "whole-encoder", stage1=WHOLE_ENCODER),
+            row(*usual),
+            row("and all of the encoder", usual[1], "whole-encoder", stage1=WHOLE_ENCODER),
             row(usual[0], "prefix", "prefix", stage2=HEAD[:1]),
-            row(
-                usual[0], "prefix, caption head, encoder's language model", "language-model", stage2=[*HEAD, *LANGUAGE]
-            ),
+            row(usual[0], "prefix, caption head, and as in stage 1", "language-model", stage2=[*HEAD, *LANGUAGE]),
         ]
         return Experiment("parts", rows, x="trains in stage 1")
 
