@@ -86,7 +86,7 @@ def killed(tmp_path_factory, tiny_repo, scenes):
         log = (folder / "log").open("w")
         process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, stdout=log, stderr=log)
         running[stage] = (process, folder, settings, random.randint(4, 18))
-    runs, deadline = {}, time.time() + 300
+    runs, deadline = {}, time.time() + 600
     while len(runs) < len(running):
         time.sleep(random.random() / 50)  # so that some die while they write a checkpoint, and some in a step
         for stage, (process, folder, settings, step) in running.items():

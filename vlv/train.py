@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.world_size > 1:
         set_seed(args.seed + args.process_index)  # each process draws noise of its own
     last = last_whole_checkpoint(output_dir) if args.resume else None
-    started = time.time()
+    started, commit = time.time(), git_commit()  # of the code that runs, whatever is committed meanwhile
     trainer.train(resume_from_checkpoint=last and str(last))
     seconds = time.time() - started
 
@@ -79,11 +79,12 @@ def main(argv: list[str] | None = None) -> None:
         record = {
             "recipe": {**vars(settings), **changed_arguments(args)},
             "seed": args.seed,
-            "commit": git_commit(),
+            "commit": commit,
             "versions": {
                 name: version(name) for name in ("torch", "transformers", "diffusers", "datasets", "accelerate")
             },
             "device": str(args.device),
+            "processes": args.world_size,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 1),
             "resumed_from": last.name if last else None,
