@@ -72,6 +72,19 @@ def test_nothing_of_the_padding_is_left(model, pixel_values, num_beams):
         assert len({len(text) for (text,) in captions}) > 2  # they end at different places
 
 
+def test_captions_that_have_ended_leave_the_batch(model, pixel_values):
+    ids = model.generate(torch.stack(pixel_values), max_new_tokens=LENGTH)
+    ends = torch.isin(ids, torch.tensor(model.generation_config.eos_token_id)).cumsum(1)
+    rows = []
+    handle = model.caption_head.register_forward_hook(lambda _, inputs, output: rows.append(len(output.logits)))
+    try:
+        _captioner(model)(NAMES, pixel_values)
+    finally:
+        handle.remove()
+    assert rows == [COUNT, *(ends[:, :-1] == 0).sum(0).tolist()]
+    assert rows[-1] < rows[0]
+
+
 # ---- the size of the batch ---------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from vlv.captioning.settings import Decoding
 
 # An automatic batch grows between these, as long as memory allows.
 FIRST_BATCH = 4
-LARGEST_BATCH = {"cpu": 16}
+LARGEST_BATCH = {"cpu": 32}
 LARGEST_ON_ACCELERATOR = 128
 SHARE_OF_MEMORY = 0.8
 

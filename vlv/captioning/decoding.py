@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, TopPLogitsWarper
 
+from vlv.captioning.search import shrinking_search
 from vlv.captioning.settings import Decoding
 
 
@@ -26,6 +27,8 @@ def generation_arguments(
         "repetition_penalty": decoding.repetition_penalty,
         "bad_words_ids": [ids for word in decoding.ban_words or () for ids in _spellings(word, tokenizer)] or None,
     }
+    if decoding.num_beams == 1:
+        arguments["custom_generate"] = shrinking_search
     processors = []
     if decoding.force_words:
         processors.append(ForcedWords(decoding, tokenizer, eos_token_ids))
@@ -59,6 +62,9 @@ class SeededSampling(LogitsProcessor):
                 generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
                 draws.append(torch.rand(decoding.max_new_tokens, generator=generator))
         self.draws = torch.stack(draws)  # (rows, max_new_tokens), in 0..1
+
+    def keep(self, rows: torch.LongTensor) -> None:
+        self.draws = self.draws[rows.to(self.draws.device)]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores = scores.float() / self.temperature
