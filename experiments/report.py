@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -108,23 +110,22 @@ def progress(plan: Plan, folder: Path) -> str:
 def main(docs: Path = DOCS, plan: Plan | None = None) -> None:
     plan, results, page = plan or Plan(), docs / "results", docs / "results.md"
     text = fill(page.read_text(encoding="utf-8"), "progress", progress(plan, results))
-    shown = {}
-    for name in MEASURED:
-        file = results / f"{name}.json"
-        if file.exists():
-            shown[name] = (
-                json.loads(file.read_text(encoding="utf-8"))["rows"],
-                import_module(f"experiments.{name}").plot,
-            )
-    for experiment in plan.experiments():
-        rows = gather(experiment, results)
-        if any(row["parameters"] for row in rows):
-            shown[experiment.name] = rows, lambda rows, figure, experiment=experiment: plot(experiment, rows, figure)
-    for name, (rows, draw) in shown.items():
+
+    def show(name: str, rows: list[dict[str, Any]], draw: Callable[[list[dict], Figure], None]) -> str:
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         draw(rows, figure)
         figure.savefig(results / f"{name}.png", dpi=110)
-        text = fill(text, name, f"![{name}](results/{name}.png)\n\n{table(rows)}")
+        return fill(text, name, f"![{name}](results/{name}.png)\n\n{table(rows)}")
+
+    for name in MEASURED:
+        rows = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+        text = show(name, rows, import_module(f"experiments.{name}").plot)
+    for experiment in plan.experiments():
+        rows = gather(experiment, results)
+        if all(row["parameters"] is None for row in rows):
+            text = fill(text, experiment.name, "No run is in yet.\n")
+        else:
+            text = show(experiment.name, rows, partial(plot, experiment))
     page.write_text(text, encoding="utf-8")
 
 
