@@ -1,0 +1,177 @@
+"""
+A training step of either stage: the paper's settings against this package's defaults.
+
+    python benchmarks/training.py STAGE [--size tiny|mid|published] [--images 8] [--output FILE]
+
+STAGE is autoencode (stage 1) or caption (stage 2). All sides are runs of `vlv train` and differ in its settings alone,
+but for the padding of captions to 300 tokens, which no setting brings back. A turn is a few steps, from before their
+images are read until the weights have changed. What is computed of each image once, before training, is not in it; it
+is timed on its own, as `making the caches`.
+
+Stage 1, `paper`: float32, eager attention, gradient checkpointing of the UNet, nothing cached. `as shipped` is the
+default: the same outcome, as all of its levers leave the loss what it is; on a GPU with bf16, and `like for like`
+without. Stage 2, `paper`: bf16, eager attention, captions padded to 300, Florence's language model trained too. A CPU
+without instructions for bf16 takes many times as long for that: all other sides on a CPU are in float32, and what is
+compared with `paper in float32`. `like for like` trains the paper's parts; `as shipped` the default ones.
+"""
+
+import json
+import random
+import statistics
+import string
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from training_levers import Stopwatch, pad_to_max_length
+
+from processing_vlv import VLVProcessor
+from vlv.scenes import write_scenes
+from vlv.stages.vlv import process
+from vlv.train import read_recipe
+from vlv.trainer import StageTrainer
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "tiny"
+STEPS = 2  # of a turn
+
+PAPERS_PARTS = ["prefix_projection", "caption_head", "language_model"]
+PAPER = {
+    "autoencode": {
+        "attn_implementation": "eager",
+        "gradient_checkpointing_parts": ["unet"],
+        "cache_latents": False,
+        "cache_features": False,
+        "optim": "adamw_torch",
+    },
+    "caption": {
+        "attn_implementation": "eager",
+        "cache_features": False,
+        "padded": True,
+        "optim": "adamw_torch",
+        "train_parts": PAPERS_PARTS,
+    },
+}
+
+
+def make_sides(stage: str, on_gpu: bool) -> tuple[str, dict[str, dict[str, Any]]]:
+    """What the levers are compared with, and the settings of each side."""
+    paper = PAPER[stage]
+    levers = {
+        f"paper, {name} as by default": {key: value for key, value in paper.items() if key != name} for name in paper
+    }
+    if stage == "autoencode":
+        sides = {"paper": paper, **levers}
+        if on_gpu:
+            sides |= {"paper, bf16": {**paper, "bf16": True}, "like for like": {}}
+        return "paper", {**sides, "as shipped": {"bf16": on_gpu}}
+    bf16 = {"bf16": True}
+    like = {"train_parts": PAPERS_PARTS}
+    if on_gpu:
+        sides = {"paper": paper, **levers, "like for like": like, "as shipped": {}}
+        return "paper", {name: {**settings, **bf16} for name, settings in sides.items()}
+    single = "paper in float32"
+    sides = {single: paper} | {name.replace("paper,", f"{single},"): settings for name, settings in levers.items()}
+    return single, {**sides, "like for like": like, "as shipped": {}, "paper": {**paper, **bf16}}
+
+
+def make_data(folder: Path, count: int, processor: VLVProcessor | None) -> Path:
+    """Drawn scenes; with a processor, whose captions are letters at random, of as many tokens as lengths are drawn."""
+    write_scenes(folder, count, split="train")
+    if processor is None:
+        return folder
+    file = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    draw = random.Random(0)
+    for row, length in zip(rows, measure.draw_lengths(count), strict=True):
+        letters = "".join(draw.choices(string.ascii_lowercase, k=2 * length))
+        row["text"] = processor.tokenizer.decode(processor.tokenizer(letters).input_ids[: length - 1])
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+class Side:
+    """A run of `vlv train`, a few steps each turn."""
+
+    def __init__(self, stage: str, settings: dict[str, Any], common: dict[str, Any], output_dir: Path):
+        argv = [str(RECIPES / f"{stage}.yaml"), "--output_dir", str(output_dir)]
+        for name, value in {**common, **settings}.items():
+            if name != "padded":
+                argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        stage_class, stage_settings, args = read_recipe(argv)
+        self.stage = stage_class(stage_settings, args)
+        if "padded" in settings:
+            pad_to_max_length(self.stage)
+        self.trainer, self.watch = StageTrainer(self.stage, args), Stopwatch(args.device)
+        self.trainer.add_callback(self.watch)
+
+    def __call__(self) -> float:
+        self.trainer.train()
+        # Room for the next side: no gradients, no moments.
+        self.stage.model.zero_grad()
+        self.trainer.optimizer = None
+        self.trainer.accelerator.free_memory()
+        return self.watch.seconds_per_step / self.trainer.args.per_device_train_batch_size
+
+
+def making_the_caches(side: Side) -> float:
+    """Seconds for an image: to read it, and to compute what the run keeps of it."""
+    stage, names = side.stage, list(side.stage.train_dataset.cached[0][0]) if side.stage.train_dataset.cached else []
+    images = stage.sample_rows(side.trainer.args.per_device_train_batch_size)[1]
+    seen = stage.image_inputs
+
+    def work():
+        inputs = [process(image, stage.processor, seen) for image in images]
+        batch = {name: torch.stack([it[name] for it in inputs]).to(stage.args.device) for name in seen}
+        stage.compute(batch, names)
+
+    return measure.seconds_of(work) / len(images)
+
+
+def main() -> None:
+    parser = measure.parser(__doc__, default_images=8)
+    parser.add_argument("stage", choices=PAPER)
+    parser.add_argument("--sides", nargs="*", metavar="SIDE", help="which ones, besides what they are compared with")
+    arguments = parser.parse_args()
+    device = measure.find_device(arguments.size)
+    baseline, settings = make_sides(arguments.stage, device.type == "cuda")
+    wanted = settings if arguments.sides is None else [baseline, *arguments.sides]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = measure.checkpoint(arguments.size, folder / "model")
+        words = None if arguments.size == "tiny" else VLVProcessor.from_pretrained(model)
+        common = {
+            "dataset": make_data(folder / "scenes", (STEPS + 2) * arguments.images, words),
+            "model": model,
+            "eval_size": 2 * arguments.images,
+            "max_steps": STEPS,
+            "per_device_train_batch_size": arguments.images,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "cache_dir": folder / "cache",
+        }
+        sides = {
+            name: Side(arguments.stage, settings[name], common, folder / str(number))
+            for number, name in enumerate(wanted)
+        }
+        seconds = measure.take_turns({**sides, "making the caches": lambda: making_the_caches(sides["as shipped"])})
+        profile = measure.profile(sides["as shipped"])
+    caches = statistics.median(seconds.pop("making the caches"))
+    measure.write(
+        arguments.output,
+        "stage 1" if arguments.stage == "autoencode" else "stage 2",
+        arguments.size,
+        measure.compare(seconds, baseline),
+        images_per_step=arguments.images,
+        baseline=baseline,
+        cache_seconds_per_image=caches,
+        settings={name: settings[name] for name in wanted},
+        parameters=sum(parameter.numel() for parameter in sides["as shipped"].stage.model.parameters()),
+        profile=profile,
+    )
+
+
+if __name__ == "__main__":
+    main()
