@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
+from transformers import StaticCache
 
 from vlv.captioning import captioner as captioner_module
 from vlv.captioning.captioner import Captioner
@@ -83,6 +84,21 @@ def test_captions_that_have_ended_leave_the_batch(model, pixel_values):
         handle.remove()
     assert rows == [COUNT, *(ends[:, :-1] == 0).sum(0).tolist()]
     assert rows[-1] < rows[0]
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "beams", "drawn", "prefix"])
+def test_a_static_cache_changes_nothing(model, pixel_values, decoding):
+    caches = []
+    handle = model.caption_head.register_forward_hook(
+        lambda _, inputs, options, output: caches.append(type(options["past_key_values"])), with_kwargs=True
+    )
+    settings = Decoding(max_new_tokens=LENGTH, **DECODINGS[decoding])
+    try:
+        captions = Captioner(model, tiny.processor(), settings, COUNT, compile=True)(NAMES, pixel_values)
+    finally:
+        handle.remove()
+    assert set(caches) == {StaticCache}
+    assert captions == _captioner(model, **DECODINGS[decoding])(NAMES, pixel_values)
 
 
 # ---- the size of the batch ---------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_output_in_the_folder_makes_it_an_imagefolder(tiny_repo, tmp_path):
 def test_options_reach_the_model(tiny_repo, tiny_model, tmp_path, capsys):
     (image,) = tiny.images(1)
     image.save(tmp_path / "a.png")
-    arguments = ["--max_new_tokens", "7", "--num-beams", "3", "--device", "cpu"]
+    arguments = ["--max_new_tokens", "7", "--num-beams", "3", "--device", "cpu", "--compile"]
     assert main(["caption", str(tmp_path / "a.png"), "--model", str(tiny_repo), *arguments]) == 0
     ids = tiny_model.generate(**tiny.processor()(images=image), max_new_tokens=7, num_beams=3, do_sample=False)
     expected = " ".join(tiny.processor().batch_decode(ids)[0].split())

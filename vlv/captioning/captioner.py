@@ -30,6 +30,7 @@ class Captioner:
         decoding: what the captions are like.
         batch_size: images at once; `None` starts small and grows as far as free memory allows. What turns out not to
             fit is halved until it does.
+        compile: decode with a static cache, which transformers compiles where it pays.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class Captioner:
         processor: VLVProcessor,
         decoding: Decoding,
         batch_size: int | None = None,
+        compile: bool = False,
     ):
-        self.model, self.processor, self.decoding = model, processor, decoding
+        self.model, self.processor, self.decoding, self.compile = model, processor, decoding, compile
         self.device = next(model.parameters()).device
         self.largest = batch_size or LARGEST_BATCH.get(self.device.type, LARGEST_ON_ACCELERATOR)
         self.batch_size = batch_size or FIRST_BATCH
@@ -74,7 +76,11 @@ class Captioner:
 
     def generation_arguments(self, names: Sequence[str]) -> dict[str, Any]:
         """What `model.generate` is told, for the images of these names."""
-        return generation_arguments(self.decoding, names, self.processor.tokenizer, self.eos_token_ids)
+        arguments = generation_arguments(self.decoding, names, self.processor.tokenizer, self.eos_token_ids)
+        if self.compile:  # for which the batch must keep its shape
+            arguments.pop("custom_generate", None)
+            arguments["cache_implementation"] = "static"
+        return arguments
 
     def _try(self, names, pixel_values):
         """The captions, or `None` when memory did not suffice."""

@@ -54,7 +54,7 @@ def make_captioner(options: ModelOptions, decoding: Decoding, batch_size: int | 
     loading = {"device_map": options.device_map, "attn_implementation": options.attn_implementation}
     loading = {name: value for name, value in loading.items() if value is not None}
     model, processor = load_captioner(options.model, options.device, options.dtype, options.quantization, **loading)
-    return Captioner(model, processor, decoding, batch_size)
+    return Captioner(model, processor, decoding, batch_size, options.compile)
 
 
 def caption_locally(

@@ -87,6 +87,11 @@ class ModelOptions:
     attn_implementation: str | None = option(
         None, "sdpa, flash_attention_2 or eager (default: what is best here, mostly sdpa)."
     )
+    compile: bool = option(
+        False,
+        "Decode with a static cache, which transformers compiles on a GPU: a minute at the start, for large "
+        "collections. On a CPU nothing is compiled.",
+    )
 
     def __post_init__(self):
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
