@@ -31,6 +31,7 @@ from vlv.loading import read_config
 from vlv.published import published_config
 
 SIZES = ("tiny", "mid", "published")
+STAGES = ("stage 1", "stage 2")
 REPEATS = 5
 PUBLISHED_GIB = 70  # of GPU memory that the paper's own settings take
 LEAST, LONGEST, MEDIAN, SIGMA = 1, 300, 90, 0.4  # of the captions' lengths, in tokens

@@ -1,0 +1,76 @@
+"""
+Writes the tables of docs/speed.md anew, from the JSON in benchmarks/results.
+
+    python -m benchmarks.report
+"""
+
+import json
+from pathlib import Path
+
+from experiments.report import fill
+
+ROOT = Path(__file__).resolve().parents[1]
+# How each number beside the speed is shown, where a side has it.
+EXTRA = {
+    "batch_size": ("batch", "{}"),
+    "captions_right": ("captions right", "{:.3f}"),
+    "captions_as_papers": ("captions as the paper's", "{:.3f}"),
+    "objects_right": ("objects right", "{:.3f}"),
+    "difference_to_papers": ("difference to the paper's images, of 255", "{:.2f}"),
+    "parameters": ("parameters", "{:,}"),
+    "peak_bytes": ("peak memory, MiB", "{:.0f}"),
+    "peak_device_bytes": ("peak GPU memory, MiB", "{:.0f}"),
+}
+
+
+def as_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def shown(name: str, value: float) -> str:
+    return EXTRA[name][1].format(value / 2**20 if name.endswith("bytes") else value)
+
+
+def sides(record: dict) -> str:
+    """The sides of a benchmark, and where the time of the default goes."""
+    found = record["sides"]
+    extra = [name for name in EXTRA if any(name in side for side in found.values())]
+    speed = "seconds" if record["benchmark"] == "loading" else "images/s"
+    rows = []
+    for name, side in found.items():
+        value = 1 / side["images_per_second"] if speed == "seconds" else side["images_per_second"]
+        rows.append([name, f"{value:.2f}", f"{side['ratio']:.2f}", *(shown(it, side[it]) for it in extra)])
+    text = f"{record['machine']['device']}, {record['machine']['threads']} threads; commit {record['commit'][:7]}\n\n"
+    text += as_table(["side", speed, "ratio", *(EXTRA[name][0] for name in extra)], rows)
+    if "cache_seconds_per_image" in record:
+        text += f"\nMaking the caches: {record['cache_seconds_per_image']:.3f} s for each image, once.\n"
+    if "profile" in record:
+        operators = ", ".join(f"`{row['operator']}` {row['share']:.0%}" for row in record["profile"][:6])
+        text += f"\nAs shipped, the time goes into {operators}.\n"
+    return text
+
+
+def growing(record: dict) -> str:
+    parts = []
+    for name, rows in record["growing"].items():
+        label = {"images": "images", "batch_size": "batch", "length": "tokens of a caption"}[name]
+        cells = [
+            [str(row[name]), f"{row['images_per_second']:.1f}", f"{row['peak_bytes'] / 2**20:.0f}"] for row in rows
+        ]
+        parts.append(as_table([label, "images/s", "peak memory, MiB"], cells))
+    return "\n".join(parts)
+
+
+def main() -> None:
+    page = ROOT / "docs" / "speed.md"
+    text = page.read_text(encoding="utf-8")
+    for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        if f"<!-- {file.stem} -->" in text:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            text = fill(text, file.stem, (growing if file.stem == "scaling" else sides)(record))
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
