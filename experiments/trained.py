@@ -208,8 +208,8 @@ class Plan:
             model = self.caption(model, self.captions, self.seeds[0], head=size)
             return [Run(f"heads/{size[0]}x{size[1]}", model)]
 
-        rows = [Row({"width": size[0], "layers": size[1]}, runs(size)) for size in (SMALL, MEDIUM, LARGE)]
-        return Experiment("heads", rows, x="width")
+        rows = [Row({"layers x width": f"{size[1]} x {size[0]}"}, runs(size)) for size in (SMALL, MEDIUM, LARGE)]
+        return Experiment("heads", rows, x="layers x width")
 
     # ---- the models ----------------------------------------------------------------------------------------
 
