@@ -107,9 +107,11 @@ def main() -> None:
     found = measure.compare(seconds, "paper")
     for name, side in sides.items():
         found[name]["batch_size"] = side.captioner.batch_size
-        paper = sides["paper"].captions
-        found[name]["captions_as_papers"] = sum(side.captions[file] == paper[file] for file in truths) / len(truths)
         if arguments.size == "tiny":
+            paper = sides["paper"].captions
+            found[name]["captions_as_papers"] = sum(side.captions[file] == paper[file] for file in truths) / len(
+                truths
+            )
             found[name]["captions_right"] = sum(side.captions[file] == truths[file] for file in truths) / len(truths)
     measure.write(
         arguments.output,

@@ -64,19 +64,23 @@ def watch(command: list[str]) -> tuple[float, int, str]:
     return seconds, peak, output
 
 
-def growing_images(counts: list[int], folder: Path) -> list[dict]:
+def growing_images(counts: list[int]) -> list[dict]:
     """`vlv caption` over the first scenes of a folder, from its start to its end."""
-    scenes = write_scenes(folder / "scenes", max(counts), seed=0, split="test")
-    names = [json.loads(line)["file_name"] for line in (scenes / "metadata.jsonl").read_text().splitlines()]
     rows = []
-    for count in counts:
-        images, output = folder / f"{count}.txt", folder / f"{count}.jsonl"
-        images.write_text("".join(f"{scenes / name}\n" for name in names[:count]))
-        command = [sys.executable, "-m", "vlv", "caption", str(images), "--output", str(output)]
-        seconds, peak, _ = watch(command)
-        written = len(output.read_text().splitlines())
-        rows.append({"images": written, "seconds": seconds, "images_per_second": count / seconds, "peak_bytes": peak})
-        print(rows[-1], flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        scenes = write_scenes(folder / "scenes", max(counts), seed=0, split="test")
+        names = [json.loads(line)["file_name"] for line in (scenes / "metadata.jsonl").read_text().splitlines()]
+        for count in counts:
+            images, output = folder / f"{count}.txt", folder / f"{count}.jsonl"
+            images.write_text("".join(f"{scenes / name}\n" for name in names[:count]))
+            command = [sys.executable, "-m", "vlv", "caption", str(images), "--output", str(output)]
+            seconds, peak, _ = watch(command)
+            written = len(output.read_text().splitlines())
+            rows.append(
+                {"images": written, "seconds": seconds, "images_per_second": written / seconds, "peak_bytes": peak}
+            )
+            print(rows[-1], flush=True)
     return rows
 
 
@@ -112,14 +116,15 @@ def main() -> None:
     if arguments.caption:
         caption(*arguments.caption)
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        images = growing_images(arguments.images, Path(temporary))
-    found = {
-        "images": images,
-        "batch_size": growing([(batch_size, 100) for batch_size in BATCHES]),
-        "length": growing([(16, length) for length in LENGTHS]),
+    found = {}
+    parts = {
+        "batch_size": lambda: growing([(batch_size, 100) for batch_size in BATCHES]),
+        "length": lambda: growing([(16, length) for length in LENGTHS]),
+        "images": lambda: growing_images(arguments.images),
     }
-    measure.write_record(arguments.output, {"benchmark": "scaling", "size": "tiny", "growing": found})
+    for name, part in parts.items():
+        found[name] = part()
+        measure.write_record(arguments.output, {"benchmark": "scaling", "size": "tiny", "growing": found})
 
 
 if __name__ == "__main__":

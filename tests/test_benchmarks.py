@@ -1,0 +1,75 @@
+"""The benchmarks' arithmetic, and that docs/speed.md shows what was measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))  # as running one of them does
+
+import cost  # noqa: E402
+import measure  # noqa: E402
+
+from benchmarks import report  # noqa: E402
+
+
+def test_sides_take_turns_and_the_first_turn_warms_up():
+    turns, seconds = [], iter(range(100))
+
+    def side(name):
+        def work():
+            turns.append(name)
+            return next(seconds)
+
+        return work
+
+    measured = measure.take_turns({"paper": side("paper"), "as shipped": side("as shipped")})
+    assert turns == ["paper", "as shipped"] * 6
+    assert measured == {"paper": [2, 4, 6, 8, 10], "as shipped": [3, 5, 7, 9, 11]}
+
+
+def test_ratios_are_of_medians():
+    found = measure.compare({"paper": [4.0, 1.0, 100.0, 5.0, 4.0], "as shipped": [1.0, 0.1, 2.0, 3.0, 2.0]}, "paper")
+    assert [side["ratio"] for side in found.values()] == [1.0, 2.0]
+    assert [side["images_per_second"] for side in found.values()] == [0.25, 0.5]
+
+
+def test_lengths_are_drawn_as_stated():
+    lengths = torch.tensor(measure.draw_lengths(20_000), dtype=torch.float)
+    assert lengths.min() >= 1 and lengths.max() == 300
+    assert abs(lengths.median() - 90) < 2
+    assert abs(lengths.log().std() - 0.4) < 0.02
+    assert measure.draw_lengths(5) == lengths[:5].int().tolist()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_published_size_needs_a_gpu():
+    with pytest.raises(SystemExit, match="needs a GPU with 70 GiB of memory, and there is none here"):
+        measure.find_device("published")
+
+
+def test_cost_of_the_recipe(tmp_path, monkeypatch, capsys):
+    for stage, speed in (("stage-1", 100.0), ("stage-2", 8.0)):
+        sides = {"as shipped": {"images_per_second": speed}}
+        record = {"sides": sides, "machine": {"device": "a GPU"}}
+        (tmp_path / f"{stage}-published.json").write_text(json.dumps(record))
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--price", "2.5", "--results", str(tmp_path)])
+    cost.main()
+    lines = capsys.readouterr().out.splitlines()
+    # 102.4 million images at 100 a second are 284.4 hours; 6.4 million at 8 a second 222.2.
+    assert "| stage 1 | as shipped | 100.00 | 284 | 711 | 0.71 |" in lines
+    assert "| stage 2 | as shipped | 8.00 | 222 | 556 | 0.56 |" in lines
+    assert "need 75.6 images/s" in lines[-1]  # 108.8 million in 400 hours
+    (tmp_path / "stage-2-published.json").unlink()
+    with pytest.raises(SystemExit, match="There is no .*stage-2-published.json"):
+        cost.main()
+
+
+def test_the_page_shows_what_was_measured():
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert report.filled(page) == page
+    for file in report.RESULTS.glob("*.json"):
+        assert f"<!-- {file.stem} -->" in page
