@@ -1,5 +1,7 @@
 """The recipes that come with the project, read by the real parser and by accelerate."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, pa
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 import vlv
-from vlv.train import read_recipe
+from vlv.train import changed_arguments, read_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -63,6 +65,21 @@ def test_fine_tuning_starts_from_the_bundled_checkpoint_wherever_it_is_run(tmp_p
     assert stage_type(settings, args).source == vlv.tiny_checkpoint()
     _, settings, _ = read_recipe([*argv, "--model", "another"])
     assert settings.model == "another"
+
+
+@pytest.mark.parametrize("recipe", sorted((RECIPES / "tiny").glob("*.yaml")), ids=lambda path: path.stem)
+def test_bundled_checkpoint_tells_how_these_recipes_made_it(recipe):
+    folder = Path(vlv.tiny_checkpoint()) / "training" / recipe.stem
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == yaml.safe_load(recipe.read_text())
+    record = json.loads((folder / "training.json").read_text())
+    settings, args = read(recipe.relative_to(RECIPES))
+    expected = {**vars(settings), **changed_arguments(args)}
+    for key in yaml.safe_load(recipe.read_text()):
+        assert record["recipe"].get(key) == expected.get(key), key
+    assert record["seed"] == args.seed and re.fullmatch("[0-9a-f]{40}", record["commit"])
+    logged = [row for row in record["log"] if "loss" in row]
+    assert logged[-1]["step"] == record["steps"] == args.max_steps
+    assert logged[-1]["loss"] < logged[0]["loss"] / 2
 
 
 # ---- accelerate ------------------------------------------------------------------------------------------------
