@@ -8,32 +8,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
+from training import arguments, losses, run
 from transformers import AutoModel, AutoTokenizer, Florence2ForConditionalGeneration, Qwen2ForCausalLM
 
 from modeling_vlv import VLVModel
-from vlv import train
 from vlv.cli import main as vlv
-from vlv.scenes import write_scenes
 from vlv.trainer import last_whole_checkpoint
-
-
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    """A folder of drawn scenes with captions."""
-    return write_scenes(tmp_path_factory.mktemp("scenes"), 40, split="train")
-
-
-def run(recipe, output_dir, *settings):
-    """One short training; returns its training.json."""
-    fast = (
-        "--max_steps 4 --save_steps 2 --per_device_train_batch_size 4 --eval_size 8 --logging_steps 1 --warmup_steps 1"
-    )
-    train.main([recipe, "--output_dir", str(output_dir), *fast.split(), *map(str, settings)])
-    return json.loads((output_dir / "training.json").read_text())
-
-
-def losses(record):
-    return {row["step"]: row["loss"] for row in record["log"] if "loss" in row}
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +21,8 @@ def parts(tmp_path_factory, scenes):
     """The folder with the four trained parts, each in its own library's format."""
     folder = tmp_path_factory.mktemp("parts")
     for stage in ("vae", "teacher", "encoder", "language"):
-        extra = ["--vae", folder / "vae"] if stage == "teacher" else []
-        run(f"recipes/tiny/{stage}.yaml", folder / stage, "--dataset", scenes, *extra)
+        extra = {"vae": folder / "vae"} if stage == "teacher" else {}
+        run(f"recipes/tiny/{stage}.yaml", folder / stage, dataset=scenes, **extra)
     return folder
 
 
@@ -106,11 +86,11 @@ def test_record_of_a_run(parts):
 
 @pytest.mark.parametrize("stage", ["language", "encoder", "teacher"])
 def test_resumed_run_has_the_losses_of_the_unbroken_one(stage, parts, scenes, tmp_path):
-    settings = ["--dataset", scenes, *(["--vae", parts / "vae"] if stage == "teacher" else [])]
+    settings = {"dataset": scenes, "save_total_limit": 3, **({"vae": parts / "vae"} if stage == "teacher" else {})}
     unbroken = losses(json.loads((parts / stage / "training.json").read_text()))
-    run(f"recipes/tiny/{stage}.yaml", tmp_path, *settings, "--save_total_limit", 3)
+    run(f"recipes/tiny/{stage}.yaml", tmp_path, **settings)
     shutil.rmtree(tmp_path / "checkpoint-4")
-    resumed = run(f"recipes/tiny/{stage}.yaml", tmp_path, *settings, "--resume")
+    resumed = run(f"recipes/tiny/{stage}.yaml", tmp_path, resume=True, **settings)
     assert resumed["resumed_from"] == "checkpoint-2"
     for step in (3, 4):
         assert losses(resumed)[step] == pytest.approx(unbroken[step], abs=1e-6)
@@ -129,16 +109,8 @@ def test_torso_of_a_checkpoint_is_passed_over(parts, tmp_path):
 
 def test_checkpoint_of_another_model_is_refused(parts, scenes, tmp_path, capsys):
     shutil.copytree(parts / "encoder" / "checkpoint-4", tmp_path / "checkpoint-4")
-    recipe = [
-        "recipes/tiny/language.yaml",
-        "--dataset",
-        str(scenes),
-        "--eval_size",
-        "8",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    assert vlv(["train", *recipe, "--resume"]) == 2
+    argv = arguments("recipes/tiny/language.yaml", tmp_path, dataset=scenes, resume=True)
+    assert vlv(["train", *argv]) == 2
     assert "checkpoint of another model" in capsys.readouterr().err
 
 
@@ -146,12 +118,12 @@ def test_checkpoint_of_another_model_is_refused(parts, scenes, tmp_path, capsys)
 
 
 def test_both_stages_from_the_parts(parts, scenes, tmp_path):
-    starts = ["--encoder", parts / "encoder", "--decoder", parts / "teacher", "--caption_head", parts / "language"]
-    first = run("recipes/tiny/autoencode.yaml", tmp_path / "one", "--dataset", scenes, *starts)
+    starts = {"encoder": parts / "encoder", "decoder": parts / "teacher", "caption_head": parts / "language"}
+    first = run("recipes/tiny/autoencode.yaml", tmp_path / "one", dataset=scenes, **starts)
     assert {"eval_loss", "denoising_loss", "denoising_loss_with_empty_context"} <= first["evaluation"].keys()
     assert first["evaluation"]["eval_loss"] == pytest.approx(first["evaluation"]["denoising_loss"], abs=1e-4)
 
-    second = run("recipes/tiny/caption.yaml", tmp_path / "two", "--dataset", scenes, "--model", tmp_path / "one")
+    second = run("recipes/tiny/caption.yaml", tmp_path / "two", dataset=scenes, model=tmp_path / "one")
     assert {"eval_loss", "exact_captions", "ended"} <= second["evaluation"].keys()
 
     one = dict(VLVModel.from_pretrained(tmp_path / "one", dtype=torch.float32).named_parameters())
@@ -190,6 +162,6 @@ def test_wrong_recipes_say_what_is_wrong(text, argv, message, tmp_path, capsys):
 
 
 def test_missing_column_is_named(scenes, tmp_path, capsys):
-    recipe = ["recipes/tiny/language.yaml", "--dataset", str(scenes), "--output_dir", str(tmp_path)]
-    assert vlv(["train", *recipe, "--caption_column", "caption", "--eval_size", "8"]) == 2
+    argv = arguments("recipes/tiny/language.yaml", tmp_path, dataset=scenes, caption_column="caption")
+    assert vlv(["train", *argv]) == 2
     assert "no column 'caption', but image, text, short" in capsys.readouterr().err
