@@ -24,6 +24,7 @@ HEAD = ["prefix_projection", "caption_head"]  # what stage 2 trains
 WHOLE_ENCODER = [*LANGUAGE, "image_projection", "vision_tower", "word_embeddings"]
 # Of a caption head, (width, layers).
 SMALL, MEDIUM, LARGE = (64, 1), (128, 2), (192, 4)
+LLAVAS = (192, 6)  # gives a LLaVA as many parameters as a VLV with a medium head
 MAX_NEW_TOKENS = 48  # the longest true caption has 21 tokens
 
 
@@ -257,7 +258,7 @@ class Plan:
         return self.training("recipes/tiny/caption.yaml", captions, steps, seed, save_dtype="float16", **settings)
 
     def llava(self, captions: int, seed: int) -> Training:
-        settings = {"encoder": ENCODER, "language": self.language_model(LARGE)}
+        settings = {"encoder": ENCODER, "language": self.language_model(LLAVAS)}
         return self.training("experiments/recipes/llava.yaml", captions, self.stage1 + self.stage2, seed, **settings)
 
     def florence(self, captions: int, seed: int) -> Training:
