@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, set_seed
+from transformers.utils import is_liger_kernel_available
 
 from vlv.evaluation.results import git_commit
 from vlv.scenes import write_scenes
@@ -77,11 +78,22 @@ LEVERS = {
         {"train_sampling_strategy": "random"},
         {"max_steps": BATCHES - 1},  # a whole epoch, for its batches are of different lengths
     ),
+    "bf16": Lever(STAGE_1, {"bf16": True}, {"bf16": False}),
+    "bf16 in stage 2": Lever(STAGE_2, {"bf16": True}, {"bf16": False}),
+    "sdpa in stage 2": Lever(STAGE_2, {"attn_implementation": "sdpa"}, {"attn_implementation": "eager"}),
+    # These three take time, and are worth it for the memory that they save: see peak_bytes, on a GPU.
+    "gradient checkpointing of the UNet": Lever(STAGE_1, {"gradient_checkpointing_parts": ["unet"]}),
+    "gradient checkpointing of the encoder": Lever(STAGE_1, {"gradient_checkpointing_parts": ["encoder"]}),
+    "gradient checkpointing of the caption head": Lever(STAGE_2, {"gradient_checkpointing_parts": ["caption_head"]}),
+    "torch_compile": Lever(STAGE_1, {"torch_compile": True}, {"torch_compile": False}),
+    "fused AdamW": Lever(STAGE_2, {"optim": "adamw_torch_fused"}, {"optim": "adamw_torch"}),
 }
+if is_liger_kernel_available():
+    LEVERS["Liger kernels"] = Lever(STAGE_2, {"use_liger_kernel": True}, {"use_liger_kernel": False})
 
 
 class Stopwatch(TrainerCallback):
-    """The time of a whole training, from before its first batch is read."""
+    """The time of a whole training, from before its first batch is read, and on a GPU the most memory it took."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -92,10 +104,13 @@ class Stopwatch(TrainerCallback):
         return time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.began = self.now()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.seconds_per_step = (self.now() - self.began) / state.global_step
+        self.peak_bytes = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
 def make_data(folder: Path, count: int) -> Path:
@@ -134,7 +149,8 @@ def measure(lever: Lever, common: dict[str, Any], rounds: int, folder: Path) -> 
             if turn:  # the first one warms up
                 turns[name].append(watches[name].seconds_per_step)
     on, off = (statistics.median(turns[name]) for name in ("on", "off"))
-    return {"seconds_on": on, "seconds_off": off, "ratio": on / off, "turns": turns}
+    peaks = {name: watch.peak_bytes for name, watch in watches.items()}
+    return {"seconds_on": on, "seconds_off": off, "ratio": on / off, "peak_bytes": peaks, "turns": turns}
 
 
 def main() -> None:
@@ -147,7 +163,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("training_levers.json"))
     arguments = parser.parse_args()
 
-    results = {}
+    report = {
+        "commit": git_commit(),
+        "machine": {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+        },
+        "settings": {name: str(value) for name, value in vars(arguments).items() if name != "output"},
+        "levers": {},
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         common = {
@@ -161,22 +186,14 @@ def main() -> None:
             "disable_tqdm": True,
         }
         for name in arguments.levers:
-            results[name] = measure(LEVERS[name], common, arguments.rounds, folder / "runs")
+            found = measure(LEVERS[name], common, arguments.rounds, folder / "runs")
             shutil.rmtree(folder / "runs")
             print(
-                "{}: {seconds_on:.3f} s a step, {seconds_off:.3f} s without: {ratio:.2f}".format(name, **results[name])
+                "{}: {seconds_on:.3f} s a step, {seconds_off:.3f} s without: {ratio:.2f}".format(name, **found),
+                flush=True,
             )
-    report = {
-        "commit": git_commit(),
-        "machine": {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-        },
-        "settings": {name.replace("-", "_"): str(value) for name, value in vars(arguments).items()},
-        "levers": results,
-    }
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            report["levers"][name] = found
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
