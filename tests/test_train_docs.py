@@ -31,7 +31,7 @@ def test_fine_tuning_on_your_own_folder_word_for_word(tmp_path):
 
     captions = [json.loads(line)["text"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert len(captions) == 200
-    assert sum(caption.startswith("view: a ") for caption in captions) > 180
+    assert sum(caption.startswith("view: a ") for caption in captions) > 150
     record = json.loads((tmp_path / "my_captioner" / "training.json").read_text())
-    assert record["steps"] == 70 and record["resumed_from"] == "checkpoint-60"
-    assert "| view: a " in (tmp_path / "my_captioner" / "samples" / "step-60.md").read_text()
+    assert record["steps"] == 90 and record["resumed_from"] == "checkpoint-80"
+    assert "| view: a " in (tmp_path / "my_captioner" / "samples" / "step-80.md").read_text()
