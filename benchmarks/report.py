@@ -5,6 +5,7 @@ Writes the tables of docs/speed.md anew, from the JSON in benchmarks/results.
 """
 
 import json
+import re
 from pathlib import Path
 
 from experiments.report import fill
@@ -67,9 +68,10 @@ def growing(record: dict) -> str:
 
 def filled(page: str) -> str:
     """The page with its tables drawn anew."""
-    for file in sorted(RESULTS.glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        page = fill(page, file.stem, growing(record) if "growing" in record else sides(record))
+    for name in re.findall(r"<!-- ([\w-]+) -->", page):
+        if (file := RESULTS / f"{name}.json").is_file():
+            record = json.loads(file.read_text(encoding="utf-8"))
+            page = fill(page, name, growing(record) if "growing" in record else sides(record))
     return page
 
 
