@@ -7,16 +7,17 @@ import sys
 
 import pytest
 import torch
-from training import arguments, run
+from training import arguments, losses, run
 
 from modeling_vlv import VLVModel
 
 CAPTION = "recipes/tiny/caption.yaml"
-# One step of plain gradient descent: what changes in the weights is the gradient.
-ONE_STEP = {
-    "max_steps": 1,
+# An epoch of plain gradient descent: what changes in the weights is the sum of its gradients.
+ONE_EPOCH = {
+    "max_steps": -1,
+    "num_train_epochs": 1,
     "optim": "sgd",
-    "learning_rate": 1,
+    "learning_rate": 0.01,
     "lr_scheduler_type": "constant",
     "warmup_steps": 0,
     "weight_decay": 0,
@@ -47,12 +48,14 @@ def launch(config, processes, recipe, output_dir, **settings):
 
 
 @pytest.mark.slow
-def test_two_processes_average_to_the_gradient_of_one_on_the_same_batch(tiny_repo, scenes, tmp_path):
-    settings = {"dataset": scenes, "model": tiny_repo, **ONE_STEP}
+def test_two_processes_average_to_the_gradients_of_one_on_the_same_batches(tiny_repo, scenes, tmp_path):
+    """32 scenes in batches of 6: 5 steps, each of different scenes on both sides, for else the losses would differ."""
+    settings = {"dataset": scenes, "model": tiny_repo, **ONE_EPOCH}
     one = run(CAPTION, tmp_path / "one", **settings, per_device_train_batch_size=6)
     two = launch("ddp", 2, CAPTION, tmp_path / "two", **settings, per_device_train_batch_size=3)
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert two["log"][0]["loss"] == pytest.approx(one["log"][0]["loss"], abs=1e-5)
+    assert one["steps"] == two["steps"] == 5
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
 
     before, alone, together = (
         dict(VLVModel.from_pretrained(folder, dtype=torch.float32).named_parameters())
@@ -63,4 +66,4 @@ def test_two_processes_average_to_the_gradient_of_one_on_the_same_batch(tiny_rep
     }
     assert {name.split(".")[0] for name in gradients} == {"prefix_projection", "caption_head"}
     for name, gradient in gradients.items():
-        torch.testing.assert_close(together[name] - before[name], gradient, atol=2e-6, rtol=1e-4, msg=name)
+        torch.testing.assert_close(together[name] - before[name], gradient, atol=2e-6, rtol=1e-3, msg=name)
