@@ -53,7 +53,10 @@ class App:
         }
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, str(script), *map(str, arguments)], stdout=output, stderr=output, env=environment
+                [sys.executable, "-u", str(script), *map(str, arguments)],
+                stdout=output,
+                stderr=output,
+                env=environment,
             )
 
     def __enter__(self):
