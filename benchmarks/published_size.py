@@ -12,7 +12,6 @@ computing in --dtype float32 takes more memory and a tenth of the time.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import measure
 import torch
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
@@ -128,17 +128,12 @@ def main() -> None:
                 *(f"{name}: {value:.2f}" if name != "phase" else value for name, value in rows[-1].items()), flush=True
             )
     if arguments.output is not None:
-        machine = {"processor": processor(arguments.device), "cores": os.cpu_count(), "dtype": arguments.dtype}
+        on_gpu = torch.device(arguments.device).type == "cuda"
+        processor = torch.cuda.get_device_name(arguments.device) if on_gpu else measure.processor_name()
+        machine = {"processor": processor, "cores": os.cpu_count(), "dtype": arguments.dtype}
         versions = {name: version(name) for name in ("torch", "transformers", "diffusers")}
         with atomic_writer(arguments.output) as file:
             file.write(json.dumps({"phases": rows, **machine, "versions": versions}, indent=2) + "\n")
-
-
-def processor(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(": ")[2] if names else platform.processor()
 
 
 if __name__ == "__main__":
