@@ -1,7 +1,7 @@
 """
 Captioning a folder: the paper's settings against this package's defaults.
 
-    python benchmarks/captioning.py [--size tiny|mid|published] [--images 16] [--output FILE]
+    python benchmarks/captioning.py [--size tiny|mid|published] [--images 64] [--sides SIDE ...] [--output FILE]
 
 `paper` reads and captions four images at a time, with eager attention and four beams, and nothing is read ahead. Each
 lever is `paper` with one change; `like for like` is the default engine with the paper's search, which must write equal
@@ -82,9 +82,7 @@ class Side:
 
 
 def main() -> None:
-    parser = measure.parser(__doc__, default_images=16)
-    parser.add_argument("--sides", nargs="*", choices=MODES, default=list(MODES), metavar="SIDE", help="which ones")
-    arguments = parser.parse_args()
+    arguments = measure.parser(__doc__, default_images=64, sides=MODES).parse_args()
     device = measure.find_device(arguments.size)
     with tempfile.TemporaryDirectory() as temporary:
         scenes = write_scenes(Path(temporary) / "scenes", arguments.images, seed=0, split="test")
@@ -100,7 +98,9 @@ def main() -> None:
         lengths = None
         if arguments.size != "tiny":
             lengths = dict(zip(truths, measure.draw_lengths(len(truths)), strict=True))
-        sides = {name: Side(MODES[name], models, source, lengths) for name in ("paper", *arguments.sides)}
+        sides = {
+            name: Side(MODES[name], models, source, lengths) for name in dict.fromkeys(["paper", *arguments.sides])
+        }
         seconds = measure.take_turns(sides)
         shipped = sides.get("as shipped", sides["paper"])
         profile = measure.profile(shipped.work)

@@ -14,7 +14,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,21 @@ PUBLISHED_GIB = 70  # of GPU memory that the paper's own settings take
 LEAST, LONGEST, MEDIAN, SIGMA = 1, 300, 90, 0.4  # of the captions' lengths, in tokens
 
 
-def parser(description: str, default_images: int) -> argparse.ArgumentParser:
-    """The arguments that every benchmark takes."""
+def parser(description: str, default_images: int, sides: Collection[str] = ()) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes; with sides, of which the first is always measured, which of them."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--size", choices=SIZES, default="tiny")
     made.add_argument("--images", type=int, default=default_images, help="images of each turn")
     made.add_argument("--output", type=Path, help="JSON file to write")
+    if sides:
+        made.add_argument(
+            "--sides",
+            nargs="*",
+            choices=sides,
+            default=list(sides),
+            metavar="SIDE",
+            help=f"which of: {'; '.join(sides)}",
+        )
     return made
 
 

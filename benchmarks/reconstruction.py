@@ -1,7 +1,7 @@
 """
 Rebuilding images: the paper's settings against this package's defaults.
 
-    python benchmarks/reconstruction.py [--size tiny|mid|published] [--images 16] [--output FILE]
+    python benchmarks/reconstruction.py [--size tiny|mid|published] [--images 16] [--sides SIDE ...] [--output FILE]
 
 `paper` takes 50 steps of DDPM at guidance 2.0, with eager attention. Each lever is `paper` with one change; `like for
 like` is the paper's sampling with this package's attention, which must draw equal images; `as shipped` is the default;
@@ -60,7 +60,7 @@ def difference(images, others) -> float:
 
 
 def main() -> None:
-    arguments = measure.parser(__doc__, default_images=16).parse_args()
+    arguments = measure.parser(__doc__, default_images=16, sides=MODES).parse_args()
     device = measure.find_device(arguments.size)
     pictures, truths = zip(*(sample_picture("test", index) for index in range(arguments.images)), strict=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -68,7 +68,7 @@ def main() -> None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = VLVModel.from_pretrained(folder, caption_config=None, dtype=dtype).to(device).eval()
         pixel_values = VLVProcessor.from_pretrained(folder)(images=list(pictures))["pixel_values"].to(device)
-    sides = {name: Side(mode, model, pixel_values) for name, mode in MODES.items()}
+    sides = {name: Side(MODES[name], model, pixel_values) for name in dict.fromkeys(["paper", *arguments.sides])}
     found = measure.compare(measure.take_turns(sides), "paper")
     for name, side in sides.items():
         found[name]["difference_to_papers"] = difference(side.images, sides["paper"].images)
@@ -78,7 +78,7 @@ def main() -> None:
             ]
             right, objects = (sum(count[key] for count in counts) for key in ("objects_right", "objects"))
             found[name]["objects_right"] = right / objects
-    profile = measure.profile(sides["as shipped"].work)
+    profile = measure.profile(sides.get("as shipped", sides["paper"]).work)
     measure.write(
         arguments.output,
         "reconstruction",

@@ -15,8 +15,8 @@ from vlv.captioning.settings import Decoding
 
 # An automatic batch grows between these, as long as memory allows.
 FIRST_BATCH = 4
-LARGEST_BATCH = {"cpu": 32}
-LARGEST_ON_ACCELERATOR = 128
+LARGEST_BATCH = {"cpu": 64}
+LARGEST_ON_ACCELERATOR = 256
 SHARE_OF_MEMORY = 0.8
 
 

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 from processing_vlv import VLVProcessor
-from vlv.captioning.captioner import Captioner
+from vlv.captioning.captioner import LARGEST_BATCH, LARGEST_ON_ACCELERATOR, Captioner
 from vlv.captioning.engine import Prepared, Reader, caption_batch
 from vlv.captioning.sink import Row
 from vlv.captioning.sources import Source
 from vlv.loading import find_captioner
 
 PARTS_PER_PROCESSOR = 4  # of the input: small enough that no processor waits long for the last one
-BATCH = 64  # images that an actor gets at once, where it finds out itself how many of them fit into memory
 
 
 def caption_with_ray(
@@ -56,7 +55,8 @@ def caption_with_ray(
         .map_batches(
             _Actor,
             fn_constructor_args=[make_captioner],
-            batch_size=batch_size or BATCH,
+            # Where the batch is left to the actor, it gets as many images as it would ever take at once.
+            batch_size=batch_size or (LARGEST_ON_ACCELERATOR if gpus else LARGEST_BATCH["cpu"]),
             num_gpus=1 if gpus else None,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=gpus or max(1, processors - 1)),
         )
