@@ -441,7 +441,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         self,
         pixel_values: torch.Tensor | None = None,
         caption_embeds: torch.Tensor | None = None,
-        num_inference_steps: int = 10,
+        num_inference_steps: int = 8,
         guidance_scale: float = 2.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         height: int | None = None,

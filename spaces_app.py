@@ -81,7 +81,7 @@ class Studio:
     def reconstruct(
         self,
         image: str,
-        num_inference_steps: int = 10,
+        num_inference_steps: int = 8,
         guidance_scale: float = 2.0,
         seed: int = 0,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (how Gradio is asked for one)
@@ -110,7 +110,7 @@ class Studio:
         first: str,
         second: str,
         share: float = 0.5,
-        num_inference_steps: int = 10,
+        num_inference_steps: int = 8,
         guidance_scale: float = 2.0,
         seed: int = 0,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
@@ -273,7 +273,7 @@ def _image_output(label, look):
 def _sampling_settings():
     with gr.Accordion("Settings", open=False):
         return (
-            gr.Slider(1, 50, 10, step=1, precision=0, label="Steps", info="more are slower and finer"),
+            gr.Slider(1, 50, 8, step=1, precision=0, label="Steps", info="more are slower and finer"),
             gr.Slider(1, 10, 2, step=0.1, label="Guidance", info="1 switches it off"),
             gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         )

@@ -24,12 +24,12 @@ def encode(model: VLVModel, processor: VLVProcessor, images: Sequence[Image.Imag
     return torch.cat([model.encode(processor(images=images[at : at + BATCH])["pixel_values"]) for at in starts])
 
 
-def rebuild(model: VLVModel, caption_embeds: torch.Tensor, **sampling) -> list[Image.Image]:
-    """One picture for each row of embeddings; picture i starts from the noise of seed i, whatever the settings."""
+def rebuild(model: VLVModel, caption_embeds: torch.Tensor, seed: int = 0, **sampling) -> list[Image.Image]:
+    """One picture for each row of embeddings; picture i starts from the noise of seed + i, whatever the settings."""
     pictures = []
     for start in tqdm(range(0, len(caption_embeds), BATCH), unit="batch", leave=False):
         embeds = caption_embeds[start : start + BATCH]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(embeds))]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(embeds))]
         pictures += model.reconstruct(caption_embeds=embeds, generator=generators, **sampling)
     return pictures
 

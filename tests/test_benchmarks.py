@@ -71,6 +71,13 @@ def test_cost_of_the_recipe(tmp_path, monkeypatch, capsys):
 def test_the_page_shows_what_was_measured():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     assert report.filled(page) == page
-    for name in ("captioning-mid", "stage-1-mid"):
-        ratio = json.loads((report.RESULTS / f"{name}.json").read_text())["sides"]["as shipped"]["ratio"]
-        assert f" {ratio:.1f}x " in page  # the table of targets
+    # The table of targets: a row for each subject, the ratio of the mid size and then that of vlv-tiny.
+    rows = {row[1].strip(): row for row in (line.split("|") for line in page.splitlines()) if len(row) > 5}
+    files = {"a step of stage 1": "stage-1", "a step of stage 2": "stage-2"}
+    for subject, name in ({name: name for name in ("captioning", "reconstruction")} | files).items():
+        for size, cell in zip(("mid", "tiny"), rows[subject][3:5], strict=True):
+            sides = json.loads((report.RESULTS / f"{name}-{size}.json").read_text())["sides"]
+            assert cell.split()[0] == f"{sides['as shipped']['ratio']:.1f}x"
+    sides = json.loads((report.RESULTS / "stage-2-tiny.json").read_text())["sides"]
+    bf16 = sides["as shipped"]["images_per_second"] / sides["paper"]["images_per_second"]
+    assert rows["the same, the paper in bf16"][4].strip() == f"{bf16:.0f}x" and f", {bf16:.0f}x on `tiny`," in page

@@ -62,7 +62,7 @@ class EvaluateArguments:
     )
     max_new_tokens: int = field(default=300, metadata={"help": "Longest caption of an image of --dataset, in tokens."})
     num_beams: int = field(default=1, metadata={"help": "Beams of those captions; 1 is greedy, the paper uses 4."})
-    num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps of every picture drawn."})
+    num_inference_steps: int = field(default=8, metadata={"help": "Sampling steps of every picture drawn."})
     guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance of reconstructions."})
     guidance_scales: list[float] = field(
         default_factory=lambda: [1.0, 2.0, 3.0, 4.0],

@@ -26,7 +26,7 @@ class ReconstructArguments:
     model: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a VLV (default: the bundled vlv-tiny, for drawn scenes)."}
     )
-    num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps: more are slower and finer."})
+    num_inference_steps: int = field(default=8, metadata={"help": "Sampling steps: more are slower and finer."})
     guidance_scale: float = field(
         default=2.0, metadata={"help": "How closely to follow the embeddings; 1 switches guidance off."}
     )

@@ -60,7 +60,7 @@ class DatasetScorer:
     seed: int = 0
     max_new_tokens: int = 300
     num_beams: int = 1
-    num_inference_steps: int = 10
+    num_inference_steps: int = 8
     guidance_scale: float = 2.0
     guidance_scales: Sequence[float] = (1.0, 2.0, 3.0, 4.0)
     text_to_image: str | None = None

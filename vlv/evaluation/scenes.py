@@ -46,7 +46,7 @@ class SceneScorer:
     model: VLVModel
     processor: VLVProcessor
     batch_size: int = 50
-    num_inference_steps: int = 10
+    num_inference_steps: int = 8
     guidance_scale: float = 2.0
     seed: int = 0
 
