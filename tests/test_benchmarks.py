@@ -81,3 +81,10 @@ def test_the_page_shows_what_was_measured():
     sides = json.loads((report.RESULTS / "stage-2-tiny.json").read_text())["sides"]
     bf16 = sides["as shipped"]["images_per_second"] / sides["paper"]["images_per_second"]
     assert rows["the same, the paper in bf16"][4].strip() == f"{bf16:.0f}x" and f", {bf16:.0f}x on `tiny`," in page
+
+
+def test_the_page_shows_what_the_mid_size_would_cost(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--price", "0.1", "--size", "mid"])
+    cost.main()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert "\n".join(table) in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
