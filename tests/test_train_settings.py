@@ -1,6 +1,7 @@
 """Settings that make a run faster or smaller; what a run tells, and what its checkpoints hold."""
 
 import pytest
+import torch
 from safetensors import safe_open
 from training import arguments, losses, run
 from transformers.utils import is_liger_kernel_available
@@ -49,6 +50,32 @@ def test_a_compiled_model_has_the_losses_of_the_model(plain, tiny_repo, scenes, 
     record = run(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, **settings)
     assert losses(record) == pytest.approx(losses(plain[CAPTION][1]), abs=1e-3)
     assert VLVModel.from_pretrained(tmp_path).caption_head is not None  # names of weights are the model's own
+
+
+def test_the_encoder_has_a_learning_rate_of_its_own(tiny_repo, scenes, tmp_path):
+    trains = ["prefix_projection", "queries", "language_model"]
+    common = {
+        "dataset": scenes,
+        "model": tiny_repo,
+        "train_parts": trains,
+        "save_dtype": "float32",
+        "logging_steps": 1,
+    }
+    before = VLVModel.from_pretrained(tiny_repo)
+    run(CAPTION, tmp_path / "still", encoder_learning_rate=0, **common)
+    still = VLVModel.from_pretrained(tmp_path / "still")
+    assert not torch.equal(still.queries, before.queries)
+    for name, weight in still.encoder.named_parameters():
+        assert torch.equal(weight, before.encoder.get_parameter(name)), name
+    alike = run(CAPTION, tmp_path / "alike", encoder_learning_rate=0.001, learning_rate=0.001, **common)
+    usual = run(CAPTION, tmp_path / "usual", learning_rate=0.001, **common)
+    assert losses(alike) == pytest.approx(losses(usual), abs=1e-4)
+
+
+def test_a_learning_rate_for_what_is_frozen_is_refused(tiny_repo, scenes, tmp_path, capsys):
+    argv = arguments(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, encoder_learning_rate=0.0001)
+    assert vlv(["train", *argv]) == 2
+    assert "encoder_learning_rate: of Florence-2 nothing trains, but caption_head" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(is_liger_kernel_available(), reason="liger-kernel is installed")

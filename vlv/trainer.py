@@ -42,6 +42,15 @@ class StageTrainer(Trainer):
             self.add_callback(LossBar)
         self.loss_parts: Counter[str] = Counter()  # summed since the last log
 
+    def create_optimizer(self, *args) -> torch.optim.Optimizer:
+        optimizer, rates = super().create_optimizer(*args), self.stage.learning_rates()
+        for group in list(optimizer.param_groups):
+            own = [weight for weight in group["params"] if weight in rates]
+            if own and group["lr"] != rates[own[0]]:
+                group["params"] = [weight for weight in group["params"] if weight not in rates]
+                optimizer.add_param_group({**group, "params": own, "lr": rates[own[0]]})
+        return optimizer
+
     def compute_loss(
         self,
         model: nn.Module,

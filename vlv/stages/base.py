@@ -71,6 +71,10 @@ class Stage:
         roots = [folder for folder in (settings.dataset, settings.eval_dataset) if folder and os.path.isdir(folder)]
         self.left_out = LeftOut(Path(args.output_dir), settings.image_column, roots)
 
+    def learning_rates(self) -> dict[nn.Parameter, float]:
+        """Of the parameters that have one of their own, in place of the Trainer's `learning_rate`."""
+        return {}
+
     def load_data(self, streaming: bool = False) -> tuple[Dataset | IterableDataset, Dataset]:
         """The rows to train on and the rows to evaluate on, which are never the same.
 

@@ -41,6 +41,13 @@ class VLVSettings(Settings):
     train_parts: list[str] | None = field(
         default=None, metadata={"help": "Parts to train in place of the stage's own (see VLVModel.set_stage)."}
     )
+    encoder_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of Florence-2's own parts (language_model, ...) where they train: at the pace of"
+            " new parts, what they brought along is soon forgotten (default: learning_rate)."
+        },
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2, ... (default: the best that is installed)."}
     )
@@ -128,6 +135,12 @@ class VLVStage(Stage):
             self.model.set_stage(self.stage, train=tuple(self.train_parts))
         except ValueError as error:
             raise ValueError(f"{self.source or 'The model'}: {error}") from error
+        florence = any(weight.requires_grad for weight in self.model.encoder.parameters())
+        if settings.encoder_learning_rate is not None and not florence:
+            raise ValueError(
+                f"encoder_learning_rate: of Florence-2 nothing trains, but {', '.join(sorted(self.train_parts))}; name"
+                " language_model or another of its parts in train_parts."
+            )
         if settings.gradient_checkpointing_parts is not None:
             known = [name for name in ("encoder", "unet", "caption_head") if getattr(self.model, name) is not None]
             if unknown := set(settings.gradient_checkpointing_parts) - set(known):
@@ -135,6 +148,10 @@ class VLVStage(Stage):
                     f"gradient_checkpointing_parts can be {', '.join(known)} in this stage, not {', '.join(unknown)}."
                 )
             self.model.gradient_checkpointing_enable(parts=settings.gradient_checkpointing_parts)
+
+    def learning_rates(self) -> dict[nn.Parameter, float]:
+        rate = self.settings.encoder_learning_rate
+        return {} if rate is None else dict.fromkeys(self.model.encoder.parameters(), rate)
 
     def prepare_data(self, train: Collection[str], evaluation: Collection[str]) -> None:
         """
