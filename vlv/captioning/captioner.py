@@ -20,6 +20,11 @@ LARGEST_ON_ACCELERATOR = 256
 SHARE_OF_MEMORY = 0.8
 
 
+def largest_batch(device_type: str) -> int:
+    """How far an automatic batch may grow on such a device."""
+    return LARGEST_BATCH.get(device_type, LARGEST_ON_ACCELERATOR)
+
+
 class Captioner:
     """
     Writes captions, the same for an image whatever the batch (in fp32; lower precisions round differently in
@@ -43,7 +48,7 @@ class Captioner:
     ):
         self.model, self.processor, self.decoding, self.compile = model, processor, decoding, compile
         self.device = next(model.parameters()).device
-        self.largest = batch_size or LARGEST_BATCH.get(self.device.type, LARGEST_ON_ACCELERATOR)
+        self.largest = batch_size or largest_batch(self.device.type)
         self.batch_size = batch_size or FIRST_BATCH
         eos = model.generation_config.eos_token_id
         self.eos_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from processing_vlv import VLVProcessor
-from vlv.captioning.captioner import LARGEST_BATCH, LARGEST_ON_ACCELERATOR, Captioner
+from vlv.captioning.captioner import Captioner, largest_batch
 from vlv.captioning.engine import Prepared, Reader, caption_batch
 from vlv.captioning.sink import Row
 from vlv.captioning.sources import Source
@@ -56,7 +56,7 @@ def caption_with_ray(
             _Actor,
             fn_constructor_args=[make_captioner],
             # Where the batch is left to the actor, it gets as many images as it would ever take at once.
-            batch_size=batch_size or (LARGEST_ON_ACCELERATOR if gpus else LARGEST_BATCH["cpu"]),
+            batch_size=batch_size or largest_batch("cuda" if gpus else "cpu"),
             num_gpus=1 if gpus else None,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=gpus or max(1, processors - 1)),
         )

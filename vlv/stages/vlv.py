@@ -22,7 +22,8 @@ from vlv.loading import read_config
 from vlv.stages.base import Settings, Stage
 
 VISION_PARTS = ("vision_tower", "image_projection")
-ENCODER_PARTS = (*VISION_PARTS, "language_model", "word_embeddings", "queries", "projection")
+FLORENCES_PARTS = (*VISION_PARTS, "language_model", "word_embeddings")
+ENCODER_PARTS = (*FLORENCES_PARTS, "queries", "projection")
 # What frozen parts can compute of an image once, and what of the processor's it is computed from.
 COMPUTED_FROM = {
     "image_features": "pixel_values",
@@ -135,8 +136,7 @@ class VLVStage(Stage):
             self.model.set_stage(self.stage, train=tuple(self.train_parts))
         except ValueError as error:
             raise ValueError(f"{self.source or 'The model'}: {error}") from error
-        florence = any(weight.requires_grad for weight in self.model.encoder.parameters())
-        if settings.encoder_learning_rate is not None and not florence:
+        if settings.encoder_learning_rate is not None and not self.trains(FLORENCES_PARTS):
             raise ValueError(
                 f"encoder_learning_rate: of Florence-2 nothing trains, but {', '.join(sorted(self.train_parts))}; name"
                 " language_model or another of its parts in train_parts."
