@@ -1,16 +1,18 @@
 """
-Writes the tables of docs/speed.md anew, from the JSON in benchmarks/results.
+Writes the tables of docs/speed.md and docs/training.md anew, from the JSON in benchmarks/results.
 
     python -m benchmarks.report
 """
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from experiments.report import fill
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "docs" / "speed.md", ROOT / "docs" / "training.md")
 RESULTS = ROOT / "benchmarks" / "results"
 # How each number beside the speed is shown, where a side has it.
 EXTRA = {
@@ -66,18 +68,38 @@ def growing(record: dict) -> str:
     return "\n".join(parts)
 
 
+def levers(record: dict) -> str:
+    """What each lever of training is worth, and the memory that it takes, where that was measured."""
+    memory = any(found["peak_bytes"]["with"] for found in record["levers"].values())
+    rows = []
+    for name, found in record["levers"].items():
+        steps = [
+            statistics.median(found["seconds_per_image"][it]) * record["images_per_step"] for it in ("without", "with")
+        ]
+        peaks = [found["peak_bytes"][it] / 2**20 for it in ("without", "with")] if memory else []
+        rows.append([name, *(f"{it:.2f}" for it in steps), f"{found['ratio']:.2f}", *(f"{it:.0f}" for it in peaks)])
+    header = ["lever", "s a step without", "s a step with", "ratio"]
+    return as_table([*header, *(["MiB without", "MiB with"] if memory else [])], rows)
+
+
+def table(record: dict) -> str:
+    """What a record has to show."""
+    kinds = {"growing": growing, "levers": levers}
+    return next((draw for kind, draw in kinds.items() if kind in record), sides)(record)
+
+
 def filled(page: str) -> str:
     """The page with its tables drawn anew."""
     for name in re.findall(r"<!-- ([\w-]+) -->", page):
         if (file := RESULTS / f"{name}.json").is_file():
             record = json.loads(file.read_text(encoding="utf-8"))
-            page = fill(page, name, growing(record) if "growing" in record else sides(record))
+            page = fill(page, name, table(record))
     return page
 
 
 def main() -> None:
-    page = ROOT / "docs" / "speed.md"
-    page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,25 +15,18 @@ without instructions for bf16 takes many times as long for that: all other sides
 compared with `paper in float32`. `like for like` trains the paper's parts; `as shipped` the default ones.
 """
 
-import json
-import random
 import statistics
-import string
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import measure
 import torch
-from training_levers import Stopwatch, pad_to_max_length
+from steps import PADDED, Side, common_settings, make_data
 
 from processing_vlv import VLVProcessor
-from vlv.scenes import write_scenes
 from vlv.stages.vlv import process
-from vlv.train import read_recipe
-from vlv.trainer import StageTrainer
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "tiny"
 STEPS = 2  # of a turn
 
 PAPERS_PARTS = ["prefix_projection", "caption_head", "language_model"]
@@ -48,7 +41,7 @@ PAPER = {
     "caption": {
         "attn_implementation": "eager",
         "cache_features": False,
-        "padded": True,
+        PADDED: True,
         "optim": "adamw_torch",
         "train_parts": PAPERS_PARTS,
     },
@@ -74,45 +67,6 @@ def make_sides(stage: str, on_gpu: bool) -> tuple[str, dict[str, dict[str, Any]]
     single = "paper in float32"
     sides = {single: paper} | {name.replace("paper,", f"{single},"): settings for name, settings in levers.items()}
     return single, {**sides, "like for like": like, "as shipped": {}, "paper": {**paper, **bf16}}
-
-
-def make_data(folder: Path, count: int, processor: VLVProcessor | None) -> Path:
-    """Drawn scenes; with a processor, whose captions are letters at random, of as many tokens as lengths are drawn."""
-    write_scenes(folder, count, split="train")
-    if processor is None:
-        return folder
-    file = folder / "metadata.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    draw = random.Random(0)
-    for row, length in zip(rows, measure.draw_lengths(count), strict=True):
-        letters = "".join(draw.choices(string.ascii_lowercase, k=2 * length))
-        row["text"] = processor.tokenizer.decode(processor.tokenizer(letters).input_ids[: length - 1])
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return folder
-
-
-class Side:
-    """A run of `vlv train`, a few steps each turn."""
-
-    def __init__(self, stage: str, settings: dict[str, Any], common: dict[str, Any], output_dir: Path):
-        argv = [str(RECIPES / f"{stage}.yaml"), "--output_dir", str(output_dir)]
-        for name, value in {**common, **settings}.items():
-            if name != "padded":
-                argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        stage_class, stage_settings, args = read_recipe(argv)
-        self.stage = stage_class(stage_settings, args)
-        if "padded" in settings:
-            pad_to_max_length(self.stage)
-        self.trainer, self.watch = StageTrainer(self.stage, args), Stopwatch(args.device)
-        self.trainer.add_callback(self.watch)
-
-    def __call__(self) -> float:
-        self.trainer.train()
-        # Room for the next side: no gradients, no moments.
-        self.stage.model.zero_grad()
-        self.trainer.optimizer = None
-        self.trainer.accelerator.free_memory()
-        return self.watch.seconds_per_step / self.trainer.args.per_device_train_batch_size
 
 
 def making_the_caches(side: Side) -> float:
@@ -141,19 +95,10 @@ def main() -> None:
         folder = Path(temporary)
         model = measure.checkpoint(arguments.size, folder / "model")
         words = None if arguments.size == "tiny" else VLVProcessor.from_pretrained(model)
-        common = {
-            "dataset": make_data(folder / "scenes", (STEPS + 2) * arguments.images, words),
-            "model": model,
-            "eval_size": 2 * arguments.images,
-            "max_steps": STEPS,
-            "per_device_train_batch_size": arguments.images,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "disable_tqdm": True,
-            "cache_dir": folder / "cache",
-        }
+        dataset = make_data(folder / "scenes", (STEPS + 1) * arguments.images, words)
+        common = common_settings(model, dataset, arguments.images, STEPS)
         sides = {
-            name: Side(arguments.stage, settings[name], common, folder / str(number))
+            name: Side(arguments.stage, common | settings[name], folder / str(number))
             for number, name in enumerate(wanted)
         }
         seconds = measure.take_turns({**sides, "making the caches": lambda: making_the_caches(sides["as shipped"])})

@@ -68,11 +68,13 @@ def test_cost_of_the_recipe(tmp_path, monkeypatch, capsys):
         cost.main()
 
 
-def test_the_page_shows_what_was_measured():
-    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    assert report.filled(page) == page
+def test_the_pages_show_what_was_measured():
+    speed, training = (page.read_text(encoding="utf-8") for page in report.PAGES)
+    for page in (speed, training):
+        assert report.filled(page) == page
+    assert "<!-- training_levers-tiny -->" in training
     # The table of targets: a row for each subject, the ratio of the mid size and then that of vlv-tiny.
-    rows = {row[1].strip(): row for row in (line.split("|") for line in page.splitlines()) if len(row) > 5}
+    rows = {row[1].strip(): row for row in (line.split("|") for line in speed.splitlines()) if len(row) > 5}
     files = {"a step of stage 1": "stage-1", "a step of stage 2": "stage-2"}
     for subject, name in ({name: name for name in ("captioning", "reconstruction")} | files).items():
         for size, cell in zip(("mid", "tiny"), rows[subject][3:5], strict=True):
@@ -80,7 +82,7 @@ def test_the_page_shows_what_was_measured():
             assert cell.split()[0] == f"{sides['as shipped']['ratio']:.1f}x"
     sides = json.loads((report.RESULTS / "stage-2-tiny.json").read_text())["sides"]
     bf16 = sides["as shipped"]["images_per_second"] / sides["paper"]["images_per_second"]
-    assert rows["the same, the paper in bf16"][4].strip() == f"{bf16:.0f}x" and f", {bf16:.0f}x on `tiny`," in page
+    assert rows["the same, the paper in bf16"][4].strip() == f"{bf16:.0f}x" and f", {bf16:.0f}x on `tiny`," in speed
 
 
 def test_the_page_shows_what_the_mid_size_would_cost(monkeypatch, capsys):
