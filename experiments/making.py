@@ -23,7 +23,7 @@ from transformers import set_seed
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv import train
+from vlv import tiny_checkpoint, train
 from vlv.export import export_parts
 from vlv.files import atomic_folder
 from vlv.loading import load_whole
@@ -122,6 +122,21 @@ class Assembled:
         with atomic_folder(folder) as unfinished:
             model.save_pretrained(unfinished)
             VLVProcessor.from_components(**parts).save_pretrained(unfinished)
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """vlv-tiny without its caption head: a stage 1 that was trained to its end."""
+
+    def make(self, work: Path) -> Path:
+        folder = work / "vlv-tiny-without-head"
+        return once(folder, "config.json", lambda: self._write(folder))
+
+    def _write(self, folder):
+        model = VLVModel.from_pretrained(tiny_checkpoint(), caption_config=None, dtype="float32")
+        with atomic_folder(folder) as unfinished:
+            model.save_pretrained(unfinished)
+            VLVProcessor.from_pretrained(tiny_checkpoint()).save_pretrained(unfinished)
 
 
 def _decoder(work):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import peers
-from experiments.making import ENCODER, Assembled, Scenes, Training
+from experiments.making import ENCODER, Assembled, Bundled, Scenes, Training
 from modeling_vlv import VLVForConditionalGeneration
 from vlv.evaluation.results import Measurement, git_commit
 from vlv.evaluation.scenes import SceneScorer, score_captions
@@ -26,6 +26,7 @@ WHOLE_ENCODER = [*LANGUAGE, "image_projection", "vision_tower", "word_embeddings
 # Of a caption head, (width, layers).
 SMALL, MEDIUM, LARGE = (64, 1), (128, 2), (192, 4)
 LLAVAS = (192, 6)  # gives a LLaVA as many parameters as a VLV with a medium head
+Made = Assembled | Bundled | Training  # a VLV to go on from
 MAX_NEW_TOKENS = 48  # the longest true caption has 21 tokens
 
 
@@ -148,6 +149,7 @@ class Plan:
             "VLV, encoder trained": lambda n, seed: self.caption(
                 self.autoencode(self.start(seed)), n, seed, [*HEAD, "language_model"]
             ),
+            "VLV, vlv-tiny's stage 1": lambda n, seed: self.caption(Bundled(), n, seed),
             "no stage 1, encoder frozen": lambda n, seed: self.caption_alone(n, seed, [*HEAD, *READERS]),
             "no stage 1, encoder trained": lambda n, seed: self.caption_alone(n, seed, [*HEAD, *LANGUAGE]),
             "LLaVA": self.llava,
@@ -237,7 +239,7 @@ class Plan:
         )
 
     def caption(
-        self, model: Training, captions: int, seed: int, parts: Sequence[str] = HEAD, head: tuple[int, int] = MEDIUM
+        self, model: Made, captions: int, seed: int, parts: Sequence[str] = HEAD, head: tuple[int, int] = MEDIUM
     ) -> Training:
         return self.captioning(model, captions, self.stage2, seed, parts, head)
 
@@ -246,7 +248,7 @@ class Plan:
 
     def captioning(
         self,
-        model: Assembled | Training,
+        model: Made,
         captions: int,
         steps: int,
         seed: int,
@@ -283,4 +285,4 @@ class Plan:
 
 
 def _slug(text):
-    return text.lower().replace(",", "").replace(" ", "-")
+    return text.lower().translate({ord(","): None, ord("'"): None}).replace(" ", "-")

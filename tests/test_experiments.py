@@ -16,12 +16,13 @@ from transformers import Florence2ForConditionalGeneration
 from experiments import MEASURED, report
 from experiments.__main__ import main, write
 from experiments.composition import join
-from experiments.making import ENCODER, Scenes, Training, claimed, once
+from experiments.making import ENCODER, Bundled, Scenes, Training, claimed, once
 from experiments.peers import load_florence, load_llava
 from experiments.spatial import cell_centre, centre
 from experiments.trained import Plan, Run
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from processing_vlv import VLVProcessor
+from vlv import tiny_checkpoint
 from vlv.scenes import WORLD, Scene, SceneObject, sample_picture
 from vlv.trainer import StageTrainer
 
@@ -208,8 +209,19 @@ def test_florence_goes_on_from_the_pretrained_encoder(trained):
         torch.testing.assert_close(dict(peer.model.named_parameters())[name], weight, rtol=0, atol=1e-3)
 
 
+def test_the_bundled_stage_1_is_vlv_tiny_without_its_captioning(trained):
+    """Its encoder is vlv-tiny's, bit for bit; what stage 2 trains is new."""
+    folder, _ = trained
+    whole = VLVModel.from_pretrained(tiny_checkpoint(), dtype=torch.float32)
+    model, loading = VLVModel.from_pretrained(Bundled().make(folder / "work"), output_loading_info=True)
+    assert not any(loading.values())
+    assert model.caption_head is None and model.prefix_projection is None
+    weights = whole.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
 def test_all_captioners_train_alike():
-    """As many steps, of as many captions a step, whether there is a stage 1 or none."""
+    """As many steps, of as many captions a step, whether there is a stage 1 or none; vlv-tiny's was trained before."""
     plan = Plan()
     runs = plan.runs()
     assert len({run.name for run in runs}) == len(runs)
@@ -221,7 +233,7 @@ def test_all_captioners_train_alike():
                 steps += training.settings["max_steps"]
                 assert training.settings["per_device_train_batch_size"] == plan.batch
                 training = training.settings.get("model")
-            assert steps == plan.stage1 + plan.stage2
+            assert steps == (plan.stage2 if isinstance(training, Bundled) else plan.stage1 + plan.stage2)
             assert run.model.settings["dataset"] == Scenes(row.settings["captions"])
 
 
