@@ -70,13 +70,12 @@ def plot(experiment: Experiment, rows: list[dict[str, Any]], figure: Figure) -> 
     """One panel for each score, over the experiment's `x`; each value of its other setting is a line."""
     panels = [name for name in SCORES if any(row[name] is not None for row in rows)]
     others = [column for column in experiment.rows[0].settings if column != experiment.x]
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        lines.setdefault(", ".join(str(row[column]) for column in others), []).append(row)
     for axes, score in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
-        lines: dict[tuple, list[dict]] = {}
-        for row in rows:
-            if row[score] is not None:
-                lines.setdefault(tuple(row[column] for column in others), []).append(row)
-        for key, found in lines.items():
-            _line(axes, [row[experiment.x] for row in found], [row[score] for row in found], ", ".join(map(str, key)))
+        for label, found in lines.items():
+            _line(axes, experiment.x, [row for row in found if row[score] is not None], score, label)
         axes.set(xlabel=experiment.x, title=score, ylim=(0, 1))
         if experiment.log:
             axes.set_xscale("log")
@@ -86,10 +85,15 @@ def plot(experiment: Experiment, rows: list[dict[str, Any]], figure: Figure) -> 
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
 
 
-def _line(axes: Axes, x: list, scores: list[dict], label: str) -> None:
-    below = [score["value"] - score["lowest"] if "lowest" in score else score["standard_error"] for score in scores]
-    above = [score["highest"] - score["value"] if "highest" in score else score["standard_error"] for score in scores]
-    axes.errorbar(x, [score["value"] for score in scores], [below, above], marker="o", capsize=3, label=label)
+def _line(axes: Axes, x: str, rows: list[dict], score: str, label: str) -> None:
+    scores = [row[score] for row in rows]
+    below = [it["value"] - it["lowest"] if "lowest" in it else it["standard_error"] for it in scores]
+    above = [it["highest"] - it["value"] if "highest" in it else it["standard_error"] for it in scores]
+    between = "none" if any(isinstance(row[x], str) for row in rows) else "solid"  # there is nothing between words
+    values = [it["value"] for it in scores]
+    axes.errorbar(
+        [row[x] for row in rows], values, [below, above], marker="o", capsize=3, label=label, linestyle=between
+    )
 
 
 def fill(text: str, name: str, contents: str) -> str:

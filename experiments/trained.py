@@ -194,13 +194,13 @@ class Plan:
             runs = [Run(f"parts/{name}", model)] if name else self.base()[:1]
             return Row({"trains in stage 1": first, "in stage 2": second}, runs)
 
-        usual = "and language model", "prefix, caption head"
+        usual = "+ language model", "prefix, caption head"
         rows = [
             row("queries, projection", usual[1], "new-parts", stage1=READERS),
             row(*usual),
-            row("and all of the encoder", usual[1], "whole-encoder", stage1=WHOLE_ENCODER),
+            row("+ all of the encoder", usual[1], "whole-encoder", stage1=WHOLE_ENCODER),
             row(usual[0], "prefix", "prefix", stage2=HEAD[:1]),
-            row(usual[0], "prefix, caption head, language model", "language-model", stage2=[*HEAD, "language_model"]),
+            row(usual[0], "+ language model", "language-model", stage2=[*HEAD, "language_model"]),
         ]
         return Experiment("parts", rows, x="trains in stage 1")
 
