@@ -6,7 +6,6 @@ Writes the tables of docs/speed.md and docs/training.md anew, from the JSON in b
 
 import json
 import re
-import statistics
 from pathlib import Path
 
 from experiments.report import fill
@@ -70,14 +69,12 @@ def growing(record: dict) -> str:
 
 def levers(record: dict) -> str:
     """What each lever of training is worth, and the memory that it takes, where that was measured."""
-    memory = any(found["peak_bytes"]["with"] for found in record["levers"].values())
-    rows = []
-    for name, found in record["levers"].items():
-        steps = [
-            statistics.median(found["seconds_per_image"][it]) * record["images_per_step"] for it in ("without", "with")
-        ]
-        peaks = [found["peak_bytes"][it] / 2**20 for it in ("without", "with")] if memory else []
-        rows.append([name, *(f"{it:.2f}" for it in steps), f"{found['ratio']:.2f}", *(f"{it:.0f}" for it in peaks)])
+    rows, pair = [], ("without", "with")
+    memory = any(lever[side]["peak_bytes"] for lever in record["levers"].values() for side in pair)
+    for name, lever in record["levers"].items():
+        steps = [f"{record['images_per_step'] / lever[side]['images_per_second']:.2f}" for side in pair]
+        peaks = [shown("peak_bytes", lever[side]["peak_bytes"]) for side in pair] if memory else []
+        rows.append([name, *steps, f"{lever['with']['ratio']:.2f}", *peaks])
     header = ["lever", "s a step without", "s a step with", "ratio"]
     return as_table([*header, *(["MiB without", "MiB with"] if memory else [])], rows)
 

@@ -8,7 +8,6 @@ faster. Captions have as many tokens as lengths are drawn (see measure.py). On a
 measured too.
 """
 
-import statistics
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,16 +67,14 @@ if is_liger_kernel_available():
 
 
 def pull(lever: Lever, common: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What was measured of both runs of a lever, and how many times faster the one with it is."""
+    """What was measured of both runs of a lever: see `measure.compare`."""
     pair = {
         name: Side(lever.stage, common | lever.both | settings, folder / name)
         for name, settings in (("without", lever.off), ("with", lever.on))
     }
-    seconds = measure.take_turns(pair)
-    without, with_it = (statistics.median(seconds[name]) for name in pair)
-    print(f"{without / with_it:7.2f} x", flush=True)
-    peaks = {name: side.watch.peak_bytes for name, side in pair.items()}
-    return {"seconds_per_image": seconds, "ratio": without / with_it, "peak_bytes": peaks}
+    found = measure.compare(measure.take_turns(pair), "without")
+    print(f"{found['with']['ratio']:7.2f} x", flush=True)
+    return {name: {**found[name], "peak_bytes": side.watch.peak_bytes} for name, side in pair.items()}
 
 
 def main() -> None:

@@ -119,9 +119,7 @@ class Assembled:
         set_seed(self.seed)
         model = VLVModel.from_components(**parts, num_queries=config.pop("num_queries", None), dtype="float32")
         model.config.update(config)
-        with atomic_folder(folder) as unfinished:
-            model.save_pretrained(unfinished)
-            VLVProcessor.from_components(**parts).save_pretrained(unfinished)
+        _save(folder, model, VLVProcessor.from_components(**parts))
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,13 @@ class Bundled:
 
     def _write(self, folder):
         model = VLVModel.from_pretrained(tiny_checkpoint(), caption_config=None, dtype="float32")
-        with atomic_folder(folder) as unfinished:
-            model.save_pretrained(unfinished)
-            VLVProcessor.from_pretrained(tiny_checkpoint()).save_pretrained(unfinished)
+        _save(folder, model, VLVProcessor.from_pretrained(tiny_checkpoint()))
+
+
+def _save(folder, model, processor):
+    with atomic_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
 
 
 def _decoder(work):

@@ -267,9 +267,8 @@ class Plan:
     ) -> Training:
         settings = {"model": model, "caption_head": self.language_model(head), "train_parts": list(parts)}
         settings |= _rates(STAGE2_RATES, parts)
-        if not {"language_model", "queries"} & set(
-            parts
-        ):  # to encode every image once pays only where each is seen more often
+        if not {"language_model", "queries"} & set(parts):
+            # To encode every image once pays only where each is seen more often.
             settings["cache_features"] = steps * self.batch > 2 * captions
         return self.training("recipes/tiny/caption.yaml", captions, steps, seed, save_dtype="float16", **settings)
 
