@@ -100,6 +100,7 @@ class Plan:
 
     Args:
         stage1, stage2: steps of the two stages; whatever has no stage 1 trains for the sum of them.
+        heads: steps of stage 2 where caption heads are compared, the largest of which learns slowly.
         batch: images, or captions, a step.
         images: to train stage 1 on, and how many scenes' captions the language models know as text.
         captions: to train stage 2 on, where that is not the question.
@@ -109,6 +110,7 @@ class Plan:
 
     stage1: int = 2400
     stage2: int = 400
+    heads: int = 1200
     batch: int = 32
     images: int = 50_000
     captions: int = 10_000
@@ -209,14 +211,12 @@ class Plan:
         return Experiment("parts", rows, x="trains in stage 1")
 
     def compare_heads(self) -> Experiment:
-        def runs(size):
-            if size == MEDIUM:
-                return self.base()[:1]
-            model = self.autoencode(self.start(self.seeds[0]))
-            model = self.caption(model, self.captions, self.seeds[0], head=size)
-            return [Run(f"heads/{size[0]}x{size[1]}", model)]
+        def run(size):
+            seed = self.seeds[0]
+            model = self.captioning(self.autoencode(self.start(seed)), self.captions, self.heads, seed, HEAD, size)
+            return Run(f"heads/{size[0]}x{size[1]}", model)
 
-        rows = [Row({"layers x width": f"{size[1]} x {size[0]}"}, runs(size)) for size in (SMALL, MEDIUM, LARGE)]
+        rows = [Row({"layers x width": f"{size[1]} x {size[0]}"}, [run(size)]) for size in (SMALL, MEDIUM, LARGE)]
         return Experiment("heads", rows, x="layers x width")
 
     # ---- the models ----------------------------------------------------------------------------------------
@@ -248,13 +248,11 @@ class Plan:
             "recipes/tiny/autoencode.yaml", images or self.images, self.stage1, start.seed, **settings
         )
 
-    def caption(
-        self, model: Made, captions: int, seed: int, parts: Sequence[str] = HEAD, head: tuple[int, int] = MEDIUM
-    ) -> Training:
-        return self.captioning(model, captions, self.stage2, seed, parts, head)
+    def caption(self, model: Made, captions: int, seed: int, parts: Sequence[str] = HEAD) -> Training:
+        return self.captioning(model, captions, self.stage2, seed, parts)
 
     def caption_alone(self, captions: int, seed: int, parts: Sequence[str]) -> Training:
-        return self.captioning(self.start(seed), captions, self.stage1 + self.stage2, seed, parts, MEDIUM)
+        return self.captioning(self.start(seed), captions, self.stage1 + self.stage2, seed, parts)
 
     def captioning(
         self,
@@ -263,7 +261,7 @@ class Plan:
         steps: int,
         seed: int,
         parts: Sequence[str],
-        head: tuple[int, int],
+        head: tuple[int, int] = MEDIUM,
     ) -> Training:
         settings = {"model": model, "caption_head": self.language_model(head), "train_parts": list(parts)}
         settings |= _rates(STAGE2_RATES, parts)

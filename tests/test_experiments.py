@@ -85,6 +85,7 @@ def test_an_experiment_can_be_run_again(name):
 SMALL = Plan(
     stage1=2,
     stage2=2,
+    heads=2,
     batch=4,
     images=12,
     captions=8,
