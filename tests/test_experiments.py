@@ -27,7 +27,7 @@ from vlv.scenes import WORLD, Scene, SceneObject, sample_picture
 from vlv.trainer import StageTrainer
 
 
-@pytest.mark.parametrize("place, cell", zip(WORLD.places, ((0, 0), (16, 0), (0, 16), (16, 16)), strict=True))
+@pytest.mark.parametrize("place, cell", list(zip(WORLD.places, ((0, 0), (16, 0), (0, 16), (16, 16)), strict=True)))
 def test_the_centre_of_an_object_is_its_centre_of_mass(place, cell):
     item = SceneObject("small", "red", "square", place)
     scene = Scene((item,), "mint")

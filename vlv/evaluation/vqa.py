@@ -8,56 +8,11 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
 # Words that lose their apostrophe in careless typing; those that are words without it ("well", "were") are left out.
 CONTRACTIONS = (
-    *[
-        "ain't",
-        "aren't",
-        "can't",
-        "couldn't",
-        "didn't",
-        "doesn't",
-        "don't",
-        "hadn't",
-        "hasn't",
-        "haven't",
-        "isn't",
-        "mustn't",
-        "shouldn't",
-        "wasn't",
-    ],
-    *[
-        "weren't",
-        "won't",
-        "wouldn't",
-        "could've",
-        "might've",
-        "should've",
-        "they'd",
-        "they'll",
-        "they're",
-        "they've",
-        "we've",
-        "what's",
-        "where's",
-    ],
-    *[
-        "who's",
-        "would've",
-        "you'd",
-        "you'll",
-        "you're",
-        "you've",
-        "i'm",
-        "i've",
-        "he's",
-        "she's",
-        "that's",
-        "there's",
-        "let's",
-        "o'clock",
-        "y'all",
-    ],
+    "ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mustn't shouldn't wasn't weren't "
+    "won't wouldn't could've might've should've they'd they'll they're they've we've what's where's who's would've "
+    "you'd you'll you're you've i'm i've he's she's that's there's let's o'clock y'all"
 )
-APOSTROPHES = {word.replace("'", ""): word for word in CONTRACTIONS}
+APOSTROPHES = {word.replace("'", ""): word for word in CONTRACTIONS.split()}
 JOINED = re.compile(r"(?<=\d),(?=\d)")  # 1,000
 STOP = re.compile(r"\.(?!\d)")  # any full stop but that of 3.5
 PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
