@@ -40,8 +40,7 @@ def _cell(value):
         return f"{value['value']:.3f} ± {value['standard_error']:.3f}"
     if isinstance(value, int):
         return f"{value:,}"
-    # The distance of a set to itself is 0 but for rounding, to either side.
-    return f"{round(value, 6) + 0.0:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def gather(experiment: Experiment, folder: Path) -> list[dict[str, Any]]:

@@ -53,7 +53,8 @@ def frechet_distance(real, drawn) -> float:
         pixels = torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2)
         for batch in pixels.split(100):
             metric.update(batch, real=is_real)
-    return float(metric.compute())
+    # Rounding can bring the distance of a set to itself a little below zero.
+    return max(0.0, metric.compute().item())
 
 
 def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:

@@ -18,6 +18,7 @@ from experiments.__main__ import main, write
 from experiments.composition import join
 from experiments.making import ENCODER, Bundled, Scenes, Training, claimed, once
 from experiments.peers import load_florence, load_llava
+from experiments.sampling import frechet_distance
 from experiments.spatial import cell_centre, centre
 from experiments.trained import Plan, Run
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
@@ -69,8 +70,14 @@ def test_the_page_shows_what_was_measured(name):
     assert all(axes.lines for axes in figure.axes)
 
 
+def test_a_set_is_no_distance_from_itself():
+    images, others = ([sample_picture("test", index)[0] for index in range(first, first + 20)] for first in (0, 20))
+    assert 0 <= frechet_distance(images, images) < 1e-6
+    assert frechet_distance(images, others) > 1e-2
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["spatial", "composition"])
+@pytest.mark.parametrize("name", MEASURED)
 def test_an_experiment_can_be_run_again(name):
     from vlv.loading import load_whole
 
