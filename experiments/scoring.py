@@ -48,7 +48,9 @@ def share(right: Sequence[float], total: Sequence[float] | None = None) -> dict:
     return asdict(Measurement.share(np.array(right), None if total is None else np.array(total)))
 
 
-def mean(values: Sequence[float]) -> dict:
-    """The mean of independent values, as JSON holds it."""
-    values = np.array(values, dtype=float)
-    return asdict(Measurement(float(values.mean()), len(values), float(values.std(ddof=1) / len(values) ** 0.5)))
+def mean(values: Sequence[float]) -> dict | None:
+    """The mean of independent values, as JSON holds it; `None` where there are none."""
+    if not values:
+        return None
+    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return asdict(Measurement(float(np.mean(values)), len(values), error))

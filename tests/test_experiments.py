@@ -85,6 +85,7 @@ def test_an_experiment_can_be_run_again(name):
     rows = import_module(f"experiments.{name}").run(model.float().eval(), processor, 4)
     recorded = json.loads((report.DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
     assert [row.keys() for row in rows] == [row.keys() for row in recorded]
+    json.dumps(rows, allow_nan=False)
 
 
 # ---- experiments that train --------------------------------------------------------------------------------
