@@ -1,17 +1,18 @@
 """Solvers, steps and guidance against quality: what a reconstruction costs, and what it is worth."""
 
 import time
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from matplotlib.figure import Figure
-from torchmetrics.image.fid import FrechetInceptionDistance
+from PIL import Image
 
 from experiments.scoring import encode, rebuild, scores
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv.reader import scene_reader
+from vlv.evaluation.metrics.frechet import frechet_distance
+from vlv.reader import scene_reader, to_pixels
 from vlv.scenes import sample_picture
 
 PAPER = ("DDPM", 50, 2.0)
@@ -33,34 +34,19 @@ SETTINGS = [
 ]
 
 
-class ReaderFeatures(torch.nn.Module):
-    """The scene reader's last map, averaged: (B, 3, h, w) uint8 -> (B, features). What FID is measured in."""
-
-    def __init__(self):
-        super().__init__()
-        self.reader = scene_reader()
-        self.num_features = self.reader.config.backbone_config["hidden_sizes"][-1]
-
-    @torch.inference_mode()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.reader.backbone(self.reader.enlarge(images.float() / 127.5 - 1)).last_hidden_state.mean((2, 3))
-
-
-def frechet_distance(real, drawn) -> float:
-    """FID, in the scene reader's features, between two lists of PIL images."""
-    metric = FrechetInceptionDistance(feature=ReaderFeatures())
-    for images, is_real in ((real, True), (drawn, False)):
-        pixels = torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2)
-        for batch in pixels.split(100):
-            metric.update(batch, real=is_real)
-    # Rounding can bring the distance of a set to itself a little below zero.
-    return max(0.0, metric.compute().item())
+@torch.inference_mode()
+def reader_features(images: Sequence[Image.Image]) -> torch.Tensor:
+    """The scene reader's last map, averaged, (N, features): what FID is measured in."""
+    reader = scene_reader()
+    batches = torch.stack([to_pixels(image) for image in images]).split(100)
+    return torch.cat([reader.backbone(reader.enlarge(batch)).last_hidden_state.mean((2, 3)) for batch in batches])
 
 
 def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:
     images, truths = zip(*(sample_picture("test", index) for index in range(num)), strict=True)
     caption_embeds = encode(model, processor, images)
-    rows, reference = [], None
+    originals, reference = reader_features(images), None
+    rows = []
     for solver, steps, guidance in SETTINGS:
         start = time.perf_counter()
         scheduler = SOLVERS[solver].from_config(model.config.decoder_config["scheduler"])
@@ -68,15 +54,16 @@ def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:
         sampling = {"num_inference_steps": steps, "guidance_scale": guidance, "scheduler": scheduler}
         pictures = rebuild(model, caption_embeds, seed, **sampling)
         seconds = time.perf_counter() - start
-        reference = reference or pictures  # the paper's setting comes first
+        drawn = reader_features(pictures)
+        reference = drawn if reference is None else reference  # the paper's setting comes first
         rows.append(
             {
                 "solver": solver,
                 "steps": steps,
                 "guidance": guidance,
                 **scores(pictures, truths),
-                "FID to the originals": frechet_distance(images, pictures),
-                "FID to the paper's setting": frechet_distance(reference, pictures),
+                "FID to the originals": frechet_distance(originals, drawn),
+                "FID to the paper's setting": frechet_distance(reference, drawn),
                 "seconds per 100 images": 100 * seconds / num,
             }
         )

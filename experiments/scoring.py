@@ -44,13 +44,5 @@ def scores(pictures: Sequence[Image.Image], truths: Sequence[Scene]) -> dict[str
 
 
 def share(right: Sequence[float], total: Sequence[float] | None = None) -> dict:
-    """`Measurement.share` as JSON holds it."""
+    """`Measurement.share` as JSON holds it; with each image's sum for `right`, the mean over the `total` things."""
     return asdict(Measurement.share(np.array(right), None if total is None else np.array(total)))
-
-
-def mean(values: Sequence[float]) -> dict | None:
-    """The mean of independent values, as JSON holds it; `None` where there are none."""
-    if not values:
-        return None
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return asdict(Measurement(float(np.mean(values)), len(values), error))

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.scoring import encode, mean, rebuild, share
+from experiments.scoring import encode, rebuild, share
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.reader import scene_reader
@@ -24,25 +24,26 @@ def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:
         pictures = rebuild(model, caption_embeds)
         found = scene_reader().read(pictures)
         for size in WORLD.sizes:
-            placed, told, errors, centred = [], [], [], []
+            counts = []  # for each image, of its objects of this size
             for image, truth, picture, rebuilt, said in zip(images, truths, pictures, found, captioned, strict=True):
-                for item in truth.objects:
-                    if item.size != size:
-                        continue
-                    placed.append(item in rebuilt.objects)
-                    told.append(said is not None and item in said.objects)
-                    if placed[-1]:
-                        place = centre(image, truth, item)
-                        errors.append(np.linalg.norm(centre(picture, truth, item) - place))
-                        centred.append(np.linalg.norm(place - cell_centre(item)))
+                objects = [item for item in truth.objects if item.size == size]
+                right = [item for item in objects if item in rebuilt.objects]
+                told = sum(said is not None and item in said.objects for item in objects)
+                places = [centre(image, truth, item) for item in right]
+                errors = [
+                    np.linalg.norm(centre(picture, truth, item) - at) for item, at in zip(right, places, strict=True)
+                ]
+                centred = [np.linalg.norm(at - cell_centre(item)) for item, at in zip(right, places, strict=True)]
+                counts.append((len(objects), told, len(right), sum(errors), sum(centred)))
+            objects, told, right, errors, centred = np.array(counts).T
             rows.append(
                 {
                     "objects in the scene": count,
                     "size": size,
-                    "rebuilt right": share(placed),
-                    "captioned right": share(told),
-                    "position error, pixels": mean(errors),
-                    "error of the cell's centre, pixels": mean(centred),
+                    "rebuilt right": share(right, objects),
+                    "captioned right": share(told, objects),
+                    "position error, pixels": share(errors, right) if right.any() else None,
+                    "error of the cell's centre, pixels": share(centred, right) if right.any() else None,
                 }
             )
     return rows

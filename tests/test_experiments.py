@@ -18,12 +18,13 @@ from experiments.__main__ import main, write
 from experiments.composition import join
 from experiments.making import ENCODER, Bundled, Scenes, Training, claimed, once
 from experiments.peers import load_florence, load_llava
-from experiments.sampling import frechet_distance
+from experiments.sampling import reader_features
 from experiments.spatial import cell_centre, centre
 from experiments.trained import Plan, Run
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
+from vlv.evaluation.metrics.frechet import frechet_distance
 from vlv.scenes import WORLD, Scene, SceneObject, sample_picture
 from vlv.trainer import StageTrainer
 
@@ -71,7 +72,9 @@ def test_the_page_shows_what_was_measured(name):
 
 
 def test_a_set_is_no_distance_from_itself():
-    images, others = ([sample_picture("test", index)[0] for index in range(first, first + 20)] for first in (0, 20))
+    images, others = (
+        reader_features([sample_picture("test", index)[0] for index in range(first, first + 20)]) for first in (0, 20)
+    )
     assert 0 <= frechet_distance(images, images) < 1e-6
     assert frechet_distance(images, others) > 1e-2
 

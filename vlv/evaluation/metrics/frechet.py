@@ -41,20 +41,26 @@ class Frechet(evaluate.Metric):
         embedder = load_embedder(model, device, batch_size)
         drawn, originals = embedder.embed_images(predictions), embedder.embed_images(references)
 
-        fid = FrechetInceptionDistance(feature=_Given(drawn.shape[1]))
         with warnings.catch_warnings(action="ignore"):  # it says that it keeps all features, which are here already
             kid = KernelInceptionDistance(
                 feature=_Given(drawn.shape[1]),
                 subsets=SUBSETS if len(drawn) > SUBSET_SIZE else 1,
                 subset_size=min(SUBSET_SIZE, len(drawn)),
             )
-        for metric in (fid, kid):
-            metric.update(originals, real=True)
-            metric.update(drawn, real=False)
+        kid.update(originals, real=True)
+        kid.update(drawn, real=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # of KID's subsets
-            # Rounding can bring the distance of a set to itself a little below zero.
-            return {"fid": max(0.0, fid.compute().item()), "kid": kid.compute()[0].item()}
+            return {"fid": frechet_distance(originals, drawn), "kid": kid.compute()[0].item()}
+
+
+def frechet_distance(originals: torch.Tensor, drawn: torch.Tensor) -> float:
+    """FID between two sets of features, (N, F) and (M, F)."""
+    fid = FrechetInceptionDistance(feature=_Given(drawn.shape[1]))
+    fid.update(originals, real=True)
+    fid.update(drawn, real=False)
+    # Rounding can bring the distance of a set to itself a little below zero.
+    return max(0.0, fid.compute().item())
 
 
 class _Given(torch.nn.Identity):
