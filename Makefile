@@ -3,6 +3,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+RUNNABLE := .venv/.runnable
+# On Linux, PyPI's build of PyTorch brings gigabytes of CUDA libraries. Where there is no NVIDIA GPU, PyTorch's own index
+# has a build without them; pip falls back to PyPI when the index cannot be reached.
+TORCH_INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 OLDEST := .venv-oldest/bin
 OLDEST_INSTALLED := .venv-oldest/.installed
 OLDEST_TESTS := $(wildcard tests/test_model*.py tests/test_doors*.py tests/test_*loading.py) \
@@ -12,7 +16,8 @@ OLDEST_TESTS := $(wildcard tests/test_model*.py tests/test_doors*.py tests/test_
 
 .PHONY: demo test test-oldest tiny experiments results lint format clean
 
-demo: $(INSTALLED)
+# Installs only what the demo needs, into the same .venv that the tests complete.
+demo: $(RUNNABLE)
 	$(BIN)/vlv demo
 
 # Two workers with one thread each: torch's own threads would only get in each other's way.
@@ -60,12 +65,16 @@ format: $(INSTALLED)
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache
 
-$(INSTALLED): setup.py constraints.txt
+$(RUNNABLE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[all]'
+	$(BIN)/python -m pip install $(TORCH_INDEX) -c constraints.txt -e .
 	touch $@
 
-$(OLDEST_INSTALLED): setup.py constraints-oldest.txt
+$(INSTALLED): $(RUNNABLE)
+	$(BIN)/python -m pip install $(TORCH_INDEX) -c constraints.txt -e '.[all]'
+	touch $@
+
+$(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	$(OLDEST)/python -m pip install -c constraints-oldest.txt -e . pytest pytest-timeout pytest-xdist
+	$(OLDEST)/python -m pip install $(TORCH_INDEX) -c constraints-oldest.txt -e . pytest pytest-timeout pytest-xdist
 	touch $@

@@ -1,15 +1,16 @@
 """What is installed, with which versions, and what the wheel holds."""
 
+import ast
 import re
-import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-import setuptools
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -20,12 +21,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def setup_arguments(monkeypatch):
-    arguments = {}
-    monkeypatch.setattr(setuptools, "setup", arguments.update)
-    monkeypatch.chdir(ROOT)
-    runpy.run_path("setup.py")
-    return arguments
+def project():
+    """The `[project]` table of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def _pins(name):
@@ -33,17 +31,18 @@ def _pins(name):
     return {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
 
 
-def test_constraints_pin_every_direct_dependency_inside_its_range(setup_arguments):
+def test_constraints_pin_every_direct_dependency_inside_its_range(project):
     pins = _pins("constraints.txt")
-    for line in setup_arguments["install_requires"] + setup_arguments["extras_require"]["all"]:
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "all" for line in lines]
+    for line in project["dependencies"] + extras:
         requirement = Requirement(line)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), line
 
 
-def test_oldest_constraints_are_the_lower_ends(setup_arguments):
+def test_oldest_constraints_are_the_lower_ends(project):
     pins = _pins("constraints-oldest.txt")
     lower_ends = {}
-    for requirement in map(Requirement, setup_arguments["install_requires"]):
+    for requirement in map(Requirement, project["dependencies"]):
         lower_ends |= {
             canonicalize_name(requirement.name): s.version for s in requirement.specifier if s.operator == ">="
         }
@@ -51,10 +50,30 @@ def test_oldest_constraints_are_the_lower_ends(setup_arguments):
     assert pins == lower_ends
 
 
-def test_extra_all_is_every_extra(setup_arguments):
-    extras = dict(setup_arguments["extras_require"])
-    everything = extras.pop("all")
-    assert set(everything) == {requirement for extra in extras.values() for requirement in extra}
+def test_extra_all_is_every_extra(project):
+    extras = dict(project["optional-dependencies"])
+    (everything,) = map(Requirement, extras.pop("all"))
+    assert everything.name == project["name"] and everything.extras == extras.keys()
+
+
+def test_every_imported_package_is_declared(project):
+    """Of what installing the package installs: each import of a third party's is a dependency, or an extra's."""
+    lines = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    # Imported only where they happen to be installed.
+    declared |= {"spaces", "liger-kernel"}
+    own = {file.stem for file in ROOT.glob("*.py") if file.stem != "setup"} | {"vlv"}
+    installed = packages_distributions()
+    for file in [*(ROOT / f"{name}.py" for name in own - {"vlv"}), *(ROOT / "vlv").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in {name.partition(".")[0] for name in names} - own - sys.stdlib_module_names:
+                packages = {canonicalize_name(package) for package in installed.get(name, [name])}
+                assert packages & declared, f"{file.name} imports {name}"
 
 
 def test_published_files_do_not_import_the_workbench():

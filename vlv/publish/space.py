@@ -37,7 +37,7 @@ def build_space_repo(folder: Path, model_id: str, files: Sequence[ImageFile], li
         pinned = [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
     except PackageNotFoundError as error:
         raise ValueError(
-            f"A Space runs with the versions that are installed here, and {error.name} is not: pip install '.[space]'."
+            f"A Space runs with the versions that are installed here, and {error.name} is not: pip install 'vlv[app]'."
         ) from error
     card = SpaceCardData(
         title=f"{model_id.partition('/')[2]} playground",
