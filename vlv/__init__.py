@@ -1,13 +1,56 @@
-"""The workbench around VLV: data, training, evaluation, batch captioning and the `vlv` command.
+"""
+VLV, the Vision-Language-Vision auto-encoder (arXiv 2507.07104): images to captions and back.
 
-The model itself is in the top-level modules `configuration_vlv`, `modeling_vlv`, `processing_vlv` and `pipeline_vlv`.
+Importing `vlv` is cheap: each public name below is imported, and PyTorch with it, when it is first used. The model
+itself is in the top-level modules `configuration_vlv`, `modeling_vlv`, `processing_vlv` and `pipeline_vlv`, which a
+Hub repo carries too; this package is what surrounds it.
 """
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from configuration_vlv import VLVConfig
+    from modeling_vlv import VLVForConditionalGeneration, VLVModel
+    from processing_vlv import VLVProcessor
+    from vlv.loading import load_autoencoder, load_captioner
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "VLVConfig",
+    "VLVForConditionalGeneration",
+    "VLVModel",
+    "VLVProcessor",
+    "load_autoencoder",
+    "load_captioner",
+    "tiny_checkpoint",
+]
+
+# The module of each public name that is imported when it is first used.
+_MODULES = {
+    "VLVConfig": "configuration_vlv",
+    "VLVForConditionalGeneration": "modeling_vlv",
+    "VLVModel": "modeling_vlv",
+    "VLVProcessor": "processing_vlv",
+    "load_autoencoder": "vlv.loading",
+    "load_captioner": "vlv.loading",
+}
 
 
 def tiny_checkpoint() -> str:
     """Folder of `vlv-tiny`, the small trained checkpoint that ships with this package."""
     return str(Path(__file__).parent / "checkpoints" / "vlv-tiny")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
