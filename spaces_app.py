@@ -7,9 +7,11 @@ except ImportError:
 
 import inspect
 import sys
+from argparse import HelpFormatter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import gradio as gr
@@ -19,7 +21,6 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TextIteratorStreamer
 
 HERE = Path(__file__).parent
-EXAMPLES = HERE / "examples"
 MAX_FILE_SIZE = "20mb"
 CONCURRENCY = 2  # one request's file is read and its answer sent while another one's is computed
 SHOWN_PIXELS = 768  # of the longer side of an original on the page
@@ -280,8 +281,12 @@ def _sampling_settings():
 
 
 def _example_files():
+    """Of the Space that this file is in, or those that come with the `vlv` package."""
+    folder = HERE / "examples"
+    if not folder.is_dir() and (package := find_spec("vlv")):
+        folder = Path(package.origin).parent / "publish" / "examples"
     suffixes = Image.registered_extensions()
-    return sorted(str(file) for file in EXAMPLES.glob("*") if file.suffix.lower() in suffixes)
+    return sorted(str(file) for file in folder.glob("*") if file.suffix.lower() in suffixes)
 
 
 def _examples(rows, inputs):
@@ -315,9 +320,11 @@ class AppArguments:
             raise ValueError("--auth wants USER:PASSWORD.")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, prog: str = "spaces_app.py") -> None:
     parser = HfArgumentParser(
         AppArguments,
+        prog=prog,
+        formatter_class=HelpFormatter,  # the defaults are told where they matter
         description="Caption, rebuild and compose images in the browser.",
         epilog="GRADIO_SERVER_NAME and GRADIO_SERVER_PORT set the address (default: 127.0.0.1, from port 7860 on).",
     )
@@ -325,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         studio = Studio(arguments.model or default_model())
     except (OSError, ValueError) as error:
-        print(f"spaces_app.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     build_app(studio).launch(
         share=arguments.share,

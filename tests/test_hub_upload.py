@@ -1,4 +1,4 @@
-"""`hub_upload.py`: the repo that it builds, the proof, and the whole way to a stranger's `from_pretrained`."""
+"""`vlv publish` and `hub_upload.py`: the repo that they build, the proof, and loading it without this package."""
 
 import inspect
 import json
@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard, metadata_load
 from PIL import Image
 from safetensors.torch import load_file
 
-import hub_upload
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
+from vlv.commands import publish
 from vlv.images import find_images
 from vlv.publish.card import model_card
 from vlv.publish.proof import prove
@@ -165,7 +165,7 @@ def test_pretrained_parts_are_named_and_need_a_licence(source, samples, tmp_path
     model.save_pretrained(folder)
     tiny.processor().save_pretrained(folder)
     with pytest.raises(ValueError, match="florence-community/Florence-2-large.*--license"):
-        hub_upload.main([str(folder), "--repo-id", "ada/vlv"])
+        publish.main([str(folder), "--repo-id", "ada/vlv"])
     (tmp_path / "built").mkdir()
     build_model_repo(str(folder), tmp_path / "built", "ada/vlv", samples, "openrail++")
     card = metadata_load(tmp_path / "built" / "README.md")
@@ -238,8 +238,8 @@ def test_the_space_runs_the_model_that_its_readme_names(tmp_path, pictures, monk
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--repo-id", "no-user"], "--repo_id no-user is no name on the Hub"),
-        (["--repo-id", "ada/x", "--space", "ada/x/y"], "--space ada/x/y is no name on the Hub"),
+        (["--repo-id", "no-user"], "--repo_id no-user is not a name on the Hub"),
+        (["--repo-id", "ada/x", "--space", "ada/x/y"], "--space ada/x/y is not a name on the Hub"),
         (["--repo-id", "ada/x", "--dry-run"], "--output"),
         (["--repo-id", "ada/x", "--create-pr", "--revision", "v2"], "leave --revision out"),
         (["--repo-id", "ada/x", "--output", str(ROOT / "tests")], "is not empty"),
@@ -248,13 +248,20 @@ def test_the_space_runs_the_model_that_its_readme_names(tmp_path, pictures, monk
 )
 def test_wrong_arguments(tiny_repo, arguments, sentence):
     with pytest.raises((OSError, ValueError)) as error:
-        hub_upload.main([str(tiny_repo), *arguments])
+        publish.main([str(tiny_repo), *arguments])
     assert sentence in str(error.value)
+
+
+def test_a_missing_token_is_told_before_the_work(source, pictures, hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("vlv.publish.samples.make_samples", lambda *_: pytest.fail("The examples were captioned."))
+    with pytest.raises(OSError, match="There is no token for the Hub: run `hf auth login`"):
+        publish.main([str(source), "--repo-id", "ada/x", "--examples", str(pictures)])
 
 
 def test_what_is_no_vlv_is_refused(tmp_path):
     with pytest.raises((OSError, ValueError), match="config.json|no folder"):
-        hub_upload.main([str(tmp_path), "--repo-id", "ada/x"])
+        publish.main([str(tmp_path), "--repo-id", "ada/x"])
 
 
 LOAD = """

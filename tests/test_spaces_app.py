@@ -31,7 +31,7 @@ gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = sorted(ROOT.glob("examples/*.png"))[0]
+EXAMPLE = sorted(ROOT.glob("vlv/publish/examples/*.png"))[0]
 NEW_TOKENS = 24  # of the captions here: long enough to differ, short enough to be quick
 
 

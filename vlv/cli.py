@@ -21,6 +21,8 @@ COMMANDS = {
     "export": Command("vlv.commands.export", "take a model apart, each part in its own library's format"),
     "info": Command("vlv.commands.info", "count a model's parameters, part by part"),
     "evaluate": Command("vlv.commands.evaluate", "measure captions and reconstructions"),
+    "publish": Command("vlv.commands.publish", "build the Hub repo of a model, prove it, and push it"),
+    "app": Command("vlv.commands.app", "caption, rebuild and compose images in the browser"),
     "scenes": Command("vlv.commands.scenes", "draw the demo data set"),
     "demo": Command("vlv.commands.demo", "caption and rebuild a dozen drawn scenes with the bundled checkpoint"),
 }

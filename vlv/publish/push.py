@@ -1,6 +1,8 @@
 """A folder to the Hub, all of it or nothing."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,6 +13,13 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 MARKS = {"model": "modeling_vlv.py", "space": "spaces_app.py"}
 # Earlier weights in other files would be loaded in place of the new ones, or beside them.
 STALE = ("*.safetensors", "*.safetensors.index.json")
+
+
+def check_token() -> None:
+    """Raises OSError when the Hub cannot be reached, or knows no user by the token of this machine."""
+    api = HfApi()
+    with _hub_errors("the Hub", api.endpoint):
+        api.whoami()
 
 
 def push(
@@ -35,8 +44,7 @@ def push(
         ValueError, OSError: when the Hub cannot be reached or says no; the sentence says what to do.
     """
     api = HfApi()
-    try:
-        api.whoami()
+    with _hub_errors(repo_id, api.endpoint):
         _claim(api, repo_id, repo_type, private)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
@@ -55,10 +63,17 @@ def push(
             create_pr=create_pr,
             commit_message=commit_message,
         )
+
+
+@contextmanager
+def _hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
+    """Turns what the Hub's client raises into one OSError that says what to do."""
+    try:
+        yield
     except OfflineModeIsEnabled as error:
         raise OSError("HF_HUB_OFFLINE is set, and a push needs the network: unset it.") from error
     except (LocalTokenNotFoundError, HTTPError, RuntimeError) as error:
-        raise OSError(_sentence(error, repo_id, api.endpoint)) from error
+        raise OSError(_sentence(error, repo_id, endpoint)) from error
 
 
 def _claim(api, repo_id, repo_type, private):

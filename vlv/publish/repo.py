@@ -9,7 +9,7 @@ from processing_vlv import VLVProcessor
 from vlv.publish.card import model_card
 from vlv.publish.samples import Sample
 
-LICENSE = Path(__file__).parents[2] / "LICENSE"
+LICENSE = Path(__file__).parent / "LICENSE"
 # What evaluation and training left beside the weights; of a training in several stages, a folder of each.
 RECORDS = ("results.json", "training.json", "training/*/*")
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from platform import python_version
 
@@ -10,7 +11,8 @@ from huggingface_hub import RepoCard, SpaceCardData
 
 from vlv.images import ImageFile
 
-APP = Path(__file__).parents[2] / "spaces_app.py"
+# A module at the top, beside the package: imported, it would load gradio.
+APP = Path(find_spec("spaces_app").origin)
 # gradio itself is the Space's SDK, named in the README.
 REQUIREMENTS = (
     "accelerate",
