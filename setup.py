@@ -42,7 +42,7 @@ setup(
     # The four files that are also published to the Hub as remote code live flat at the top.
     py_modules=["configuration_vlv", "modeling_vlv", "processing_vlv", "pipeline_vlv"],
     packages=find_packages(include=["vlv", "vlv.*"]),
-    package_data={"vlv": ["checkpoints/**/*", "publish/*.md"]},
+    package_data={"vlv": ["checkpoints/**/*", "publish/*.md", "scenes/drawings/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["vlv = vlv.cli:main"]},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vlv import cli, scenes
+from vlv import cli
 from vlv.scenes import (
     SPLIT_NAMES,
     WORLD,
@@ -19,6 +19,9 @@ from vlv.scenes import (
     SceneObject,
     compare,
     draw,
+    folder,
+    is_novel,
+    mirrored_place,
     parse_caption,
     sample_picture,
     sample_scene,
@@ -122,9 +125,9 @@ def test_novel_combinations_occur_in_no_other_split(splits):
         return {(item.shape, item.colour, item.place) for item in scene.objects}
 
     every = {(shape, colour, place) for shape in WORLD.shapes for colour in WORLD.colours for place in WORLD.places}
-    novel = {combination for combination in every if scenes.is_novel(*combination)}
+    novel = {combination for combination in every if is_novel(*combination)}
     assert 0.05 <= len(novel) / len(every) <= 0.15
-    assert novel == {(shape, colour, scenes.mirrored_place(place)) for shape, colour, place in novel}
+    assert novel == {(shape, colour, mirrored_place(place)) for shape, colour, place in novel}
     for split in ("train", "validation", "test"):
         assert not any(combinations(scene) & novel for scene in splits[split])
     assert all(combinations(scene) & novel for scene in splits["novel"])
@@ -224,7 +227,7 @@ def test_a_folder_of_scenes_is_an_imagefolder(tmp_path):
 
 def test_many_processes_write_the_same_folder(tmp_path, monkeypatch):
     write_scenes(tmp_path / "one", 7)
-    monkeypatch.setattr(scenes, "_CHUNK", 2)
+    monkeypatch.setattr(folder, "_CHUNK", 2)
     write_scenes(tmp_path / "many", 7)
     assert not multiprocessing.active_children()
     for path in (tmp_path / "one").iterdir():
@@ -234,7 +237,7 @@ def test_many_processes_write_the_same_folder(tmp_path, monkeypatch):
 def test_an_interrupted_folder_has_no_metadata_and_can_be_written_again(tmp_path, monkeypatch):
     write_scenes(tmp_path, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(scenes, "_write_chunk", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(folder, "_write_chunk", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_scenes(tmp_path, 4)
     assert not (tmp_path / "metadata.jsonl").exists()
