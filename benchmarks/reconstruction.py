@@ -22,8 +22,8 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv.reader import scene_reader
 from vlv.scenes import compare, sample_picture
+from vlv.scenes.reader import scene_reader
 
 PAPER = {"eager": True, "ddpm": True, "guidance_scale": 2.0}
 MODES = {

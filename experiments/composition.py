@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 from experiments.scoring import encode, rebuild, share
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv.reader import scene_reader
 from vlv.scenes import sample_picture
+from vlv.scenes.reader import scene_reader
 
 
 def join(first: torch.Tensor, second: torch.Tensor, kept: int, how: str) -> torch.Tensor:

@@ -12,8 +12,8 @@ from experiments.scoring import encode, rebuild, scores
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.evaluation.metrics.frechet import frechet_distance
-from vlv.reader import scene_reader, to_pixels
 from vlv.scenes import sample_picture
+from vlv.scenes.reader import scene_reader, to_pixels
 
 PAPER = ("DDPM", 50, 2.0)
 OTHER_NOISE = "DDPM, other noise"  # how far the paper's setting is from itself: what no solver can be asked to better

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.evaluation.results import Measurement
-from vlv.reader import scene_reader
 from vlv.scenes import Scene, compare
+from vlv.scenes.reader import scene_reader
 
 BATCH = 50
 

@@ -10,8 +10,8 @@ from PIL import Image
 from experiments.scoring import encode, rebuild, share
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv.reader import scene_reader
 from vlv.scenes import WORLD, Scene, SceneObject, parse_caption, sample_picture
+from vlv.scenes.reader import scene_reader
 
 
 def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:

@@ -14,9 +14,9 @@ from experiments import peers
 from experiments.making import ENCODER, Assembled, Bundled, Scenes, Training
 from modeling_vlv import VLVForConditionalGeneration
 from vlv.evaluation.results import Measurement, git_commit
-from vlv.evaluation.scenes import SceneScorer, score_captions
 from vlv.loading import load_whole
 from vlv.scenes import sample_picture
+from vlv.scenes.scorer import SceneScorer, score_captions
 
 READERS = ["queries", "projection"]  # what is new in a VLV's encoder
 LANGUAGE = [*READERS, "language_model"]  # what stage 1 trains

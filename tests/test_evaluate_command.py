@@ -17,11 +17,11 @@ import vlv
 from vlv.cli import main
 from vlv.evaluation import dataset
 from vlv.evaluation.questions import Answerer, Question, read_questions, write_prompts
-from vlv.evaluation.scenes import SceneScorer
 from vlv.evaluation.scores import FAMILIES
 from vlv.evaluation.work import Work
 from vlv.loading import load_autoencoder
 from vlv.scenes import sample_picture
+from vlv.scenes.scorer import SceneScorer
 
 TEXTS = ["a red circle", "two birds, a dog", "blue sky", "a red square and a tree"]
 NAMES = ["a.png", "b.png", "sub/a.png", "sub/c.png"]  # two of them are called a.png

@@ -7,9 +7,10 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.functional import log_softmax
 
-import vlv.reader
-from vlv.reader import ReadingLessons, SceneReader, SceneReaderConfig, degrade, measure, scene_reader, to_pixels
+import vlv
 from vlv.scenes import WORLD, Scene, SceneObject, draw, sample_picture
+from vlv.scenes.reader import ReadingLessons, SceneReader, SceneReaderConfig, degrade, measure, scene_reader, to_pixels
+from vlv.scenes.reader import main as train
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,13 @@ def test_it_reads_mirrored_drawings(pictures):
 def test_it_knows_the_world_by_name():
     config = scene_reader().config
     assert (config.image_size, config.grid) == (WORLD.image_size, [WORLD.columns, WORLD.rows])
-    assert (config.places, config.shapes) == (list(WORLD.places), list(WORLD.shapes))
-    assert (config.colours, config.sizes) == (list(WORLD.colours), list(WORLD.sizes))
+    assert (config.world, config.places) == ("shapes", list(WORLD.places))
     assert config.backgrounds == list(WORLD.backgrounds)
+    assert config.attributes == [
+        ["shape", list(WORLD.shapes)],
+        ["colour", list(WORLD.colours)],
+        ["size", list(WORLD.sizes)],
+    ]
 
 
 def test_it_reads_what_no_split_holds():
@@ -57,7 +62,7 @@ def test_mode_size_and_batch_change_nothing(pictures):
 
 
 def test_its_recorded_accuracy_can_be_measured_again():
-    recorded = json.loads((Path(vlv.reader.__file__).parent / "checkpoints/scene-reader/accuracy.json").read_text())
+    recorded = json.loads((Path(vlv.__file__).parent / "checkpoints/scene-reader/accuracy.json").read_text())
     assert measure(scene_reader(), "test") == recorded["test"]
     assert recorded["test"]["scenes"] == 1000
     assert recorded["test"]["objects_right"] / recorded["test"]["objects"] >= 0.999
@@ -65,13 +70,14 @@ def test_its_recorded_accuracy_can_be_measured_again():
 
 def test_loss_is_the_sum_of_mean_cross_entropies(monkeypatch):
     scenes = [sample_picture("train", i, 0, count)[1] for i, count in enumerate((1, 2, 4, 0))]
-    monkeypatch.setattr(vlv.reader, "sample_picture", lambda split, index, *_: (draw(scenes[index], 0), scenes[index]))
+    monkeypatch.setattr(WORLD, "sample_picture", lambda split, index, *_: (draw(scenes[index], 0), scenes[index]))
     torch.manual_seed(0)
-    config = SceneReaderConfig()
+    config = SceneReaderConfig.of(WORLD)
     reader = SceneReader(config).eval()
-    lessons = ReadingLessons(config, num=4, seed=0)
+    lessons = ReadingLessons(config, WORLD, num=4, seed=0)
     batch = {name: torch.stack([lessons[i][name] for i in range(4)]) for name in lessons[0]}
     output = reader(**batch)
+    logits = dict(zip((name for name, _ in config.attributes), output.attribute_logits, strict=True))
 
     losses = {"shape": [], "colour": [], "size": [], "background": []}
     for i, scene in enumerate(scenes):
@@ -79,11 +85,11 @@ def test_loss_is_the_sum_of_mean_cross_entropies(monkeypatch):
         for p, place in enumerate(WORLD.places):
             item = objects.get(place)
             shape = 1 + WORLD.shapes.index(item.shape) if item else 0
-            losses["shape"].append(-log_softmax(output.shape_logits[i, p], -1)[shape])
+            losses["shape"].append(-log_softmax(logits["shape"][i, p], -1)[shape])
             if item:
                 colour, size = list(WORLD.colours).index(item.colour), list(WORLD.sizes).index(item.size)
-                losses["colour"].append(-log_softmax(output.colour_logits[i, p], -1)[colour])
-                losses["size"].append(-log_softmax(output.size_logits[i, p], -1)[size])
+                losses["colour"].append(-log_softmax(logits["colour"][i, p], -1)[colour])
+                losses["size"].append(-log_softmax(logits["size"][i, p], -1)[size])
         background = list(WORLD.backgrounds).index(scene.background)
         losses["background"].append(-log_softmax(output.background_logits[i], -1)[background])
     by_hand = sum(torch.stack(values).mean() for values in losses.values())
@@ -101,12 +107,12 @@ def test_degrading_keeps_the_picture(pictures):
 def test_other_shapes_of_pixels_are_refused():
     size = WORLD.image_size
     with pytest.raises(ValueError, match=rf"pixel_values must be \(batch, 3, {size}, {size}\), not \(1, 3, 9, 9\)"):
-        SceneReader(SceneReaderConfig())(torch.zeros(1, 3, 9, 9))
+        SceneReader(SceneReaderConfig.of(WORLD))(torch.zeros(1, 3, 9, 9))
 
 
 @pytest.mark.slow
 def test_it_can_be_trained_again_from_nothing(tmp_path, capsys):
-    vlv.reader.main(["--output_dir", str(tmp_path), "--max_steps", "3", "--per_device_train_batch_size", "4"])
+    train(["--output_dir", str(tmp_path), "--max_steps", "3", "--per_device_train_batch_size", "4"])
     accuracy = json.loads((tmp_path / "accuracy.json").read_text())
     assert json.dumps(accuracy, indent=2) in capsys.readouterr().out
     trained = SceneReader.from_pretrained(tmp_path)

@@ -57,7 +57,7 @@ def test_latents_have_unit_variance(parts, scenes):
 def test_folding_statistics_keeps_reconstructions():
     from vlv.stages.vae import fold_latent_statistics, tiny_vae
 
-    vae = tiny_vae(16).eval()
+    vae = tiny_vae(16, [16, 32, 64], latent_channels=4).eval()
     pixels = torch.randn(3, 3, 16, 16)
     mean, std = torch.tensor([0.3, -1.0, 0.1, 2.0]), torch.tensor([0.5, 2.0, 1.5, 0.2])
     with torch.no_grad():

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +15,7 @@ from vlv.evaluation.scores import FAMILIES, SCENES, check_options, find_scores
 
 if TYPE_CHECKING:
     from vlv.evaluation.results import Measurement
+    from vlv.scenes import World
 
 NUM_SCENES = 1000
 
@@ -51,6 +52,10 @@ class EvaluateArguments:
     image_column: str = field(default="image", metadata={"help": "Column of --dataset with the images."})
     caption_column: str = field(
         default="text", metadata={"help": "Column of --dataset with reference captions: one, or a list, per image."}
+    )
+    world: Literal["shapes", "emoji"] | None = field(
+        default=None,
+        metadata={"help": "World of the scenes (default: the one whose pictures are the model's size)."},
     )
     num: int | None = field(
         default=None,
@@ -155,32 +160,54 @@ def main(argv: list[str]) -> None:
 
 def measure_scenes(arguments: EvaluateArguments) -> "dict[str, Measurement]":
     """Ceilings, reconstructions, floors and captions on drawn scenes."""
-    from vlv.evaluation.scenes import SceneScorer, mirror
     from vlv.loading import load_autoencoder
-    from vlv.scenes import sample_picture
+    from vlv.scenes.scorer import SceneScorer, mirror
 
     arguments.num = arguments.num or NUM_SCENES
     model, processor = load_autoencoder(arguments.model, arguments.device)
+    drawn = world_of(arguments.world, processor.decoder_image_size, arguments.model or "vlv-tiny")
+    arguments.world = drawn.name
     scorer = SceneScorer(
         model,
         processor,
+        drawn,
         batch_size=arguments.batch_size,
         num_inference_steps=arguments.num_inference_steps,
         guidance_scale=arguments.guidance_scale,
         seed=arguments.seed,
     )
-    test = [sample_picture("test", index, arguments.seed) for index in range(arguments.num)]
-    novel = [sample_picture("novel", index, arguments.seed) for index in range(arguments.num)]
-    metrics = {
-        **scorer.ceilings(test, "test"),
-        **scorer.reconstructions(test, "test"),
-        **scorer.reconstructions(novel, "novel"),
-        **scorer.floors(test, "test"),
+    pictures = {
+        split: [drawn.sample_picture(split, index, arguments.seed) for index in range(arguments.num)]
+        for split in drawn.unseen
     }
+    metrics = scorer.ceilings(pictures["test"], "test")
+    for split in pictures:
+        metrics |= scorer.reconstructions(pictures[split], split)
+    metrics |= scorer.floors(pictures["test"], "test")
     if model.caption_head is not None:
-        for name, pictures in (("test", test), ("mirrored", mirror(test)), ("novel", novel)):
-            metrics |= scorer.captions(pictures, name)
+        for name, images in {"test": pictures["test"], "mirrored": mirror(pictures["test"]), **pictures}.items():
+            metrics |= scorer.captions(images, name)
     return metrics
+
+
+def world_of(name: str | None, size: int, source: str) -> "World":
+    """
+    The world that a model is measured on: the one whose pictures have the `size` of those that it rebuilds.
+
+    Raises:
+        ValueError: when there is none, or when another one was asked for.
+    """
+    from vlv.scenes import WORLDS, world
+
+    worlds = [world(known) for known in WORLDS]
+    for drawn in worlds:
+        if drawn.image_size == size and name in (None, drawn.name):
+            return drawn
+    known = ", ".join(f"{drawn.name} ({drawn.image_size} pixels)" for drawn in worlds)
+    raise ValueError(
+        f"{source} rebuilds pictures of {size} pixels and cannot be measured on "
+        f"{f'the world {name}' if name else 'any world of scenes'}; the worlds are {known}."
+    )
 
 
 def measure_dataset(arguments: EvaluateArguments) -> "dict[str, Measurement]":
@@ -207,7 +234,7 @@ def measure_dataset(arguments: EvaluateArguments) -> "dict[str, Measurement]":
 
 # What the numbers depend on; where they were computed and in which batches is no part of them.
 _SETTINGS = {
-    SCENES: ("num", "seed", "num_inference_steps", "guidance_scale"),
+    SCENES: ("world", "num", "seed", "num_inference_steps", "guidance_scale"),
     "captions": ("max_new_tokens", "num_beams", "clip", "sentence_encoder"),
     "reconstruction": ("seed", "num_inference_steps", "guidance_scale", "clip", "feature_extractor"),
     "caption_to_image": (

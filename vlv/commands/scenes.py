@@ -1,10 +1,10 @@
-"""`vlv scenes`: draw the demo data set."""
+"""`vlv scenes`: draw the demo dataset."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from vlv.commands.parser import CommandParser
-from vlv.scenes import write_scenes
+from vlv.scenes import world, write_scenes
 
 
 @dataclass
@@ -18,23 +18,58 @@ class ScenesArguments:
     )
     num: int = field(default=100, metadata={"help": "How many scenes to draw."})
     seed: int = field(default=0, metadata={"help": "Another seed draws other scenes; the same one, the same files."})
-    split: Literal["train", "validation", "test", "novel"] = field(
+    split: Literal["train", "validation", "test", "novel", "artist"] = field(
         default="test",
         metadata={
-            "help": "Which scenes to draw. The four share no scene, nor the mirror image of one: train is what "
-            "vlv-tiny learned from; novel scenes hold a combination of shape, colour and place that occurs in none "
-            "of the others."
+            "help": "Which scenes to draw. Train, validation, test and novel share no scene, nor the mirror image of "
+            "one: the bundled models learned from train; novel scenes hold a combination (of shape, colour and place, "
+            "or of thing and place) that occurs in none of the others. artist, of the emoji world: test scenes by the "
+            "artist whose drawings no training sees."
         },
     )
+    world: Literal["shapes", "emoji"] = field(
+        default="shapes",
+        metadata={"help": "shapes: coloured shapes, 32 pixels wide. emoji: things drawn by artists, 64 pixels wide."},
+    )
+    artwork: str | None = field(
+        default=None,
+        metadata={
+            "help": "World emoji: folder of other drawings, with index.json and one sheet of tiles for each artist."
+        },
+    )
+    artists: list[str] | None = field(
+        default=None, metadata={"help": "World emoji: who draws, in place of the artists of the split."}
+    )
+    varied: float = field(
+        default=0.0,
+        metadata={
+            "help": "World emoji: share of pictures that are varied as another artist might draw them (recoloured "
+            "part by part, bent, outlined), to learn from."
+        },
+    )
+
+    def __post_init__(self):
+        if self.world != "emoji":
+            for name in ("artwork", "artists", "varied"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} is for --world emoji; the world {self.world} has no artists.")
 
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(
         ScenesArguments,
         prog="vlv scenes",
-        description="Draw scenes of coloured shapes with their exact captions, as a Hugging Face ImageFolder.",
-        epilog="example: vlv scenes --num 1000 --output scenes",
+        description="Draw scenes with their exact captions, as a Hugging Face ImageFolder.",
+        epilog="examples: vlv scenes --num 1000 --output scenes; "
+        "vlv scenes --world emoji --artists twemoji --output twemoji-scenes",
     )
     (arguments,) = parser.parse(argv)
-    folder = write_scenes(arguments.output, arguments.num, arguments.seed, arguments.split)
+    settings = {}
+    if arguments.world == "emoji":
+        from vlv.scenes.artwork import load_artwork
+
+        artwork = load_artwork(arguments.artwork) if arguments.artwork else None
+        settings = {"artwork": artwork, "artists": arguments.artists, "varied": arguments.varied}
+    drawn = world(arguments.world, **settings)
+    folder = write_scenes(arguments.output, arguments.num, arguments.seed, arguments.split, drawn)
     print(f"{arguments.num} {arguments.split} scenes are in {folder}.")

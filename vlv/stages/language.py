@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, TrainingArguments
 
 from vlv.data import Table, captions_of, tokenize
-from vlv.scenes import parse_caption
+from vlv.scenes import WORLDS, World, world
 from vlv.stages.base import Settings, Stage
 
 
@@ -20,6 +20,10 @@ class LanguageSettings(Settings):
     vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
     hidden_size: int = field(default=192, metadata={"help": "Width of the language model."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the language model."})
+    world: str | None = field(
+        default=None,
+        metadata={"help": f"World whose grammar the captions follow, to be measured: {', '.join(WORLDS)}."},
+    )
 
 
 def tiny_language_model(tokenizer: PreTrainedTokenizerBase, width: int, layers: int) -> Qwen2ForCausalLM:
@@ -56,6 +60,7 @@ class LanguageStage(Stage):
 
     def __init__(self, settings: LanguageSettings, args: TrainingArguments):
         super().__init__(settings, args)
+        self.world = world(settings.world) if settings.world else None
         train, evaluation = (
             [caption for value in self.captioned(rows)[settings.caption_column][:] for caption in captions_of(value)]
             for rows in self.load_data()
@@ -73,9 +78,11 @@ class LanguageStage(Stage):
 
     @torch.inference_mode()
     def evaluate(self, samples: int = 200) -> dict[str, float]:
-        """Perplexity per token of the evaluation captions, and the share of free samples that follow the grammar."""
+        """Perplexity per token of the evaluation captions; in a world, the share of free samples in its grammar."""
         inputs = {name: column.to(self.model.device) for name, column in self.eval_dataset.columns.items()}
-        loss = self.model(**inputs).loss.item()
+        measured = {"perplexity": math.exp(self.model(**inputs).loss.item())}
+        if self.world is None:
+            return measured
 
         start = inputs["input_ids"][:samples, :1]  # the first token is the same in all captions: "a"
         generated = self.model.generate(
@@ -86,12 +93,12 @@ class LanguageStage(Stage):
             max_new_tokens=self.settings.max_length,
         )
         texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
-        return {"perplexity": math.exp(loss), "grammatical": sum(map(follows_grammar, texts)) / len(texts)}
+        return measured | {"grammatical": sum(follows_grammar(text, self.world) for text in texts) / len(texts)}
 
 
-def follows_grammar(text: str) -> bool:
+def follows_grammar(text: str, world: World) -> bool:
     try:
-        parse_caption(text)
+        world.parse_caption(text)
     except ValueError:
         return False
     return True

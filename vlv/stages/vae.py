@@ -1,5 +1,6 @@
-"""Stage `vae`: a small AutoencoderKL learns to compress images fourfold in each direction."""
+"""Stage `vae`: a small AutoencoderKL learns to compress images, fourfold in each direction unless told otherwise."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,11 @@ from vlv.stages.base import Settings, Stage
 @dataclass
 class VAESettings(Settings):
     image_size: int = field(default=32, metadata={"help": "Side of the images in pixels."})
+    widths: list[int] = field(
+        default_factory=lambda: [16, 32, 64],
+        metadata={"help": "Channels of each level; each but the first halves height and width."},
+    )
+    latent_channels: int = field(default=4, metadata={"help": "Channels of the latents."})
     foreground_weight: float = field(
         default=7.0, metadata={"help": "How much more a pixel counts that is not of its image's background colour."}
     )
@@ -24,16 +30,15 @@ class VAESettings(Settings):
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the moving average of the weights."})
 
 
-def tiny_vae(image_size: int) -> AutoencoderKL:
-    """A randomly initialised AutoencoderKL: images (B, 3, H, W) to latents (B, 4, H/4, W/4)."""
-    widths = (16, 32, 64)
+def tiny_vae(image_size: int, widths: Sequence[int], latent_channels: int) -> AutoencoderKL:
+    """A randomly initialised AutoencoderKL."""
     return AutoencoderKL(
         sample_size=image_size,
-        block_out_channels=widths,
+        block_out_channels=tuple(widths),
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         scaling_factor=1.0,
     )
@@ -93,7 +98,8 @@ class VAEStage(Stage):
         self.train_dataset, self.eval_dataset = (
             Table(images=self.read_images(rows, settings.image_size)[1]) for rows in self.load_data()
         )
-        self.model = VAETraining(tiny_vae(settings.image_size), settings.foreground_weight, settings.kl_weight)
+        vae = tiny_vae(settings.image_size, settings.widths, settings.latent_channels)
+        self.model = VAETraining(vae, settings.foreground_weight, settings.kl_weight)
 
     def parts(self) -> dict[str, nn.Module]:
         return {"vae": self.model.vae, "average": self.model.average}

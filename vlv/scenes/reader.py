@@ -2,13 +2,13 @@
 
 It is how reconstructions are scored: an image that a diffusion decoder painted is read back into a `Scene` and
 compared with the true one. It learned from drawings of the train split, blurred, tinted and made noisy, since painted
-pictures are never clean. The trained one is bundled, see `scene_reader`; `python -m vlv.reader` trains it anew.
+pictures are never clean. The trained one is bundled, see `scene_reader`; `python -m vlv.scenes.reader` trains it anew.
 """
 
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -30,16 +30,26 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from vlv.scenes import WORLD, Scene, SceneObject, compare, sample_picture
+from vlv.scenes import WORLDS, World, compare, world
+from vlv.scenes.grammar import GridScene
 
 IGNORED = -100  # the label that cross-entropy skips
+# Of each world: the folder of its reader, the network where the default is too small, and how its lessons are drawn.
+FOLDERS = {"shapes": "scene-reader", "emoji": "emoji-reader"}
+BACKBONES = {
+    "emoji": {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+}
+VARIED = {"emoji": {"varied": 0.6}}
 
 
 class SceneReaderConfig(PreTrainedConfig):
     """The names that the reader knows, in the order of its logits, and its network.
 
     Args:
+        world: the name of the world that it reads.
         grid: columns and rows; `places` names its cells in reading order.
+        attributes: the fields of an object, each with the words that it can be; the first says what the object is.
+            Pairs and not a mapping, whose order a saved config loses.
         backbone_config: what `ResNetConfig` takes.
     """
 
@@ -47,22 +57,20 @@ class SceneReaderConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        image_size: int = WORLD.image_size,
-        grid: Sequence[int] = (WORLD.columns, WORLD.rows),
-        places: Sequence[str] = WORLD.places,
-        shapes: Sequence[str] = WORLD.shapes,
-        colours: Sequence[str] = tuple(WORLD.colours),
-        sizes: Sequence[str] = tuple(WORLD.sizes),
-        backgrounds: Sequence[str] = tuple(WORLD.backgrounds),
+        world: str = "shapes",
+        image_size: int = 32,
+        grid: Sequence[int] = (2, 2),
+        places: Sequence[str] = (),
+        attributes: Sequence[tuple[str, Sequence[str]]] = (),
+        backgrounds: Sequence[str] = (),
         backbone_config: dict | None = None,
         **kwargs,
     ):
+        self.world = world
         self.image_size = image_size
         self.grid = list(grid)
         self.places = list(places)
-        self.shapes = list(shapes)
-        self.colours = list(colours)
-        self.sizes = list(sizes)
+        self.attributes = [[name, list(words)] for name, words in attributes]
         self.backgrounds = list(backgrounds)
         self.backbone_config = backbone_config or {
             "embedding_size": 32,
@@ -72,22 +80,34 @@ class SceneReaderConfig(PreTrainedConfig):
         }
         super().__init__(**kwargs)
 
+    @classmethod
+    def of(cls, world: World, **kwargs) -> "SceneReaderConfig":
+        """For a reader of a world."""
+        fields = dict.fromkeys((world.subject, *world.words))
+        attributes = [(name, world.words[name]) for name in fields if name != "place"]
+        return cls(
+            world.name,
+            world.image_size,
+            (world.columns, world.rows),
+            world.places,
+            attributes,
+            tuple(world.backgrounds),
+            **kwargs,
+        )
+
 
 @dataclass
 class SceneReaderOutput(ModelOutput):
     """
     Args:
-        loss: the sum of the four mean cross-entropies, when labels were given.
-        shape_logits: (B, places, 1 + shapes); the first says that there is no object.
-        colour_logits: (B, places, colours).
-        size_logits: (B, places, sizes).
+        loss: the sum of the mean cross-entropies of all logits, when labels were given.
+        attribute_logits: for each of the config's attributes, in their order, (B, places, words); the first has one
+            more in front, which says that there is no object.
         background_logits: (B, backgrounds).
     """
 
     loss: Tensor | None = None
-    shape_logits: Tensor | None = None
-    colour_logits: Tensor | None = None
-    size_logits: Tensor | None = None
+    attribute_logits: tuple[Tensor, ...] | None = None
     background_logits: Tensor | None = None
 
 
@@ -108,7 +128,8 @@ class SceneReader(PreTrainedModel):
         columns, rows = config.grid
         self.enlarge = nn.Upsample((32 * rows, 32 * columns), mode="bilinear")
         self.pool = nn.AdaptiveAvgPool2d((rows, columns))
-        self.object_sizes = [1 + len(config.shapes), len(config.colours), len(config.sizes)]
+        first, *others = (len(words) for _, words in config.attributes)
+        self.object_sizes = [1 + first, *others]
         self.object_head = nn.Linear(width, sum(self.object_sizes))
         self.background_head = nn.Linear(width, len(config.backgrounds))
         self.post_init()
@@ -119,7 +140,8 @@ class SceneReader(PreTrainedModel):
         """
         Args:
             pixel_values: (B, 3, image_size, image_size), float, in -1..1.
-            labels: (B, places, 3), int: shape (0 for none), colour and size; -100 is not scored.
+            labels: (B, places, attributes), int: the first attribute is 0 where there is no object; -100 is not
+                scored.
             background_labels: (B,), int; needed where labels are given.
 
         Raises:
@@ -132,15 +154,15 @@ class SceneReader(PreTrainedModel):
             )
         features = self.backbone(self.enlarge(pixel_values)).last_hidden_state
         cells = self.pool(features).flatten(2).transpose(1, 2)
-        logits = (*self.object_head(cells).split(self.object_sizes, -1), self.background_head(cells.mean(1)))
+        objects, background = self.object_head(cells).split(self.object_sizes, -1), self.background_head(cells.mean(1))
         loss = None
         if labels is not None:
-            targets = (*labels.unbind(-1), background_labels)
-            loss = sum(F.cross_entropy(a.flatten(0, -2), b.flatten()) for a, b in zip(logits, targets, strict=True))
-        return SceneReaderOutput(loss, *logits)
+            pairs = zip((*objects, background), (*labels.unbind(-1), background_labels), strict=True)
+            loss = sum(F.cross_entropy(logits.flatten(0, -2), target.flatten()) for logits, target in pairs)
+        return SceneReaderOutput(loss, objects, background)
 
     @torch.inference_mode()
-    def read(self, images: Sequence[Image.Image], batch_size: int = 256) -> list[Scene]:
+    def read(self, images: Sequence[Image.Image], batch_size: int = 256) -> list[GridScene]:
         """Read PIL images of any mode and size (resized to the reader's own) into the most likely scene of each."""
         self.eval()
         size = (self.config.image_size,) * 2
@@ -150,26 +172,26 @@ class SceneReader(PreTrainedModel):
             batch = [image if image.size == size else image.resize(size, Image.Resampling.BICUBIC) for image in batch]
             pixels = torch.stack([to_pixels(image) for image in batch])
             output = self(pixels.to(self.device, self.dtype))
-            best = (logits.argmax(-1).tolist() for logits in output.to_tuple())
-            scenes += [self._scene(*choices) for choices in zip(*best, strict=True)]
+            objects = torch.stack([logits.argmax(-1) for logits in output.attribute_logits], -1).tolist()
+            backgrounds = output.background_logits.argmax(-1).tolist()
+            scenes += [self._scene(*choices) for choices in zip(objects, backgrounds, strict=True)]
         return scenes
 
-    def _scene(self, shapes: list[int], colours: list[int], sizes: list[int], background: int) -> Scene:
-        names = self.config
-        objects = (
-            SceneObject(names.sizes[size], names.colours[colour], names.shapes[shape - 1], place)
-            for shape, colour, size, place in zip(shapes, colours, sizes, names.places, strict=True)
-            if shape > 0
-        )
-        return Scene(tuple(objects), names.backgrounds[background])
+    def _scene(self, objects: list[list[int]], background: int) -> GridScene:
+        scene_type, found = world(self.config.world).scene_type, []
+        for (subject, *others), place in zip(objects, self.config.places, strict=True):
+            if subject > 0:
+                names = zip(self.config.attributes, (subject - 1, *others), strict=True)
+                fields = {name: words[choice] for (name, words), choice in names}
+                found.append(scene_type.objects_are(**fields, place=place))
+        return scene_type(tuple(found), self.config.backgrounds[background])
 
 
 @cache
-def scene_reader() -> SceneReader:
-    """The trained reader that ships with this package, in fp32, ready to `read`."""
-    return SceneReader.from_pretrained(
-        Path(__file__).parent / "checkpoints" / "scene-reader", dtype=torch.float32
-    ).eval()
+def scene_reader(world_name: str = "shapes") -> SceneReader:
+    """The trained reader of a world that ships with this package, in fp32, ready to `read`."""
+    folder = Path(__file__).parents[1] / "checkpoints" / FOLDERS[world_name]
+    return SceneReader.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -196,8 +218,8 @@ class ReadingLessons(Dataset):
     A third of them hold any number of objects that fits the grid: what a decoder paints need not be a split's scene.
     """
 
-    def __init__(self, config: SceneReaderConfig, num: int, seed: int):
-        self.config, self.num, self.seed = config, num, seed
+    def __init__(self, config: SceneReaderConfig, drawn: World, num: int, seed: int):
+        self.config, self.world, self.num, self.seed = config, drawn, num, seed
 
     def __len__(self) -> int:
         return self.num
@@ -205,23 +227,23 @@ class ReadingLessons(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((index, self.seed))
         crowd = int(rng.integers(len(self.config.places) + 1)) if rng.random() < 1 / 3 else None
-        image, scene = sample_picture("train", index, self.seed, crowd)
+        image, scene = self.world.sample_picture("train", index, self.seed, crowd)
         if rng.random() < 0.8:
             image = degrade(image, rng)
-        names = self.config
-        labels = torch.full((len(names.places), 3), IGNORED)
+        labels = torch.full((len(self.config.places), len(self.config.attributes)), IGNORED)
         labels[:, 0] = 0
         for item in scene.objects:
-            labels[names.places.index(item.place)] = torch.tensor(
-                (1 + names.shapes.index(item.shape), names.colours.index(item.colour), names.sizes.index(item.size))
-            )
-        background = torch.tensor(names.backgrounds.index(scene.background))
+            label = [words.index(getattr(item, name)) for name, words in self.config.attributes]
+            label[0] += 1
+            labels[self.config.places.index(item.place)] = torch.tensor(label)
+        background = torch.tensor(self.config.backgrounds.index(scene.background))
         return {"pixel_values": to_pixels(image), "labels": labels, "background_labels": background}
 
 
 def measure(reader: SceneReader, split: str, num: int = 1000, degraded: bool = False) -> dict[str, int]:
     """Read `num` drawings of a split; returns the sums of `vlv.scenes.compare`."""
-    pictures = [sample_picture(split, index) for index in range(num)]
+    drawn = world(reader.config.world)
+    pictures = [drawn.sample_picture(split, index) for index in range(num)]
     images = [degrade(image, np.random.default_rng(i)) if degraded else image for i, (image, _) in enumerate(pictures)]
     total = Counter()
     for predicted, (_, truth) in zip(reader.read(images), pictures, strict=True):
@@ -229,10 +251,15 @@ def measure(reader: SceneReader, split: str, num: int = 1000, degraded: bool = F
     return dict(total)
 
 
+@dataclass
+class ReaderArguments:
+    world: str = field(default="shapes", metadata={"help": f"Which world to read: {', '.join(WORLDS)}."})
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(
-        TrainingArguments,
-        prog="python -m vlv.reader",
+        (ReaderArguments, TrainingArguments),
+        prog="python -m vlv.scenes.reader",
         description="Train the scene reader from nothing on drawn scenes, and measure it on unseen ones. Takes every "
         "argument of transformers' TrainingArguments; --output_dir gets the reader and its accuracy.json.",
     )
@@ -251,20 +278,18 @@ def main(argv: list[str] | None = None) -> None:
         dataloader_pin_memory=False,
         report_to="none",
     )
-    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    which, arguments = parser.parse_args_into_dataclasses(argv)
     transformers.set_seed(arguments.seed)
-    config = SceneReaderConfig()
+    drawn = world(which.world, **VARIED.get(which.world, {}))
+    config = SceneReaderConfig.of(drawn, backbone_config=BACKBONES.get(which.world))
     reader = SceneReader(config)
-    lessons = ReadingLessons(config, arguments.max_steps * arguments.train_batch_size, arguments.seed)
+    lessons = ReadingLessons(config, drawn, arguments.max_steps * arguments.train_batch_size, arguments.seed)
     Trainer(reader, arguments, train_dataset=lessons).train(resume_from_checkpoint=arguments.resume_from_checkpoint)
 
     reader.half().save_pretrained(arguments.output_dir)
     reader = SceneReader.from_pretrained(arguments.output_dir, dtype=torch.float32)
-    accuracy = {
-        "test": measure(reader, "test"),
-        "novel": measure(reader, "novel"),
-        "test, degraded": measure(reader, "test", degraded=True),
-    }
+    accuracy = {split: measure(reader, split) for split in drawn.unseen}
+    accuracy["test, degraded"] = measure(reader, "test", degraded=True)
     text = json.dumps(accuracy, indent=2)
     Path(arguments.output_dir, "accuracy.json").write_text(text + "\n", encoding="utf-8")
     print(text)

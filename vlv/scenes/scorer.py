@@ -19,16 +19,21 @@ from processing_vlv import VLVProcessor
 from vlv.evaluation.captions import Caption, write_captions
 from vlv.evaluation.pictures import draw, embed_captions, encode_images
 from vlv.evaluation.results import Measurement
-from vlv.reader import scene_reader
-from vlv.scenes import Scene, compare, parse_caption
+from vlv.scenes import WORLD, World, compare
+from vlv.scenes.grammar import GridScene
+from vlv.scenes.reader import scene_reader
 
-Pictures = Sequence[tuple[Image.Image, Scene]]
+Pictures = Sequence[tuple[Image.Image, GridScene]]
 
 # As `vlv.scenes.compare` counts them: of scenes, and of their objects, whose place is right where anything is there.
 OF_SCENES = ("exact", "background_right")
-OF_OBJECTS = ("objects_right", "shape_right", "colour_right", "size_right", "place_right")
-SCORES = ("exact", *OF_OBJECTS, "background_right")
 MAIN_SCORES = ("objects_right", "background_right")  # of ceilings and floors
+
+
+def scores_of(world: World) -> tuple[str, ...]:
+    """All scores of a world, what a thing is first."""
+    fields = dict.fromkeys((world.subject, *world.words))
+    return ("exact", "objects_right", *(f"{name}_right" for name in fields), "background_right")
 
 
 @dataclass
@@ -38,6 +43,7 @@ class SceneScorer:
 
     Args:
         model, processor: the VLV, on its device.
+        world: whose scenes they are.
         batch_size: pictures at once.
         num_inference_steps, guidance_scale: of the sampler, for everything drawn.
         seed: of the noise; picture i starts from the noise of `seed + i`, whatever the batch.
@@ -45,6 +51,7 @@ class SceneScorer:
 
     model: VLVModel
     processor: VLVProcessor
+    world: World = WORLD
     batch_size: int = 50
     num_inference_steps: int = 8
     guidance_scale: float = 2.0
@@ -54,12 +61,12 @@ class SceneScorer:
         """Greedy captions of the pictures, parsed, and the share of them that ended by themselves."""
         images = (image for image, _ in pictures)
         captions = write_captions(self.model, self.processor, images, self.batch_size)
-        return score_captions(_progress(captions, f"Captioning {name}", pictures), pictures, name)
+        return score_captions(_progress(captions, f"Captioning {name}", pictures), pictures, name, self.world)
 
     def reconstructions(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
         """Pictures rebuilt from nothing but their caption embeddings."""
         painted = self._draw(lambda batch: self._encode([image for image, _ in batch]), pictures)
-        return self._read(pictures, f"reconstruction/{name}", painted, SCORES)
+        return self._read(pictures, f"reconstruction/{name}", painted, scores_of(self.world))
 
     def ceilings(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
         """What no reconstruction can be expected to pass: reader alone, VAE alone, and the teacher."""
@@ -68,7 +75,7 @@ class SceneScorer:
             lambda batch: embed_captions(self.model, self.processor, [truth.caption for _, truth in batch]), pictures
         )
         return {
-            **self._read(pictures, f"reader on drawings/{name}", drawings, SCORES),
+            **self._read(pictures, f"reader on drawings/{name}", drawings, scores_of(self.world)),
             **self._read(pictures, f"VAE alone/{name}", self._through_vae(pictures)),
             **self._read(pictures, f"teacher from true captions/{name}", taught),
         }
@@ -112,7 +119,7 @@ class SceneScorer:
         self, pictures: Pictures, name: str, painted: Iterable[Image.Image], scores: Sequence[str] = MAIN_SCORES
     ) -> dict[str, Measurement]:
         """What the scene reader finds in the painted pictures, compared with the truth of `pictures`."""
-        reader = scene_reader().to(self.model.device)
+        reader = scene_reader(self.world.name).to(self.model.device)
         scenes = reader.read(list(_progress(painted, name, pictures)))
         counts = [compare(scene, truth) for scene, (_, truth) in zip(scenes, pictures, strict=True)]
         return _shares(counts, name, scores)
@@ -121,12 +128,15 @@ class SceneScorer:
         return encode_images(self.model, self.processor, images)
 
 
-def score_captions(captions: Iterable[Caption], pictures: Pictures, name: str) -> dict[str, Measurement]:
+def score_captions(
+    captions: Iterable[Caption], pictures: Pictures, name: str, world: World = WORLD
+) -> dict[str, Measurement]:
     """What captions of the pictures, parsed, get right, and the share of them that ended by themselves."""
     captions = list(captions)
-    counts = [compare(_parsed(caption.text), truth) for caption, (_, truth) in zip(captions, pictures, strict=True)]
+    scenes = (_parsed(caption.text, world) for caption in captions)
+    counts = [compare(scene, truth) for scene, (_, truth) in zip(scenes, pictures, strict=True)]
     ended = Measurement.share(np.array([caption.ended for caption in captions]))
-    return _shares(counts, f"captions/{name}", SCORES) | {f"captions/{name}/ended": ended}
+    return _shares(counts, f"captions/{name}", scores_of(world)) | {f"captions/{name}/ended": ended}
 
 
 def mirror(pictures: Pictures) -> Pictures:
@@ -134,9 +144,9 @@ def mirror(pictures: Pictures) -> Pictures:
     return [(ImageOps.mirror(image), scene.mirrored()) for image, scene in pictures]
 
 
-def _parsed(caption):
+def _parsed(caption, world):
     try:
-        return parse_caption(caption)
+        return world.parse_caption(caption)
     except ValueError:
         return None
 

@@ -1,0 +1,62 @@
+"""The drawn worlds: everything in a scene is known, so whatever a model says or paints of it can be scored exactly.
+
+A scene is one or two objects on a 2x2 grid of places. There are two worlds: `shapes`, vlv-tiny's, whose names are the
+ones below, and `emoji`, vlv-emoji's. `world(name)` gives either, with one interface (see `World`).
+"""
+
+from vlv.scenes.folder import write_scenes
+from vlv.scenes.grammar import RGB, compare, mirrored_place
+from vlv.scenes.shapes import (
+    SPLIT_NAMES,
+    WORLD,
+    Scene,
+    SceneObject,
+    draw,
+    is_novel,
+    parse_caption,
+    sample_picture,
+    sample_scene,
+    split_of,
+)
+from vlv.scenes.world import World
+
+__all__ = [
+    "RGB",
+    "SPLIT_NAMES",
+    "WORLD",
+    "WORLDS",
+    "Scene",
+    "SceneObject",
+    "World",
+    "compare",
+    "draw",
+    "is_novel",
+    "mirrored_place",
+    "parse_caption",
+    "sample_picture",
+    "sample_scene",
+    "split_of",
+    "world",
+    "write_scenes",
+]
+
+WORLDS = ("shapes", "emoji")
+
+
+def world(name: str, **settings) -> World:
+    """
+    A world by name.
+
+    Args:
+        settings: those of `vlv.scenes.emoji.EmojiWorld`; the world of shapes has none.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name == "shapes":
+        return WORLD
+    if name == "emoji":
+        from vlv.scenes.emoji import EmojiWorld
+
+        return EmojiWorld(**settings)
+    raise ValueError(f"There is no world '{name}'; the worlds are: {', '.join(WORLDS)}.")

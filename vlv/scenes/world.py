@@ -1,0 +1,124 @@
+"""What all drawn worlds share beside words: the grid, the splits, and scenes by random access.
+
+(split, index, seed) names one scene and one picture of it for ever, on every machine.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+from PIL import Image
+
+from vlv.scenes.grammar import PLACES, RGB, GridScene, parse
+
+# Shares of all content that holds no combination kept for the split "novel".
+SHARES = {"train": 0.90, "validation": 0.05, "test": 0.05}
+
+
+class World(ABC):
+    """A world of scenes: its words, its pictures and its splits.
+
+    Args of a subclass are few; what they are made of is in class attributes. Lengths are in pixels.
+    """
+
+    name: str
+    image_size: int
+    columns: int = 2
+    rows: int = 2
+    max_objects: int = 2
+    places: tuple[str, ...] = PLACES
+    sizes: Mapping[str, float]  # half of an object's extent
+    backgrounds: Mapping[str, RGB]
+    scene_type: type[GridScene]
+    splits: tuple[str, ...] = (*SHARES, "novel")
+    unseen: tuple[str, ...] = ("test", "novel")  # the splits to measure on
+
+    @property
+    @abstractmethod
+    def words(self) -> dict[str, tuple[str, ...]]:
+        """The words of an object's phrase, in their order: the names that each field can be, `place` last."""
+
+    @property
+    @abstractmethod
+    def subject(self) -> str:
+        """The field of `words` that says what an object is, as "shape"."""
+
+    @abstractmethod
+    def draw(self, scene: GridScene, seed: int | Sequence[int]) -> Image.Image:
+        """Paint a scene; the seed says how exactly."""
+
+    @abstractmethod
+    def holds_novel(self, scene: GridScene) -> bool:
+        """Whether the scene holds a combination that train, validation and test never show, nor mirrored."""
+
+    def parse_caption(self, text: str) -> GridScene:
+        """Read a full description back into the scene it describes; raises ValueError for any other text."""
+        return parse(text, self.scene_type, self.words)
+
+    def content_split(self, scene: GridScene) -> str:
+        """The one split that a scene belongs to, with its mirror image, by content alone."""
+        if self.holds_novel(scene):
+            return "novel"
+        share = share_of(min(scene.caption, scene.mirrored().caption))
+        for split, size in SHARES.items():
+            share -= size
+            if share < 0:
+                return split
+        return split
+
+    def sample_scene(self, split: str, index: int, seed: int = 0, count: int | None = None) -> GridScene:
+        """The scene number `index` of a split under a seed.
+
+        The number of objects is `count`, or else uniform in 1..`max_objects`; given it, every scene of the split is
+        equally likely.
+
+        Raises:
+            ValueError: for an unknown split.
+        """
+        rng = np.random.default_rng(self.key(split, index, seed))
+        count = int(rng.integers(1, self.max_objects + 1)) if count is None else count
+        while True:
+            scene = self._random_scene(rng, count)
+            if self.content_split(scene) == self.content_of(split):
+                return scene
+
+    def content_of(self, split: str) -> str:
+        """The split by content that a split's scenes come from."""
+        return split
+
+    def sample_picture(
+        self, split: str, index: int, seed: int = 0, count: int | None = None
+    ) -> tuple[Image.Image, GridScene]:
+        """`sample_scene`, drawn: the picture number `index` of a split under a seed, and the scene it shows."""
+        scene = self.sample_scene(split, index, seed, count)
+        key = (*self.key(split, index, seed), 1)  # the 1: other random numbers than those that chose the scene
+        return self.draw(scene, key), scene
+
+    def key(self, split: str, index: int, seed: int) -> tuple[int, int, int]:
+        if split not in self.splits:
+            raise ValueError(f"There is no split '{split}'; the splits are: {', '.join(self.splits)}.")
+        if seed < 0 or index < 0:
+            raise ValueError(f"Seeds and indices of scenes start at 0; got seed {seed}, index {index}.")
+        return (seed, self.splits.index(split), index)
+
+    @cached_property
+    def _attributes(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(words for name, words in self.words.items() if name != "place")
+
+    def _random_scene(self, rng: np.random.Generator, count: int) -> GridScene:
+        places = sorted(rng.permutation(len(self.places))[:count].tolist())
+        names = rng.integers(0, [len(known) for known in self._attributes], size=(count, len(self._attributes)))
+        objects = tuple(
+            self.scene_type.objects_are(
+                *(known[choice] for known, choice in zip(self._attributes, choices, strict=True)), self.places[place]
+            )
+            for place, choices in zip(places, names.tolist(), strict=True)
+        )
+        return self.scene_type(objects, tuple(self.backgrounds)[rng.integers(len(self.backgrounds))])
+
+
+def share_of(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone, on every machine and in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
