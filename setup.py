@@ -39,8 +39,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # The four files that are also published to the Hub as remote code live flat at the top.
-    py_modules=["configuration_vlv", "modeling_vlv", "processing_vlv", "pipeline_vlv"],
+    # The five files that are also published to the Hub as remote code live flat at the top.
+    py_modules=["configuration_vlv", "modeling_vlv", "processing_vlv", "images_vlv", "pipeline_vlv"],
     packages=find_packages(include=["vlv", "vlv.*"]),
     package_data={"vlv": ["checkpoints/**/*", "publish/*.md"]},
     install_requires=INSTALL_REQUIRES,
