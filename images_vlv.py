@@ -134,7 +134,7 @@ def _find_file(path):
         content = _from_base64(path) if isinstance(path, str) else None
         if content is not None:
             return "base64 image", io.BytesIO(content)
-        missing = "is a link to a file that is not there" if _is_link(path) else "there is no such file"
+        missing = "this is a link to a file that is not there" if _is_link(path) else "there is no such file"
         raise FileNotFoundError(f"{name}: {missing}.") from error
     if stat.S_ISDIR(status.st_mode):
         raise ValueError(f"{name}: this is a folder, not an image.")
