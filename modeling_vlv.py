@@ -49,7 +49,7 @@ try:
 except ImportError:
     from configuration_vlv import VLVConfig
 
-CODE_FILES = ("configuration_vlv.py", "modeling_vlv.py", "processing_vlv.py", "pipeline_vlv.py")
+CODE_FILES = ("configuration_vlv.py", "modeling_vlv.py", "processing_vlv.py", "images_vlv.py", "pipeline_vlv.py")
 HUB_KWARGS = ("revision", "token", "local_files_only", "cache_dir", "force_download", "proxies")  # where from, and how
 # What Florence-2's processor makes of <MORE_DETAILED_CAPTION>, which is what the paper asks it.
 TASK_PROMPT = "Describe with a paragraph what is shown in the image."

@@ -1,104 +1,26 @@
 """Processor of a VLV: images to tensors, captions to token ids and back."""
 
-import http.client
-import io
+import math
 import os
-import urllib.request
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
+
+try:
+    from .images_vlv import load_image
+except ImportError:
+    from images_vlv import load_image
 
 # Tokenizers of the parts, kept so that a checkpoint can be taken apart again; each is absent where its part came
 # without one.
 PART_TOKENIZERS = ("encoder_tokenizer", "decoder_tokenizer")
-
-
-def load_image(source: Any) -> Image.Image:
-    """
-    Any image, as people expect to see it, in RGB: EXIF orientation applied, transparency over white, 16-bit and float
-    scaled to 8 bits, CMYK and palettes converted, the first frame of an animation.
-
-    Args:
-        source: a path, an http(s) URL, the bytes of a file, a file object, a PIL image, an (H, W[, C]) array of uint8,
-            or a row of `datasets` (`{"bytes": ..., "path": ...}`).
-
-    Raises:
-        OSError: there is no such file, or the URL cannot be fetched.
-        ValueError: the file is empty, no image, cut short or too large; the sentence begins with its name.
-    """
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, "image")
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,), (4,)):
-            raise ValueError(
-                f"The image array is {source.shape} {source.dtype}: expected (height, width[, 3 or 4]) of uint8."
-            )
-        return _to_rgb(Image.fromarray(source), "image array")
-    if isinstance(source, dict) and "bytes" in source:
-        name = source.get("path") or "image"
-        source = source["bytes"] if source["bytes"] is not None else source["path"]
-        return _read(source, name)
-    if isinstance(source, (str, os.PathLike)):
-        return _read(source, os.fspath(source))
-    if isinstance(source, (bytes, bytearray)) or hasattr(source, "read"):
-        return _read(source, getattr(source, "name", "image"))
-    raise ValueError(f"An image cannot be read from a {type(source).__name__}: give a path, URL, bytes or PIL image.")
-
-
-def _read(source, name):
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(source, timeout=30) as response:
-                source = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise OSError(f"{name}: it cannot be fetched ({error}).") from error
-    if isinstance(source, (str, os.PathLike)):
-        if not os.path.exists(source):
-            raise FileNotFoundError(f"{name}: there is no such file.")
-        if os.path.isdir(source):
-            raise ValueError(f"{name}: this is a folder, not an image.")
-        if os.path.getsize(source) == 0:
-            raise ValueError(f"{name}: the file is empty.")
-    elif isinstance(source, (bytes, bytearray)):
-        source = io.BytesIO(source)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is fine; only a bomb is refused
-            with Image.open(source) as image:
-                return _to_rgb(image, name)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: this is not an image that PIL can read.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{name}: the image is larger than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make it smaller "
-            "first (or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it)."
-        ) from error
-    except (OSError, SyntaxError, EOFError) as error:  # what PIL's decoders raise on damaged data
-        raise ValueError(f"{name}: the image is damaged or cut short ({error}).") from error
-
-
-def _to_rgb(image, name):
-    if image.width == 0 or image.height == 0:
-        raise ValueError(f"{name}: the image has no pixels.")
-    # Older releases of PIL open a PNG of 16 bits in the mode of 32.
-    is_16_bits = image.mode.startswith("I;16") or image.format == "PNG"
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
-        top = float(values.max())
-        scale = 255.0 if image.mode == "F" and top <= 1 else 1.0 if top <= 255 and not is_16_bits else 1 / 257
-        image = Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+STRIP = 16  # an image so many times longer than wide is a strip
 
 
 class VLVProcessor(ProcessorMixin):
@@ -157,13 +79,7 @@ class VLVProcessor(ProcessorMixin):
         image = load_image(image)
         if (crop or self.crop) != "center":
             return image
-        size = self.decoder_image_size
-        scale = size / min(image.size)
-        image = image.resize(
-            (max(size, int(image.width * scale)), max(size, int(image.height * scale))), Image.Resampling.BILINEAR
-        )
-        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-        return image.crop((left, top, left + size, top + size))
+        return _centre(image, self.decoder_image_size)
 
     def __call__(
         self,
@@ -339,6 +255,24 @@ class VLVProcessor(ProcessorMixin):
             encoder_tokenizer=AutoTokenizer.from_pretrained(encoder, **hub_kwargs),
             decoder_tokenizer=decoder_tokenizer,
         )
+
+
+def _centre(image, size):
+    """The square in the middle, `size` pixels wide, of the image with its shorter side resized to that."""
+    scale = size / min(image.size)
+    resized = [max(size, int(side * scale)) for side in image.size]
+    corner = [round((side - size) / 2) for side in resized]
+    if max(resized) <= STRIP * size:
+        image = image.resize(tuple(resized), Image.Resampling.BILINEAR)
+        return image.crop((*corner, corner[0] + size, corner[1] + size))
+    # A long strip would grow to gigabytes: only what is kept of it is resized, and what the filter reads around that.
+    steps = [before / after for before, after in zip(image.size, resized, strict=True)]
+    box = [place * step for place, step in zip((*corner, corner[0] + size, corner[1] + size), 2 * steps, strict=True)]
+    left, top = (max(0, math.floor(place - step) - 1) for place, step in zip(box[:2], steps, strict=True))
+    right, bottom = (math.ceil(place + step) + 1 for place, step in zip(box[2:], steps, strict=True))
+    around = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
+    inner = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+    return around.resize((size, size), Image.Resampling.BILINEAR, box=inner)
 
 
 def _as_list(images):

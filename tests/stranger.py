@@ -19,7 +19,7 @@ import threading
 import traceback
 from pathlib import Path
 
-HIDDEN = {"configuration_vlv", "modeling_vlv", "processing_vlv", "pipeline_vlv", "vlv"}
+HIDDEN = {"configuration_vlv", "modeling_vlv", "processing_vlv", "images_vlv", "pipeline_vlv", "vlv"}
 
 
 class NotInstalled(importlib.abc.MetaPathFinder):

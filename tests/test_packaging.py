@@ -94,7 +94,7 @@ def test_wheel_holds_code_and_checkpoint(tmp_path):
     with zipfile.ZipFile(path) as wheel:
         names = set(wheel.namelist())
         published = {file.name for file in ROOT.glob("*_vlv.py")}
-        assert len(published) == 4 and published <= names
+        assert len(published) == 5 and published <= names
         workbench = {file.relative_to(ROOT).as_posix() for file in (ROOT / "vlv").rglob("*.py")}
         assert workbench <= names
         # The checkpoint is whole, and its code files are files, equal to the published ones, not links to them.

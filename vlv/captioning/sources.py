@@ -1,5 +1,7 @@
-"""Where pictures come from: image files, and rows of parquet files, WebDataset archives and data sets of the Hub."""
+"""Where pictures come from: image files, and rows of parquet files, WebDataset archives and datasets on the Hub."""
 
+import glob
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How the rows of a table are read; of no concern to image files."""
+    """How the rows of a table are read; image files have none."""
 
     split: str = "train"
     image_column: str | None = None
@@ -35,7 +37,7 @@ class RowOptions:
 
 @dataclass(frozen=True)
 class Table:
-    """One parquet file, archive, or shard of a data set: opened only when it is read."""
+    """One parquet file, archive, or shard of a dataset: opened only when it is read."""
 
     name: str
     open: Callable[[], "IterableDataset"]
@@ -109,16 +111,16 @@ class Source:
 def open_source(paths: Sequence[str], options: RowOptions = RowOptions()) -> Source:
     """
     The pictures that command-line paths stand for: image files, folders, patterns and lists of them (as
-    [`find_images`]), `.parquet` files, WebDataset `.tar` archives, and ids of data sets on the Hub.
+    [`find_images`]), `.parquet` files, WebDataset `.tar` archives, and ids of datasets on the Hub.
 
     Raises:
         FileNotFoundError: when there is nothing of the kind.
     """
-    ids = [path for path in paths if _is_dataset_id(path)]
+    ids = list(filter(_is_dataset_id, paths))
     files = [path for path in paths if path not in ids]
     shards, counts = [], []
     for file in find_images(files) if files else []:
-        kind = next((kind for suffix, kind in BUILDERS.items() if file.name.lower().endswith(suffix)), None)
+        kind = _builder(file.location)
         shards.append(file if kind is None else _open_file(file, kind, options))
         counts.append(1 if kind is None else _count_rows(file.path))
     for dataset_id in ids:
@@ -130,17 +132,27 @@ def open_source(paths: Sequence[str], options: RowOptions = RowOptions()) -> Sou
 
 def _is_dataset_id(path: str) -> bool:
     shape = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path)
-    return bool(shape) and not path.lower().endswith((*SUFFIXES, *BUILDERS, ".txt")) and not Path(path).exists()
+    if not shape or path.lower().endswith((*SUFFIXES, *BUILDERS, ".txt")):
+        return False
+    return not os.path.lexists(path) and not os.path.isdir(os.path.dirname(path))
+
+
+def _builder(path: str) -> str | None:
+    """The name of the `datasets` builder that reads a table; `None` for an image."""
+    path = path.lower()
+    if not path.endswith(tuple(BUILDERS)):
+        return None
+    return next(builder for suffix, builder in BUILDERS.items() if path.endswith(suffix))
 
 
 def _open_file(file: ImageFile, kind: str, options: RowOptions) -> Table:
-    return Table(file.name, partial(_load_file, kind, str(file.path)), options)
+    return Table(file.name, partial(_load_file, kind, file.location), options)
 
 
 def _load_file(kind: str, path: str) -> "IterableDataset":
     from datasets import load_dataset
 
-    return load_dataset(kind, data_files=path, split="train", streaming=True)
+    return load_dataset(kind, data_files=glob.escape(path), split="train", streaming=True)
 
 
 def _count_rows(path: Path) -> int | None:
@@ -161,10 +173,10 @@ def _open_dataset(dataset_id: str, options: RowOptions) -> tuple[list[Table], in
     try:
         dataset = load_dataset(dataset_id, split=options.split, streaming=True)
     except ValueError as error:
-        raise ValueError(f"The data set {dataset_id} cannot be read: {error}") from error
+        raise ValueError(f"The dataset {dataset_id} cannot be read: {error}") from error
     except Exception as error:  # the Hub's client and `datasets` have many ways of saying that it is not there
         raise FileNotFoundError(
-            f"{dataset_id}: there is no such file or folder, and no such data set could be had from the Hub "
+            f"{dataset_id}: there is no such file or folder, and no such dataset was found on the Hub "
             f"({' '.join(str(error).split())})."
         ) from error
     count = dataset.num_shards

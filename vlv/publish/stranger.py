@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-OURS = ("configuration_vlv", "modeling_vlv", "pipeline_vlv", "processing_vlv", "vlv")
+OURS = ("configuration_vlv", "images_vlv", "modeling_vlv", "pipeline_vlv", "processing_vlv", "vlv")
 
 
 class Absent:
