@@ -148,8 +148,11 @@ class VLVConfig(PreTrainedConfig):
             )
 
     def get_text_config(self, decoder=None, encoder=None):
-        """The caption head's config, which sizes vocabulary, cache and generation; this config where there is none."""
-        return self if self.caption_config is None else self.caption_config
+        """
+        The config that sizes vocabulary, cache and generation: the caption head's, or without one that of Florence-2's
+        language model.
+        """
+        return self.encoder_config.text_config if self.caption_config is None else self.caption_config
 
 
 def _as_config(config, config_class=None):

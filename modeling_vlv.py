@@ -41,6 +41,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.utils import ModelOutput, cached_file
+from transformers.utils.generic import is_flash_attention_requested
 
 try:
     from .configuration_vlv import VLVConfig
@@ -78,6 +79,7 @@ class VLVOutput(ModelOutput):
             the last one the token after them.
         caption_embeds (`torch.FloatTensor` of shape `(B, Q, E)`): the bottleneck.
         context (`torch.FloatTensor` of shape `(B, Q, E)`): the text encoder's reading of it.
+        hidden_states, attentions (tuples of `torch.FloatTensor`): the caption head's, of prefix and caption.
     """
 
     loss: torch.FloatTensor | None = None
@@ -86,6 +88,8 @@ class VLVOutput(ModelOutput):
     logits: torch.FloatTensor | None = None
     caption_embeds: torch.FloatTensor | None = None
     context: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class VLVProjection(torch.nn.Sequential):
@@ -99,7 +103,7 @@ class VLVProjection(torch.nn.Sequential):
 
 class VLVTextEncoder(torch.nn.Module):
     """
-    CLIP's text encoder with a second door: it can be entered with embeddings in place of token ids.
+    CLIP's text encoder, which also takes embeddings in place of token ids.
 
     Its parts are held directly, because the prefix that `CLIPTextModel` gives their weights differs between
     releases of transformers 5 and a checkpoint must load in all of them.
@@ -111,18 +115,19 @@ class VLVTextEncoder(torch.nn.Module):
         clip = CLIPTextModel(config)
         clip = getattr(clip, "text_model", clip)
         self.embeddings, self.encoder, self.final_layer_norm = clip.embeddings, clip.encoder, clip.final_layer_norm
+        del self.embeddings.position_ids  # not part of a checkpoint: forward() makes its own
 
     def forward(self, input_ids=None, inputs_embeds=None):
         """`input_ids` (B, Q) or `inputs_embeds` (B, Q, E), to which positions are added here -> context (B, Q, E)."""
         inputs = inputs_embeds if input_ids is None else input_ids
-        length = inputs.shape[1]
-        # Given, because the embeddings' own buffer of them is not part of a checkpoint.
+        batch_size, length = inputs.shape[:2]
         position_ids = torch.arange(length, device=inputs.device)[None]
         hidden_states = self.embeddings(input_ids, position_ids, inputs_embeds)
         mask = None
-        if self.config._attn_implementation == "eager":  # the only implementation that does not read is_causal
+        # SDPA and flash attention read is_causal. Eager and flex attention do not, and others need not.
+        if self.config._attn_implementation != "sdpa" and not is_flash_attention_requested(self.config):
             mask = torch.full((length, length), torch.finfo(hidden_states.dtype).min, device=hidden_states.device)
-            mask = mask.to(hidden_states.dtype).triu(1)[None, None]
+            mask = mask.to(hidden_states.dtype).triu(1).expand(batch_size, 1, -1, -1)
         hidden_states = self.encoder(inputs_embeds=hidden_states, attention_mask=mask, is_causal=True)[0]
         return self.final_layer_norm(hidden_states)
 
@@ -302,19 +307,22 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
             if part is not None:
                 getattr(part, "activation_checkpointing_disable", part.gradient_checkpointing_disable)()
 
+    @property
+    def _text_part(self):
+        """The part that owns the token embeddings: the caption head, or Florence-2 where there is none."""
+        return self.encoder if self.caption_head is None else self.caption_head
+
     def get_input_embeddings(self):
-        """The caption head's token embeddings: the model's text side."""
-        return (
-            self.encoder.language_model.shared
-            if self.caption_head is None
-            else self.caption_head.get_input_embeddings()
-        )
+        return self._text_part.get_input_embeddings()
 
     def set_input_embeddings(self, value):
-        self.caption_head.set_input_embeddings(value)
+        self._text_part.set_input_embeddings(value)
 
     def get_output_embeddings(self):
-        return None if self.caption_head is None else self.caption_head.get_output_embeddings()
+        return self._text_part.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self._text_part.set_output_embeddings(value)
 
     # ---- image -> caption embeddings -> context ------------------------------------------------------------
 
@@ -346,6 +354,10 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         prompt = language_model.encoder.embed_tokens(prompt).expand(batch_size, -1, -1)
         tokens = torch.cat([image_features, prompt.to(image_features.dtype)], dim=1)  # (B, T + P, D)
         memory = language_model.encoder(inputs_embeds=tokens).last_hidden_state
+        if self.queries.is_meta and hasattr(
+            self, "_hf_hook"
+        ):  # the whole model is offloaded, and this is not forward()
+            self._hf_hook.pre_forward(self)
         queries = self.queries.to(image_features.device, image_features.dtype).expand(batch_size, -1, -1)
         answers = language_model.decoder(
             inputs_embeds=queries, encoder_hidden_states=memory, use_cache=False
@@ -374,9 +386,8 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
                 f"config.empty_prompt_ids holds {len(self.config.empty_prompt_ids)} ids, but the context is {length} "
                 "long: set it to the empty prompt, padded to the text encoder's positions."
             )
-        weight = self.text_encoder.final_layer_norm.weight
-        ids = torch.tensor(self.config.empty_prompt_ids[:length], device="cpu" if weight.is_meta else weight.device)
-        return self.text_encoder(input_ids=ids[None])
+        ids = torch.tensor([self.config.empty_prompt_ids[:length]], device=_device(self.text_encoder))
+        return self.text_encoder(input_ids=ids)
 
     # ---- the frozen decoder: context -> image --------------------------------------------------------------
 
@@ -419,10 +430,12 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         `latents` (B, C, h/f, w/f). `noise` (as latents) and `timesteps` (B,) are drawn where not given.
         """
         scheduler = self.noise_scheduler
+        latents = latents.to(_device(self.unet))
         if noise is None:
             noise = torch.randn_like(latents)
         if timesteps is None:
             timesteps = torch.randint(scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device)
+        noise, timesteps = noise.to(latents.device), timesteps.to(latents.device)
         if self.training and self.config.context_dropout > 0:
             dropped = torch.rand(context.shape[0], 1, 1, device=context.device) < self.config.context_dropout
             context = torch.where(dropped, self.empty_context(context.shape[1]).to(context), context)
@@ -516,7 +529,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         _check_batch(context, input_ids=input_ids, attention_mask=attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        embeds = torch.cat([prefix, embeddings(input_ids).to(prefix.device)], dim=1)
+        embeds = torch.cat([prefix, embeddings(input_ids.to(_device(embeddings))).to(prefix.device)], dim=1)
         return embeds, torch.cat([mask, attention_mask.to(mask)], dim=1)
 
     @torch.no_grad()
@@ -552,7 +565,10 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         order = attention_mask.argsort(dim=1, stable=True)
         inputs_embeds = inputs_embeds.take_along_dim(order[..., None], dim=1)
         attention_mask = attention_mask.take_along_dim(order, dim=1)
-        generation_config = copy.deepcopy(generation_config or self.generation_config)
+        generation_config = copy.deepcopy(generation_config or GenerationConfig())
+        # What it leaves open is the checkpoint's, as in every model of the library.
+        defaults = self.generation_config.to_dict()
+        generation_config.update(**defaults, defaults_only=True, allow_custom_entries=True)
         kwargs = generation_config.update(**kwargs)  # what is no generation setting: streamer, logits_processor, ...
         return self.caption_head.generate(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=generation_config, **kwargs
@@ -575,11 +591,13 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         image_features: torch.Tensor | None = None,
         caption_embeds: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | None = None,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> VLVOutput:
         """
         What is given decides what is computed: `decoder_pixel_values` or `latents` the denoising loss (stage 1),
-        `input_ids` the logits and, with `labels`, the caption loss (stage 2), and always the context.
+        `input_ids` the logits, `labels` the caption loss (stage 2), and always the context.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images from the processor. In its place:
@@ -589,8 +607,10 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
             latents (`torch.FloatTensor` of shape `(B, C, h/f, w/f)`): cached latents ([`encode_latents`]).
             noise, timesteps: as latents, and `(B,)`: fixed in place of drawn ones, for comparable evaluations.
             input_ids, attention_mask (`torch.LongTensor` of shape `(B, T)`): the captions, padded on the right.
-            labels (`torch.LongTensor` of shape `(B, T)`): the captions again, -100 where nothing is to be learnt.
+            labels (`torch.LongTensor` of shape `(B, T)`): the captions again, -100 where nothing is to be learnt. They
+                are the captions themselves where `input_ids` are not given.
             num_items_in_batch: the label count to divide by, which Trainer gives under gradient accumulation.
+            output_hidden_states, output_attentions (`bool`, *optional*): also return the caption head's.
 
         Returns:
             [`VLVOutput`].
@@ -598,7 +618,8 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         if caption_embeds is None:
             caption_embeds = self.encode(pixel_values, image_features)
         context = self.encode_context(caption_embeds)
-        denoising_loss = caption_loss = logits = None
+        denoising_loss = caption_loss = None
+        written = {}  # by the caption head
         _check_batch(
             context,
             decoder_pixel_values=decoder_pixel_values,
@@ -613,34 +634,42 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         if latents is not None:
             self._require_decoder("compute the denoising loss")
             denoising_loss = self.compute_denoising_loss(latents, context, noise, timesteps)
+        if input_ids is None and labels is not None:
+            input_ids = labels.masked_fill(labels == -100, 0)
+            attention_mask = labels != -100 if attention_mask is None else attention_mask
         if input_ids is not None:
             self._require_caption_head("read captions")
             inputs_embeds, attention_mask = self._caption_inputs(context, input_ids, attention_mask)
+            asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
             # The prefix is not projected to the vocabulary: only its last position, which predicts the first token.
-            logits = self.caption_head(
+            written = self.caption_head(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 use_cache=False,
                 logits_to_keep=input_ids.shape[1] + 1,
-            ).logits
+                **{
+                    name: getattr(self.config, name) or None if value is None else value
+                    for name, value in asked.items()
+                },
+            )
             if labels is not None:
                 caption_loss = self.caption_head.loss_function(
-                    logits=logits,
+                    logits=written.logits,
                     labels=F.pad(labels, (1, 0), value=-100),  # the prefix's last position has no label of its own
-                    vocab_size=logits.shape[-1],
+                    vocab_size=written.logits.shape[-1],
                     num_items_in_batch=num_items_in_batch,
                 )
         losses = [loss for loss in (denoising_loss, caption_loss) if loss is not None]
         # Built at the end: in transformers 5.0, what is set on an output later is missing from its keys.
         output = VLVOutput(
-            loss=sum(losses) if losses else None,
+            loss=sum(loss.to(context.device) for loss in losses) if losses else None,
             denoising_loss=denoising_loss,
             caption_loss=caption_loss,
-            logits=logits,
             caption_embeds=caption_embeds,
             context=context,
+            **{name: written.get(name) for name in ("logits", "hidden_states", "attentions")},
         )
-        return output if return_dict else output.to_tuple()
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     # ---- assembling ----------------------------------------------------------------------------------------
 
@@ -759,7 +788,9 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
             )
 
 
-class VLVForConditionalGeneration(VLVModel):
+# GenerationMixin is named again: where it is not a direct base, AutoModelForImageTextToText makes a new class of a
+# repo's, which cannot be pickled.
+class VLVForConditionalGeneration(VLVModel, GenerationMixin):
     """The captioner alone: a [`VLVModel`] that never builds or reads UNet and VAE, whatever the checkpoint holds."""
 
     def __init__(self, config: VLVConfig):
@@ -781,17 +812,21 @@ def _check_images(name, images, source):
 
 def _check_batch(context, **inputs):
     for name, tensor in inputs.items():
-        if tensor is not None and len(tensor) != len(context):
+        if tensor is not None and tensor.shape[0] != context.shape[0]:
             raise ValueError(
                 f"There are {len(context)} images, but {len(tensor)} rows of {name}: each image needs its own."
             )
 
 
+def _device(module: torch.nn.Module) -> torch.device | None:
+    """The device of the module that reads an input; `None` of an offloaded one, whose hooks move its inputs."""
+    weight = next(module.parameters())
+    return None if weight.is_meta else weight.device
+
+
 def _cast(tensor: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     """The tensor on the device and in the dtype of the module that reads it."""
-    weight = next(module.parameters())
-    # An offloaded module's weights are on the meta device until its hooks fetch them, and the inputs with them.
-    return tensor.to(weight.dtype) if weight.is_meta else tensor.to(weight.device, weight.dtype)
+    return tensor.to(_device(module), next(module.parameters()).dtype)
 
 
 # ---- reading the parts -------------------------------------------------------------------------------------

@@ -12,9 +12,13 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
+# VLVConfig: AutoTokenizer reads a repo's config.json, and where the class is registered it has no code of the repo to ask
+# about.
 try:
+    from .configuration_vlv import VLVConfig  # noqa: F401
     from .images_vlv import load_image
 except ImportError:
+    from configuration_vlv import VLVConfig  # noqa: F401
     from images_vlv import load_image
 
 # Tokenizers of the parts, kept so that a checkpoint can be taken apart again; each is absent where its part came
@@ -164,12 +168,12 @@ class VLVProcessor(ProcessorMixin):
 
     def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> list[str]:
         """Token ids (B, T) from `model.generate` -> B captions."""
-        captions = self.tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
-        return [caption.strip() for caption in captions]
+        return [self.decode(caption, skip_special_tokens, **kwargs) for caption in ids]
 
-    def decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> str:
-        """Token ids (T,) of one caption -> the caption."""
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+    def decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> str | list[str]:
+        """Token ids (T,) of one caption -> the caption; (B, T) of several -> a list, as the tokenizers do."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        return text.strip() if isinstance(text, str) else [caption.strip() for caption in text]
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
         """What the image-text-to-text pipeline calls: decoding that keeps the space between text and caption."""
