@@ -79,17 +79,15 @@ def compute_once(
         OSError: when the disk has no room for it; what lies in `folder` from before is untouched.
     """
     images = Images(rows, column, read)
-    folder = folder / fingerprint(rows._fingerprint, column, *key)
-    starts = range(0, len(rows), ROWS_PER_FILE)
-    files = [folder / f"{start:010}.arrow" for start in starts]
-    missing = [(start, file) for start, file in zip(starts, files, strict=True) if not file.exists()]
+    files = cache_files(rows, column, key, folder)
+    folder = files[0].parent
+    missing = [(number * ROWS_PER_FILE, file) for number, file in enumerate(files) if not file.exists()]
     state = PartialState()
     state.wait_for_everyone()  # all have looked before the first one writes
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        blank = compute({name: tensor[None] for name, tensor in images.blank().items()})
-        size = sum(tensor.nbytes for tensor in blank.values())
-        check_room(folder, size, sum(min(ROWS_PER_FILE, len(rows) - start) for start, _ in missing), blank)
+        blank = compute_blank(images, compute)
+        check_room(folder, missing_bytes(len(rows), files, blank), len(rows), blank)
         for start, file in missing[state.process_index :: state.num_processes]:
             part = torch.utils.data.Subset(images, range(start, min(start + ROWS_PER_FILE, len(rows))))
             loader = DataLoader(
@@ -105,6 +103,32 @@ def compute_once(
     if absent := [file for file in files if not file.exists()]:
         raise FileNotFoundError(f"{absent[0]} is not there: cache_dir must be a folder that all processes share.")
     return concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+
+
+def cache_files(rows: Dataset, column: str, key: Sequence[Any], folder: Path) -> list[Path]:
+    """The files in `folder`, of `ROWS_PER_FILE` rows each, that `compute_once` reads or writes."""
+    folder = folder / fingerprint(rows._fingerprint, column, *key)
+    return [folder / f"{start:010}.arrow" for start in range(0, len(rows), ROWS_PER_FILE)]
+
+
+def compute_blank(images: Images, compute: Callable[[Tensors], Tensors]) -> Tensors:
+    """What `compute` makes of a blank image: the shapes and types that it makes of every image."""
+    return compute({name: tensor[None] for name, tensor in images.blank().items()})
+
+
+def missing_bytes(count: int, files: Sequence[Path], blank: Tensors) -> int:
+    """How many bytes the tensors of those rows take whose file is not there yet."""
+    rows = sum(
+        min(ROWS_PER_FILE, count - number * ROWS_PER_FILE) for number, file in enumerate(files) if not file.exists()
+    )
+    return rows * sum(tensor.nbytes for tensor in blank.values())
+
+
+def free_bytes(folder: Path) -> int:
+    """The room on the disk where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def write(file: Path, batches: Iterable[tuple[Tensors, list[str]]], blank: Tensors) -> None:
@@ -130,11 +154,10 @@ MEND = "Choose a cache_dir with more room, or cache less: --cache_features false
 
 
 def check_room(folder: Path, size: int, count: int, tensors: Iterable[str]) -> None:
-    """Raises OSError when `count` rows of `size` bytes do not fit on the disk, before hours have gone into them."""
-    free = shutil.disk_usage(folder).free
-    if count * size > free:
+    """Raises OSError when `size` bytes do not fit on the disk, before hours have gone into them."""
+    if size > (free := free_bytes(folder)):
         raise OSError(
-            f"The {' and '.join(tensors)} of {count:,} images take {count * size / 1e9:,.1f} GB, but"
+            f"The {' and '.join(tensors)} of {count:,} images take {size / 1e9:,.1f} GB, but"
             f" {folder.parent} has {free / 1e9:,.1f} GB free. {MEND}"
         )
 

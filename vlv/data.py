@@ -9,6 +9,7 @@ Rows that are streamed skip the pass: `Stream` takes the place of `Examples`.
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 from PIL.Image import Resampling
@@ -78,6 +80,22 @@ def folder_format(folder: Path) -> str:
     raise ValueError(f"There are no images in {folder}, and neither parquet files nor WebDataset tars.")
 
 
+@contextmanager
+def reading(dataset: str) -> Iterator[None]:
+    """Turns whatever `datasets` raises into one error that names the dataset."""
+    try:
+        yield
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"There is no folder {dataset}, and no dataset of that name was found on the Hub: {error}"
+        ) from error
+    except Exception as error:  # it raises an IndexError for an empty metadata.jsonl, for example
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        if isinstance(cause, OSError | ValueError) and dataset in str(cause):
+            raise cause from error
+        raise ValueError(f"{dataset} cannot be read: {cause or type(cause).__name__}") from error
+
+
 def require_column(rows: Dataset | IterableDataset, column: str, setting: str) -> None:
     """Raises ValueError, naming the setting that chooses it, when `rows` has no such column."""
     if rows.column_names is not None and column not in rows.column_names:
@@ -86,9 +104,36 @@ def require_column(rows: Dataset | IterableDataset, column: str, setting: str) -
         )
 
 
+def row_number(rows: Dataset, index: int) -> int:
+    """Where a row lies in the dataset as it was loaded, before some of its rows were selected."""
+    return index if rows._indices is None else rows._indices.column(0)[index].as_py()
+
+
+def require_text(rows: Dataset | IterableDataset, column: str) -> None:
+    """Raises ValueError when a column of captions is known to hold anything but text, or lists of text."""
+    feature = (rows.features or {}).get(column)
+    if feature is None:
+        return
+    feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+    # The type null is that of a column without any caption, which is said where captions are missed.
+    if kind not in ("string", "large_string", "null"):
+        raise ValueError(
+            f"The column '{column}' holds {kind}, not text: write each caption as text, in quotes in a metadata.jsonl,"
+            " or choose another column with caption_column."
+        )
+
+
 def captions_of(value: str | Sequence[str] | None) -> list[str]:
-    """The captions of one image, of which a row holds one, a list, or none; what is empty counts for none."""
-    captions = [value] if isinstance(value, str) else value or []
+    """The captions of one image: a row holds one, a list, or none. Empty captions are ignored.
+
+    Raises:
+        ValueError: when a caption is not text.
+    """
+    captions = list(value) if isinstance(value, list | tuple) else [value]
+    for caption in captions:
+        if caption is not None and not isinstance(caption, str):
+            raise ValueError(f"the caption {caption!r} is not text.")
     return [caption for caption in captions if caption and not caption.isspace()]
 
 
@@ -161,6 +206,8 @@ class Examples(torch.utils.data.Dataset):
         rows: no more columns than `read` needs.
         read: makes of a row a dict of tensors and lists; `None` where there is nothing to read.
         cached: tensors for each row, in their order: anything that gives `cached[indices]` as a dict.
+        report: is called as `report(row, number, error)` with each row that cannot be read. The row is left out of its
+            batch. A batch without any readable row takes the next one.
     """
 
     def __init__(
@@ -169,8 +216,10 @@ class Examples(torch.utils.data.Dataset):
         read: Callable[[dict[str, Any]], dict[str, Any]] | None,
         cached: list[Table | Dataset],
         seed: int,
+        report: Callable[[dict[str, Any], int, Exception], None],
     ):
         self.rows, self.read, self.cached, self.seed, self.epoch = rows, read, cached, seed, 0
+        self.report = report
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -184,10 +233,30 @@ class Examples(torch.utils.data.Dataset):
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        batch = merge([self.read(row) for row in self.rows.__getitems__(indices)]) if self.read else {}
+        batch = {}
+        if self.read is not None:
+            samples = self.readable(indices)
+            start, count = indices[-1] + 1, len(self)
+            for index in range(start, start + count):
+                if samples:
+                    break
+                samples = self.readable([index % count])
+            if not samples:
+                raise ValueError(f"None of the {count} rows can be used: unreadable.jsonl says why.")
+            indices, batch = [index for index, _ in samples], merge([sample for _, sample in samples])
         for source in self.cached:
             batch |= source[indices]
         return {**batch, "random": [np.random.default_rng((self.seed, self.epoch, index)) for index in indices]}
+
+    def readable(self, indices: list[int]) -> list[tuple[int, dict[str, Any]]]:
+        """Index and sample of each row that can be read."""
+        samples = []
+        for index, row in zip(indices, self.rows.__getitems__(indices), strict=True):
+            try:
+                samples.append((index, self.read(row)))
+            except (OSError, ValueError) as error:
+                self.report(row, row_number(self.rows, index), error)
+        return samples
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -239,7 +308,10 @@ class Stream(torch.utils.data.IterableDataset):
             if number < 0 and worker is not None:
                 return  # there are more workers than shards of the data
             if not found:
-                raise ValueError("None of the streamed rows can be trained on: see unreadable.jsonl.")
+                raise ValueError(
+                    "None of the streamed rows can be trained on: they are unreadable (unreadable.jsonl says why) or"
+                    " held out for evaluation (eval_size)."
+                )
 
 
 def merge(samples: list[dict[str, Any]]) -> dict[str, Any]:

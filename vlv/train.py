@@ -6,6 +6,7 @@ A recipe is a flat YAML file of the stage's settings and of TrainingArguments; t
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -15,11 +16,15 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
+from vlv.checks import require_a_batch, require_arguments, require_output_folder
 from vlv.commands.parser import CommandParser
 from vlv.evaluation.results import git_commit
-from vlv.files import replaced_together, writing_to
+from vlv.files import locked, replaced_together, writing_to
 from vlv.stages import stage_class
 from vlv.stages.base import Settings, Stage
 from vlv.trainer import StageTrainer, last_whole_checkpoint
@@ -56,19 +61,33 @@ class TrainArguments(TrainingArguments):
 
 def main(argv: list[str] | None = None) -> None:
     stage_type, settings, args = read_recipe(sys.argv[1:] if argv is None else argv)
+    require_arguments(stage_type, settings, args)
+    require_output_folder(args)
+    try:
+        with locked(args.output_dir) if args.process_index == 0 else nullcontext():
+            run(stage_type, settings, args)
+    except ImportError as error:  # peft, flash_attn, ...: the library's sentence says how to install it
+        raise ValueError(str(error)) from error
+
+
+def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> None:
+    """Trains, evaluates and saves."""
     output_dir = Path(args.output_dir)
     set_seed(args.seed)
     stage = stage_type(settings, args)
+    if not isinstance(stage.train_dataset, IterableDataset):
+        require_a_batch(len(stage.train_dataset), settings, args)
     trainer = StageTrainer(stage, args)
-    if trainer.is_world_process_zero():
-        print(overview(stage, args), flush=True)
+    stage.tell(overview(stage, args))
 
     if args.world_size > 1:
         set_seed(args.seed + args.process_index)  # each process draws noise of its own
-    last = last_whole_checkpoint(output_dir) if args.resume else None
+    last = checkpoint_to_resume(stage, args)
     started, commit = time.time(), git_commit()  # of the code that runs, whatever is committed meanwhile
     trainer.train(resume_from_checkpoint=last and str(last))
     seconds = time.time() - started
+    if trainer.state.global_step == 0:
+        raise ValueError("No step was trained: the data gave no batch.")
 
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -98,6 +117,27 @@ def main(argv: list[str] | None = None) -> None:
         )
         if left_out := stage.left_out.summary():
             print(left_out)
+
+
+def checkpoint_to_resume(stage: Stage, args: TrainArguments) -> Path | None:
+    """
+    The training checkpoint to start from. Where --resume has nothing to continue, this is said.
+
+    Raises:
+        ValueError: when it was trained for more steps than max_steps.
+    """
+    if not args.resume:
+        return None
+    last = last_whole_checkpoint(Path(args.output_dir))
+    if last is None:
+        stage.tell(f"There is no whole training checkpoint in {args.output_dir}: the training starts at step 0.")
+        return None
+    steps = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).global_step
+    if 0 < args.max_steps < steps:
+        raise ValueError(f"{last} has been trained for more than max_steps={args.max_steps} steps: choose more steps.")
+    if args.max_steps == steps:
+        stage.tell(f"{last} has all {steps} steps, so no more are trained: choose a larger max_steps to train longer.")
+    return last
 
 
 def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]:

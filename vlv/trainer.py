@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -17,6 +18,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from vlv.checks import require_finite
 from vlv.files import writing_to
 from vlv.monitor import LossBar, write_samples
 from vlv.stages.base import Stage
@@ -36,6 +38,7 @@ class StageTrainer(Trainer):
             train_dataset=stage.train_dataset,
             eval_dataset=stage.eval_dataset,
             data_collator=stage.collate,
+            compute_loss_func=stage.loss_function(),
             callbacks=[EpochCallback(stage.train_dataset), *stage.callbacks()],
         )
         if self.pop_callback(ProgressCallback) is not None:
@@ -66,6 +69,7 @@ class StageTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        require_finite(logs, self.state.global_step)
         if "loss" in logs and self.loss_parts:
             # In proportion, for the Trainer's own sum knows about accumulated and gathered batches.
             whole = sum(self.loss_parts.values())
@@ -146,8 +150,20 @@ class StageTrainer(Trainer):
         return SequentialSampler(eval_dataset)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
+        self.require_finite_weights()
         with writing_to(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
+
+    def require_finite_weights(self) -> None:
+        """Raises ValueError, on every process alike, before a broken model takes the place of a good checkpoint."""
+        weights = [weight.detach() for weight in self.stage.state().values()]
+        weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        broken = sum((~weight.isfinite()).sum() for weight in weights)
+        if self.accelerator.reduce(torch.as_tensor(broken, device=self.args.device)).item():
+            raise ValueError(
+                f"Weights are not finite at step {self.state.global_step}, so the training stops: lower learning_rate."
+                " Training checkpoints of earlier steps are kept for --resume."
+            )
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         # Trainer has one switch for both, but only training drops its last short batch.

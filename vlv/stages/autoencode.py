@@ -13,6 +13,7 @@ from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.data import Table, fixed_noise
 from vlv.sheets import Pair, contact_sheet
+from vlv.stages.caching import AUTO, parse_switch
 from vlv.stages.vlv import VLVSettings, VLVStage
 
 
@@ -35,17 +36,23 @@ class AutoencodeSettings(VLVSettings):
     sample_latents: bool = field(
         default=True, metadata={"help": "Sample the VAE's latents rather than take their mean."}
     )
-    cache_latents: bool = field(
-        default=True,
+    cache_latents: str = field(
+        default=AUTO,
         metadata={
             "help": "Run the frozen VAE over each image once, before training, and keep its latents on disk (their"
-            " distributions where they are sampled): each epoch then saves that time. At the published size they take"
-            " 37 KB per image in bf16 training."
+            " distributions where they are sampled): true, false, or auto, as cache_features. At the published size"
+            " they take 37 KB per image in bf16 training.",
+            "nargs": "?",
+            "const": True,
         },
     )
     denoising_loss: str = field(default="mse", metadata={"help": "mse or l1."})
     min_snr_gamma: float | None = field(default=None, metadata={"help": "Weight the loss by min(SNR, gamma)."})
     context_dropout: float = field(default=0.0, metadata={"help": "Share of contexts replaced by the empty prompt's."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.cache_latents = parse_switch("cache_latents", self.cache_latents)
 
 
 class AutoencodeStage(VLVStage):
@@ -70,9 +77,9 @@ class AutoencodeStage(VLVStage):
             setattr(self.model.config, name, getattr(settings, name))
         self.choose_parts()
         latents = ("latent_mean", "latent_std") if settings.sample_latents else ("latents",)
-        train = self.features() + (latents if settings.cache_latents else ())
         # Evaluation takes the mean and brings its noise along, so that its losses can be compared.
-        self.prepare_data(train, evaluation=(*self.features(), "latents"))
+        features = {"cache_features": self.features()}
+        self.prepare_data({"cache_latents": latents, **features}, features, besides=("latents",))
         shape = self.eval_dataset[0]["latents"].shape
         timesteps = self.model.noise_scheduler.config.num_train_timesteps
         self.eval_dataset.cached.append(Table(**fixed_noise(len(self.eval_rows), shape, timesteps)))

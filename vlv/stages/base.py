@@ -14,7 +14,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from vlv.cache import as_tensors, compute_once
-from vlv.data import captions_of, load_rows, require_column, squeeze
+from vlv.checks import require_separate, require_sources
+from vlv.data import captions_of, load_rows, reading, require_column, require_text, row_number, squeeze
 from vlv.left_out import LeftOut
 from vlv.monitor import Samples
 
@@ -61,6 +62,7 @@ class Stage:
     """
 
     Settings = Settings
+    smooths_labels = False  # whether label_smoothing_factor means anything to the loss
 
     model: nn.Module
     train_dataset: torch.utils.data.Dataset
@@ -68,8 +70,18 @@ class Stage:
 
     def __init__(self, settings: Settings, args: TrainingArguments):
         self.settings, self.args = settings, args
+        require_sources(settings)
         roots = [folder for folder in (settings.dataset, settings.eval_dataset) if folder and os.path.isdir(folder)]
         self.left_out = LeftOut(Path(args.output_dir), settings.image_column, roots)
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.settings.cache_dir or Path(self.args.output_dir) / "cache")
+
+    def tell(self, line: str) -> None:
+        """Prints a line about the run, once for all processes."""
+        if self.args.process_index == 0:
+            print(line, flush=True)
 
     def learning_rates(self) -> dict[nn.Parameter, float]:
         """Of the parameters that have one of their own, in place of the Trainer's `learning_rate`."""
@@ -83,26 +95,44 @@ class Stage:
         settings = self.settings
         if settings.dataset is None:
             raise ValueError("Nothing to train on: give the folder of images with --dataset.")
+        if settings.eval_size < 1:
+            raise ValueError(f"eval_size is {settings.eval_size}: evaluate on at least 1 image.")
         if self.args.process_index == 0 and not self.args.resume:
             self.left_out.clear()
-        train = load_rows(settings.dataset, settings.train_split, streaming)
-        evaluation = None
+        train, evaluation = self.load_rows(settings.dataset, settings.train_split, streaming), None
         if settings.eval_dataset or settings.eval_split:
-            evaluation = load_rows(settings.eval_dataset or settings.dataset, settings.eval_split, streaming)
+            evaluation = self.load_rows(settings.eval_dataset or settings.dataset, settings.eval_split, streaming)
+            require_separate(settings, train, evaluation)
         if streaming:
-            first = (evaluation or train).take(settings.eval_size)
-            evaluation = Dataset.from_list(list(first), features=first.features)
+            source = train if evaluation is None else evaluation
+            with reading(settings.dataset if evaluation is None else settings.eval_dataset or settings.dataset):
+                first = list(source.take(settings.eval_size + 1))  # one more, to know whether any row is left
+            if evaluation is None:
+                self.require_rest(len(first))
+            evaluation = Dataset.from_list(first[: settings.eval_size], features=source.features)
         elif evaluation is not None:
             evaluation = evaluation.select(range(min(settings.eval_size, len(evaluation))))
         else:
-            if settings.eval_size >= len(train):
-                raise ValueError(
-                    f"{settings.dataset} has {len(train)} rows, of which eval_size={settings.eval_size} are to be held"
-                    " out: make eval_size smaller, or give another eval_dataset."
-                )
+            self.require_rest(len(train))
             split = train.train_test_split(test_size=settings.eval_size, seed=self.args.seed)
             train, evaluation = split["train"], split["test"]
+        for name, rows in (("dataset", train), ("eval_dataset", evaluation)):
+            if isinstance(rows, Dataset) and len(rows) == 0:
+                raise ValueError(f"There are no rows in {getattr(settings, name) or settings.dataset}.")
         return train, evaluation
+
+    def load_rows(self, dataset: str, split: str | None, streaming: bool) -> Dataset | IterableDataset:
+        with reading(dataset):
+            return load_rows(dataset, split, streaming)
+
+    def require_rest(self, count: int) -> None:
+        """Raises ValueError when of `count` rows none is left beside those to evaluate on."""
+        settings = self.settings
+        if count <= settings.eval_size:
+            raise ValueError(
+                f"{settings.dataset} has {count} rows, of which eval_size={settings.eval_size} are to be held out:"
+                " make eval_size smaller, or give another eval_dataset."
+            )
 
     def read_once(
         self,
@@ -115,8 +145,7 @@ class Stage:
         """The rows whose images can be read, and what `compute` makes of each: see `compute_once`."""
         column = self.settings.image_column
         require_column(rows, column, "image_column")
-        folder = Path(self.settings.cache_dir or Path(self.args.output_dir) / "cache")
-        cached = compute_once(rows, column, read, compute, key, folder, self.args, description)
+        cached = compute_once(rows, column, read, compute, key, self.cache_folder, self.args, description)
         reasons = {number: reason for number, reason in enumerate(cached["unreadable"][:]) if reason}
         return self.leave_out(reasons, rows, cached)
 
@@ -128,13 +157,14 @@ class Stage:
     def captioned(self, rows: Dataset) -> Dataset:
         """The rows that have a caption."""
         require_column(rows, self.settings.caption_column, "caption_column")
+        require_text(rows, self.settings.caption_column)
         captions = enumerate(rows[self.settings.caption_column][:])
         reasons = {number: "there is no caption." for number, value in captions if not captions_of(value)}
         return self.leave_out(reasons, rows)[0]
 
     def leave_out(self, reasons: dict[int, str], *datasets: Dataset) -> Sequence[Dataset]:
         """
-        Data sets of the same rows without those, by number, that there is a reason to leave out; it is written down.
+        Datasets of the same rows without those that there is a reason to leave out. Each reason is written down.
 
         Raises:
             ValueError: when no row is left.
@@ -145,11 +175,8 @@ class Stage:
         if len(reasons) == len(rows):
             raise ValueError(f"None of the {len(rows)} rows can be used; the first: {reasons[0]}")
         if self.args.process_index == 0:
-            indices = rows._indices  # where the rows lie in the data set as it was loaded
             for number, reason in reasons.items():
-                self.left_out.add(
-                    rows[number], number if indices is None else indices.column(0)[number].as_py(), reason
-                )
+                self.left_out.add(rows[number], row_number(rows, number), reason)
         kept = [number for number in range(len(rows)) if number not in reasons]
         return [dataset.select(kept) for dataset in datasets]
 
@@ -168,6 +195,10 @@ class Stage:
     def collate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the data set gives for a batch, as the model's inputs."""
         return batch
+
+    def loss_function(self) -> Callable[..., torch.Tensor] | None:
+        """What the Trainer computes the loss with, as its `compute_loss_func`; `None` where the model does it."""
+        return None
 
     def callbacks(self) -> list[TrainerCallback]:
         return []

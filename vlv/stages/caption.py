@@ -1,14 +1,16 @@
 """Stage `caption` (stage 2): the language model learns to write the caption embeddings down."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from modeling_vlv import VLVForConditionalGeneration, VLVModel
+from modeling_vlv import VLVForConditionalGeneration, VLVModel, VLVOutput
 from processing_vlv import VLVProcessor
 from vlv.data import captions_of, draw_captions, merge
 from vlv.loading import read_config
@@ -30,6 +32,7 @@ class CaptionStage(VLVStage):
     stage = "caption"
     image_inputs = ("pixel_values",)
     reads_captions = True
+    smooths_labels = True
 
     def __init__(self, settings: CaptionSettings, args: TrainingArguments):
         super().__init__(settings, args)
@@ -43,7 +46,8 @@ class CaptionStage(VLVStage):
             add_adapters(self.model, self.train_parts, settings)
         if args.use_liger_kernel:
             self.use_liger_kernels()
-        self.prepare_data(train=self.features(), evaluation=self.features())
+        features = {"cache_features": self.features()}
+        self.prepare_data(train=features, evaluation=features)
 
     def load(self, model_class: type[VLVModel]) -> tuple[VLVModel, VLVProcessor]:
         """The model to go on from, with a new caption head where it has none."""
@@ -71,6 +75,23 @@ class CaptionStage(VLVStage):
         batch = batch if isinstance(batch, dict) else merge(batch)
         text = self.processor(text=draw_captions(batch), return_labels=True, max_length=self.settings.max_length)
         return {**super().collate(batch), **text}
+
+    def loss_function(self) -> Callable[..., torch.Tensor] | None:
+        # The Trainer's own smoother would compare labels with logits at other positions.
+        return self.smoothed_loss if self.args.label_smoothing_factor else None
+
+    def smoothed_loss(
+        self, outputs: VLVOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Cross-entropy of the caption tokens with smoothed labels, a mean over all that the step learns."""
+        logits = outputs["logits"][:, :-1]  # the last position predicts what would follow the caption
+        count = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+        labels = labels.to(logits.device)
+        smoothing = self.args.label_smoothing_factor
+        loss = cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", label_smoothing=smoothing
+        )
+        return loss / count
 
     def lengths(self) -> list[int]:
         # Counted in bytes, which costs nothing; tokens would be the same order of length.

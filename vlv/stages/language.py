@@ -57,6 +57,7 @@ def causal_table(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_le
 
 class LanguageStage(Stage):
     Settings = LanguageSettings
+    smooths_labels = True
 
     def __init__(self, settings: LanguageSettings, args: TrainingArguments):
         super().__init__(settings, args)

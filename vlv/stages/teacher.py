@@ -182,7 +182,7 @@ class TeacherStage(Stage):
         rows, latents = self.read_once(rows, read, self.encode, [self.vae.config, self.vae], "Encoding images")
         self.vae.cpu()
         captions, read = rows.select_columns([column]), partial(read_captions, column=column)
-        return rows, Examples(captions, read, [as_tensors(latents)], self.args.seed)
+        return rows, Examples(captions, read, [as_tensors(latents)], self.args.seed, self.left_out.add)
 
     @torch.inference_mode()
     def encode(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """What the two stages that train a VLV share: its settings, its cached inputs, and how it is saved whole."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from PIL.Image import Image
 from torch import nn
@@ -16,10 +17,12 @@ from transformers import TrainingArguments
 from modeling_vlv import STAGES, VLVModel
 from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
-from vlv.cache import as_tensors
+from vlv.cache import Images, as_tensors, cache_files, compute_blank, free_bytes, missing_bytes
+from vlv.checks import require_a_batch
 from vlv.data import Examples, Stream, image_digest, merge, open_image, read_captions, require_column
 from vlv.loading import read_config
 from vlv.stages.base import Settings, Stage
+from vlv.stages.caching import AUTO, Cost, choose, parse_switch, times_seen
 
 VISION_PARTS = ("vision_tower", "image_projection")
 FLORENCES_PARTS = (*VISION_PARTS, "language_model", "word_embeddings")
@@ -59,12 +62,15 @@ class VLVSettings(Settings):
             " (--gradient_checkpointing: all of them)."
         },
     )
-    cache_features: bool = field(
-        default=True,
+    cache_features: str = field(
+        default=AUTO,
         metadata={
             "help": "Run the frozen vision tower (and what else of the encoder is frozen) over each image once, before"
-            " training, and keep the outcome on disk: each epoch then saves that time. At the published size it takes"
-            " 1.2 MB per image in bf16 training. A vision tower that trains has nothing to keep."
+            " training, and keep the outcome on disk: true, false, or auto, which does it where the images are used"
+            " more than once and the cache takes at most half of the free room. At the published size it takes 1.2 MB"
+            " per image in bf16 training.",
+            "nargs": "?",
+            "const": True,
         },
     )
     streaming: bool = field(
@@ -83,6 +89,9 @@ class VLVSettings(Settings):
     save_dtype: str | None = field(
         default=None, metadata={"help": "Precision of the final weights, e.g. float16 (default: as trained)."}
     )
+
+    def __post_init__(self):
+        self.cache_features = parse_switch("cache_features", self.cache_features)
 
 
 def process(image: Image, processor: VLVProcessor, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -153,41 +162,98 @@ class VLVStage(Stage):
         rate = self.settings.encoder_learning_rate
         return {} if rate is None else dict.fromkeys(self.model.encoder.parameters(), rate)
 
-    def prepare_data(self, train: Collection[str], evaluation: Collection[str]) -> None:
+    def prepare_data(
+        self,
+        train: Mapping[str, Collection[str]],
+        evaluation: Mapping[str, Collection[str]],
+        besides: Collection[str] = (),
+    ) -> None:
         """
-        Loads the data. `train` and `evaluation` name what to compute of the images once (see COMPUTED_FROM); a stream
-        of images to train on is read as it comes.
+        Loads the data.
+
+        Args:
+            train, evaluation: for each setting that switches a cache, what it keeps of an image (see COMPUTED_FROM),
+                the smallest first; nothing where the parts train that would compute it.
+            besides: what is kept of the images to evaluate on in any case.
         """
-        settings = self.settings
-        if settings.streaming and self.args.max_steps <= 0:
+        settings, args = self.settings, self.args
+        if settings.streaming and args.max_steps <= 0:
             raise ValueError("streaming needs max_steps: where the data ends is not known beforehand.")
         train_rows, eval_rows = self.load_data(settings.streaming)
-        self.eval_rows, self.eval_dataset = self.examples(eval_rows, evaluation, "Encoding evaluation images")
+        require_column(eval_rows, settings.image_column, "image_column")
+        if self.reads_captions:
+            eval_rows = self.captioned(eval_rows)
+            train_rows = train_rows if settings.streaming else self.captioned(train_rows)
+        if not settings.streaming:
+            require_column(train_rows, settings.image_column, "image_column")
+            require_a_batch(len(train_rows), settings, args)
+        for name, tensors in train.items():
+            if getattr(settings, name) and (settings.streaming or not tensors):
+                reason = "the rows are streamed" if settings.streaming else "the parts that would compute it train"
+                self.tell(f"{name}: off, because {reason}.")
+
+        computed = [*self.choose_cached(eval_rows, evaluation, besides), *besides]
+        self.eval_rows, self.eval_dataset = self.examples(eval_rows, computed, "Encoding evaluation images", True)
         if settings.streaming:
             self.train_dataset = self.stream(train_rows)
         else:
-            _, self.train_dataset = self.examples(train_rows, train, "Encoding images")
+            computed = self.choose_cached(train_rows, train, seen=times_seen(len(train_rows), args))
+            _, self.train_dataset = self.examples(train_rows, computed, "Encoding images", bool(computed))
 
-    def examples(self, rows: Dataset, computed: Collection[str], description: str) -> tuple[Dataset, Examples]:
-        """The rows that can be used, and the same as samples, of which what is `computed` is computed here."""
-        caption_column = self.settings.caption_column if self.reads_captions else None
-        if caption_column is not None:
-            rows = self.captioned(rows)
+    def choose_cached(
+        self,
+        rows: Dataset,
+        cacheable: Mapping[str, Collection[str]],
+        besides: Collection[str] = (),
+        seen: float | None = None,
+    ) -> list[str]:
+        """
+        What to compute once of the images in `rows`, `besides` what is computed in any case. Evaluation images, of
+        which `seen` is not given, are used at least twice.
+        """
+
+        def cost(names: tuple[str, ...]) -> Cost:
+            computed = [*(tensor for name in names for tensor in cacheable[name]), *besides]
+            read, compute, key = self.once(computed)
+            files = cache_files(rows, self.settings.image_column, key, self.cache_folder)
+            blank = compute_blank(Images(rows, self.settings.image_column, read), compute)
+            return Cost(missing_bytes(len(rows), files, blank), free_bytes(self.cache_folder))
+
+        switches = {name: getattr(self.settings, name) for name, tensors in cacheable.items() if tensors}
+        chosen = [choose(switches, 2 if seen is None else seen, cost)]
+        broadcast_object_list(chosen)  # the free room may change while the processes look at it
+        for name, (on, reason) in chosen[0].items():
+            if reason and seen is not None:
+                self.tell(f"{name}: {'on' if on else 'off'}, because {reason}.")
+        return [tensor for name, (on, _) in chosen[0].items() if on for tensor in cacheable[name]]
+
+    def once(self, computed: Collection[str]) -> tuple[Callable, Callable, list[Any]]:
+        """How to compute tensors of an image once: `read`, `compute` and `key` of `compute_once`."""
         sources = sorted({COMPUTED_FROM[name] for name in computed})
-        rows, cached = self.read_once(
-            rows,
-            partial(process, processor=self.processor, names=sources),
-            partial(self.compute, names=computed),
-            self.cache_key(computed),
-            description,
-        )
+        read = partial(process, processor=self.processor, names=sources)
+        return read, partial(self.compute, names=computed), self.cache_key(computed)
+
+    def examples(
+        self, rows: Dataset, computed: Collection[str], description: str, read_first: bool
+    ) -> tuple[Dataset, Examples]:
+        """
+        The rows that can be used, and the same as samples, of which what is `computed` is computed here. Where images
+        are not `read_first`, those that cannot be read are left out while training.
+        """
+        if read_first:
+            rows, cached = self.read_once(rows, *self.once(computed), description)
+        sources = {COMPUTED_FROM[name] for name in computed}
         names = [name for name in self.image_inputs if name not in sources]
-        columns = [*([self.settings.image_column] if names else []), *([caption_column] if caption_column else [])]
+        columns = [
+            *([self.settings.image_column] if names else []),
+            *([self.settings.caption_column] if self.reads_captions else []),
+        ]
         return rows, Examples(
             rows.select_columns(columns) if columns else rows,  # without columns it would have no length
             self.reader(names) if columns else None,
             [as_tensors(cached)] if computed else [],
             self.args.seed,
+            self.left_out.add,
         )
 
     def stream(self, rows: IterableDataset) -> Stream:
@@ -221,7 +287,7 @@ class VLVStage(Stage):
 
     def features(self) -> tuple[str, ...]:
         """As far as the frozen parts of the encoder can take an image: what of it can be computed once."""
-        if not self.settings.cache_features or self.trains(VISION_PARTS):
+        if self.trains(VISION_PARTS):
             return ()
         return ("image_features",) if self.trains(ENCODER_PARTS) else ("caption_embeds",)
 
