@@ -9,6 +9,7 @@ INSTALL_REQUIRES = [
     "accelerate>=1.3.0",
     "datasets>=4.0.0",
     "diffusers>=0.36.0,<1",
+    "filelock>=4.3.1",
     "huggingface_hub>=1.3.0,<3",
     "numpy>=2.0.0",
     "pillow>=10.1.0",

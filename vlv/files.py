@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 # What says how a model's weights lie in a folder; of an earlier model, it must not outlive that.
@@ -79,6 +80,30 @@ def replaced_together(folder: str | os.PathLike) -> Iterator[Path]:
             (unfinished / name).replace(folder / name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def locked(output: str | os.PathLike) -> Iterator[None]:
+    """
+    Keep every other run out of `output`, a file or a folder, until the block ends. The lock file lies in the folder, or
+    beside the file. A file that a killed run left behind locks nothing.
+
+    Raises:
+        OSError: at once, when another run holds the lock, or when nothing can be written there.
+    """
+    output = Path(output).resolve()
+    file = output / ".lock" if output.is_dir() else output.with_name(f".{output.name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OSError(f"Another run is writing to {output}: wait until it ends, or name another output.") from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # before the release: afterwards it could be another run's
+        lock.release()
 
 
 @contextmanager
