@@ -57,8 +57,8 @@ class CaptionerOfLengths(Captioner):
         super().__init__(*arguments)
         self.lengths = lengths
 
-    def generation_arguments(self, names):
-        arguments = super().generation_arguments(names) | {"early_stopping": self.decoding.num_beams > 1}
+    def generation_arguments(self, names, spelling):
+        arguments = super().generation_arguments(names, spelling) | {"early_stopping": self.decoding.num_beams > 1}
         if self.lengths is not None:
             arguments["logits_processor"].append(EndAt([self.lengths[name] for name in names], self.eos_token_ids[0]))
         return arguments

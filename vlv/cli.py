@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return import_module(COMMANDS[name].module).main(rest) or 0
-    except KeyboardInterrupt:
-        print(f"\nvlv {name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nvlv {name}: interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read our output, such as head, has left; point stdout elsewhere, or Python complains at exit.

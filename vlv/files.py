@@ -1,12 +1,14 @@
 """Writing files so that a reader, or an interrupted run, never leaves or meets half of one."""
 
 import errno
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 from huggingface_hub.errors import HFValidationError
@@ -119,16 +121,71 @@ def locked(output: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def writing_to(folder: str | os.PathLike) -> Iterator[None]:
-    """Turns what libraries raise when the disk is full into one OSError that says so."""
+    """Turns what libraries raise when the disk is full into one OSError that says so; any other names the folder."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         # PyTorch and safetensors tell it in words of their own.
         is_full = error.errno in NO_ROOM if isinstance(error, OSError) else "PytorchStreamWriter" in str(error)
         if not is_full and not isinstance(error, SafetensorError):
+            if isinstance(error, OSError) and error.errno and error.filename is None:
+                error.filename = str(folder)  # the system names no file where it fails to write to an open one
             raise
         free = shutil.disk_usage(folder).free
         raise OSError(
             f"{folder} cannot be written to, where {free / 1e9:.2f} GB are free: {error}."
             " What was saved before is whole."
         ) from error
+
+
+def check_source(name: str | os.PathLike) -> None:
+    """
+    Refuse a path that is not there, before a library takes it for an id on the Hub and asks for it again and again.
+
+    `user/name` can be an id. Where there is a folder `user`, it is a path.
+
+    Raises:
+        FileNotFoundError: when `name` can only be a path, and nothing is there.
+    """
+    name = os.fspath(name)
+    if os.path.exists(name):
+        return
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise FileNotFoundError(f"{name}: there is no such file or folder.")
+    owner, slash, _ = name.partition("/")
+    if slash and os.path.isdir(owner):
+        raise FileNotFoundError(
+            f"{name}: there is no such file or folder. As there is a folder {owner}, this is not taken for an id on "
+            "the Hub."
+        )
+
+
+def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+    """
+    The lines of a JSON Lines file: each with its number and the object that it holds.
+
+    Raises:
+        ValueError: at a line that holds no object; the sentence names the file and the line.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, line, _json_object(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    if line.startswith(b"\xef\xbb\xbf"):
+        raise ValueError("the file begins with a byte order mark (BOM); save it as UTF-8 without one.")
+    if not line.strip():
+        raise ValueError("the line is empty; delete it.")
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("the line is not UTF-8 text; save the file as UTF-8.") from None
+    except ValueError as error:
+        raise ValueError(f"the line is not valid JSON ({error}); correct it or delete it.") from None
+    if not isinstance(value, dict):
+        raise ValueError("the line is not a JSON object; correct it or delete it.")
+    return value

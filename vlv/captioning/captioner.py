@@ -9,7 +9,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv.captioning.decoding import generation_arguments
+from vlv.captioning.decoding import Spelling, generation_arguments
 from vlv.captioning.memory import free_memory, memory_in_use, peak_memory
 from vlv.captioning.settings import Decoding
 
@@ -52,8 +52,6 @@ class Captioner:
         self.batch_size = batch_size or FIRST_BATCH
         eos = model.generation_config.eos_token_id
         self.eos_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        prefix = decoding.prefix or ""
-        self.prefix_ids = processor.tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
 
     def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[str]]:
         """
@@ -79,9 +77,9 @@ class Captioner:
                 self._grow(len(written), peak_memory(self.device) - before)
         return captions
 
-    def generation_arguments(self, names: Sequence[str]) -> dict[str, Any]:
+    def generation_arguments(self, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
         """What `model.generate` is told, for the images of these names."""
-        arguments = generation_arguments(self.decoding, names, self.processor.tokenizer, self.eos_token_ids)
+        arguments = generation_arguments(self.decoding, names, spelling)
         if self.compile:  # for which the batch must keep its shape
             arguments.pop("custom_generate", None)
             arguments["cache_implementation"] = "static"
@@ -99,20 +97,16 @@ class Captioner:
     @torch.inference_mode()
     def _caption(self, names, pixel_values):
         caption_embeds = self.model.encode(pixel_values.to(self.device))
-        prefix_ids = torch.tensor(self.prefix_ids, dtype=torch.long, device=self.device).expand(len(names), -1)
-        arguments = self.generation_arguments(names)
+        spelling = Spelling(self.decoding, self.processor.tokenizer, self.eos_token_ids)
+        prefix_ids = torch.tensor(spelling.prefix_ids, dtype=torch.long, device=self.device).expand(len(names), -1)
+        arguments = self.generation_arguments(names, spelling)
         with warnings.catch_warnings():
             # That what was not written is not counted as repeated: here, that is as it should be.
             warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
             ids = self.model.generate(caption_embeds=caption_embeds, input_ids=prefix_ids, **arguments)
-        texts = self.processor.batch_decode([self.prefix_ids + self._until_end(row) for row in ids.tolist()])
+        texts = [spelling.text(row).strip() for row in ids.tolist()]
         each = self.decoding.num_captions
         return [texts[start : start + each] for start in range(0, len(texts), each)]
-
-    def _until_end(self, ids):
-        """Without what fills a row up that ended before others: a padding token need not be a special one."""
-        end = next((place for place, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
-        return ids[:end]
 
     def _shrink(self, failed):
         clear_device_cache(garbage_collection=True)

@@ -1,7 +1,8 @@
-"""The settings of the search as transformers takes them, and the two processors of logits that it lacks."""
+"""The settings of the search as transformers takes them, and the processors of logits that it lacks."""
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,56 @@ from vlv.captioning.search import shrinking_search
 from vlv.captioning.settings import Decoding
 
 
-def generation_arguments(
-    decoding: Decoding, names: Sequence[str], tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
-) -> dict[str, Any]:
+class Spelling:
+    """
+    The text of captions, part of which the model did not choose itself: a prefix, and forced words.
+
+    Behind such a part the model may continue without a space, as if it were at the beginning of a caption. There a
+    space is put in where two words would run together. The model is left alone: it reads what it wrote.
+    """
+
+    def __init__(self, decoding: Decoding, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]):
+        self.tokenizer, self.eos_token_ids = tokenizer, list(eos_token_ids)
+        # Tokens for words bring their own space along, so one at the end of the prefix would be one too many.
+        prefix = (decoding.prefix or "").rstrip()
+        self.prefix_ids = tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
+        self.space = decoding.prefix is not None and prefix != decoding.prefix
+        self.joints: set[tuple[int, ...]] = set()  # the token ids of captions up to where a forced word ends
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The prefix, and what new token ids add to it."""
+        end = next((place for place, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
+        lengths = {len(joint) for joint in self.joints}
+        joints = [length for length in sorted(lengths) if length < end and tuple(ids[:length]) in self.joints]
+        text = self._decode(ids[:0])
+        length, space = len(text), self.space
+        for place in (*joints, end):
+            whole = self._decode(ids[:place])
+            part, length = whole[length:], len(whole)
+            text += f" {part}" if _run_together(text, part, space) else part
+            space = False
+        return text
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        """Always from the beginning: some tokenizers drop a space before the first token that they decode."""
+        return self.tokenizer.decode([*self.prefix_ids, *ids], skip_special_tokens=True)
+
+
+def _run_together(text: str, part: str, space: bool) -> bool:
+    """Whether a space must come between two texts; `space`: one was asked for."""
+    if not text or not part or not _is_of_words(part[0]):
+        return False
+    return space or _is_of_words(text[-1]) or text[-1] in ",.;:!?)]}"
+
+
+def _is_of_words(character: str) -> bool:
+    """Whether it is a letter or a digit of a script with spaces, which Chinese and Japanese are not."""
+    return character.isalnum() and unicodedata.east_asian_width(character) not in "WF"
+
+
+def generation_arguments(decoding: Decoding, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
     """The settings as arguments of `model.generate`, for the images of these names."""
+    tokenizer = spelling.tokenizer
     sampled = decoding.temperature > 0
     arguments = {
         "max_new_tokens": decoding.max_new_tokens,
@@ -31,7 +78,7 @@ def generation_arguments(
         arguments["custom_generate"] = shrinking_search
     processors = []
     if decoding.force_words:
-        processors.append(ForcedWords(decoding, tokenizer, eos_token_ids))
+        processors.append(ForcedWords(decoding, tokenizer, spelling))
     if sampled:
         # The processor leaves one token to draw from: what these would do is done by then.
         arguments |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -80,12 +127,11 @@ class SeededSampling(LogitsProcessor):
 class ForcedWords(LogitsProcessor):
     """
     No caption ends before it holds all of the words. One that it lacks is written where the caption would have
-    ended, or where the room for it runs out, and the model goes on from there.
+    ended, or where the room for it runs out, and the model continues from there.
     """
 
-    def __init__(self, decoding: Decoding, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]):
-        self.tokenizer, self.eos_token_ids = tokenizer, list(eos_token_ids)
-        self.prefix, self.length = decoding.prefix or "", decoding.max_new_tokens
+    def __init__(self, decoding: Decoding, tokenizer: PreTrainedTokenizerBase, spelling: Spelling):
+        self.spelling, self.length = spelling, decoding.max_new_tokens
         self.words = [
             (
                 re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE),
@@ -93,25 +139,28 @@ class ForcedWords(LogitsProcessor):
             )
             for word in decoding.force_words
         ]
-        # How a caption goes on while a word is being written into it. Beams change their rows: only what was written
+        # How a caption continues while a word is being written into it. Beams change their rows: only what was written
         # tells one from another.
         self.unwritten: dict[tuple[int, ...], list[int]] = {}
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         likeliest = scores.argmax(-1).tolist()
+        eos_token_ids = self.spelling.eos_token_ids
         for row, ids in enumerate(input_ids.tolist()):
             word = self.unwritten.get(tuple(ids))
             if word is None:
-                text = self.prefix + self.tokenizer.decode(ids, skip_special_tokens=True)
+                text = self.spelling.text(ids)
                 missing = [tokens for pattern, tokens in self.words if not pattern.search(text)]
                 if not missing:
                     continue
-                scores[row, self.eos_token_ids] = -torch.inf
-                if likeliest[row] not in self.eos_token_ids and self.length - len(ids) > sum(map(len, missing)):
+                scores[row, eos_token_ids] = -torch.inf
+                if likeliest[row] not in eos_token_ids and self.length - len(ids) > sum(map(len, missing)):
                     continue
                 word = missing[0]
             scores[row] = -torch.inf
             scores[row, word[0]] = 0.0
             if len(word) > 1:
                 self.unwritten[(*ids, word[0])] = word[1:]
+            else:
+                self.spelling.joints.add((*ids, word[0]))
         return scores

@@ -1,18 +1,29 @@
 """`vlv caption`: write a caption for each image."""
 
 import math
+import os
 import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from vlv import tiny_checkpoint
+from vlv.captioning.journal import Row
+from vlv.captioning.outputs import EXISTING, FORMATS, Output, is_suffix, open_output
 from vlv.captioning.settings import Decoding, ModelOptions, RowOptions, option
-from vlv.captioning.sink import CaptionFile, Printer, Sidecars, Sink
+from vlv.captioning.sink import Printer, Sink
 from vlv.captioning.sources import Source, open_source
 from vlv.commands.parser import CommandParser
+from vlv.files import locked
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 @dataclass(frozen=True)
@@ -22,16 +33,20 @@ class CaptionArguments:
         "File to write: .jsonl or .parquet with a row for each image, file_name (its path below the folder given) and "
         "text. Written into that folder as metadata.jsonl, it makes it an ImageFolder. A suffix alone, .txt, writes "
         "each caption into a file beside its image. Without --output, captions are printed, each behind its file's "
-        "name and a tab. Images that could not be read are listed in failures.jsonl beside the output.",
-    )
-    existing: str = option(
-        "skip",
-        "What becomes of text files that are beside their images already (with --output .txt).",
-        choices=["skip", "overwrite"],
+        "name and a tab. Images that could not be captioned are listed beside the output, in a file of its name that "
+        "ends in .failures.jsonl.",
     )
     resume: bool = option(
         False,
-        "Go on with a run that was interrupted, or add to the output of one that was not; without either, begin.",
+        "Continue a run that was interrupted, or add to a finished output what it lacks. Rows that are there stay.",
+    )
+    overwrite: bool = option(False, "Replace an output that is there. Without it and --resume, none is touched.")
+    existing: str = option(
+        "skip",
+        "What becomes of text files that are beside their images already (with --output .txt): skip keeps them and "
+        "captions the other images, overwrite replaces them as --overwrite does, append and prepend add the caption "
+        "behind or before their text. An empty file counts as none.",
+        choices=list(EXISTING),
     )
     batch_size: str = option(
         "auto",
@@ -53,13 +68,15 @@ class CaptionArguments:
             raise ValueError(f"--batch_size is {self.batch_size}; it must be at least 1, or auto.")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"--num_workers is {self.num_workers}; it must be at least 0.")
-        if self.output is not None and not self.output.endswith((".jsonl", ".parquet")) and not self.to_sidecars:
-            raise ValueError(f"--output {self.output} must end in .jsonl or .parquet, or be a suffix alone: .txt")
+        if self.output is not None and not self.to_sidecars and Path(self.output).suffix not in FORMATS:
+            formats = " or ".join(FORMATS)
+            raise ValueError(f"--output {self.output} must end in {formats}, or be a suffix alone: .txt")
+        if self.overwrite and self.existing in ("append", "prepend"):
+            raise ValueError(f"--overwrite and --existing {self.existing} contradict each other: choose one.")
 
     @property
     def to_sidecars(self) -> bool:
-        name = self.output or ""
-        return name.startswith(".") and name[1:].isalnum() and name not in (".jsonl", ".parquet")
+        return is_suffix(self.output or "")
 
 
 def main(argv: list[str]) -> int | None:
@@ -80,13 +97,11 @@ def main(argv: list[str]) -> int | None:
         "each line), .parquet files, WebDataset archives (.tar), and ids of data sets on the Hub (user/name).",
     )
     arguments, decoding, model, rows, inputs = parser.parse(argv)
-    source = open_source(inputs.paths, rows)
     try:
-        _caption(source, arguments, decoding, model)
+        _caption(open_source(inputs.paths, rows), arguments, decoding, model)
     except KeyboardInterrupt:
-        mend = ": the same command with --resume goes on from there" if arguments.output else ""
-        print(f"\nvlv caption: interrupted{mend}", file=sys.stderr)
-        return 130
+        hint = ("the same command with --resume continues from here",) if arguments.output else ()
+        raise KeyboardInterrupt(*hint) from None
 
 
 def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions) -> None:
@@ -100,18 +115,49 @@ def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, mo
     # done waits for the last.
     processes = PartialState(cpu=model.device == "cpu", timeout=timedelta(days=30))
     find_captioner(model.model)
-    sink = _open_sink(source, arguments, decoding, model)
-    processes.wait_for_everyone()  # until all have seen what was done before
-    batch_size = None if arguments.batch_size == "auto" else int(arguments.batch_size)
-    make = partial(make_captioner, model, decoding, batch_size)
-    if arguments.engine == "ray":
-        from vlv.captioning.ray_engine import caption_with_ray
+    output = _open_output(source, arguments, decoding)
+    with locked(output.path) if output is not None and processes.is_main_process else nullcontext():
+        processes.wait_for_everyone()  # until no other run writes to this output
+        sink = _open_sink(output, arguments, decoding, model)
+        processes.wait_for_everyone()  # until all have seen what was done before
+        batch_size = None if arguments.batch_size == "auto" else int(arguments.batch_size)
+        make = partial(make_captioner, model, decoding, batch_size)
+        if arguments.engine == "ray":
+            from vlv.captioning.ray_engine import caption_with_ray
 
-        batches = caption_with_ray(source, sink.done, make, model.model, batch_size)
-    else:
-        part, parts = processes.process_index, processes.num_processes
-        batches = caption_locally(source, sink.done, make(), arguments.num_workers, part, parts)
+            batches = caption_with_ray(source, sink.done, make, model.model, batch_size)
+        else:
+            part, parts = processes.process_index, processes.num_processes
+            batches = caption_locally(source, sink.done, make(), arguments.num_workers, part, parts)
+        _fill(sink, batches, source, processes)
 
+
+def _open_output(source: Source, arguments: CaptionArguments, decoding: Decoding) -> Output | None:
+    if arguments.output is None:
+        return None
+    existing = "overwrite" if arguments.overwrite else arguments.existing
+    return open_output(arguments.output, source.files, decoding.num_captions > 1, existing)
+
+
+def _open_sink(
+    output: Output | None, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions
+) -> Printer | Sink:
+    if output is None:
+        return Printer()
+    settings = {"model": _name(model.model), "dtype": model.dtype, "quantization": model.quantization}
+    settings |= asdict(decoding)
+    return Sink(output, settings, arguments.resume, arguments.overwrite)
+
+
+def _name(model: str | None) -> str:
+    """What tells one model from another, wherever the command is run."""
+    if model is None:
+        return Path(tiny_checkpoint()).name
+    return os.path.realpath(model) if os.path.isdir(model) else model
+
+
+def _fill(sink: Printer | Sink, batches: Iterable[list[Row]], source: Source, processes: "PartialState") -> None:
+    """Take the captions as they come, and make the output of them."""
     total = None if source.total is None else math.ceil(source.total / processes.num_processes)
     before = len(sink.done) // processes.num_processes
     with tqdm(
@@ -129,7 +175,7 @@ def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, mo
     captioned, failures = sink.finish()
     elapsed = bar.format_dict["elapsed"]
     rate = (bar.n - bar.initial) * processes.num_processes / elapsed
-    where = f", listed in {sink.failures}" if failures and arguments.output else ""
+    where = f", listed in {sink.failures}" if failures and isinstance(sink, Sink) else ""
     print(
         f"vlv caption: {captioned} captioned, {len(failures)} left out{where}; "
         f"{tqdm.format_interval(elapsed)}, {rate:.1f} images/s",
@@ -137,17 +183,3 @@ def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, mo
     )
     if failures and not captioned and not sink.done:
         raise ValueError("None of the images could be read.")
-
-
-def _open_sink(source: Source, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions) -> Printer | Sink:
-    if arguments.output is None:
-        return Printer()
-    if not arguments.to_sidecars:
-        target = CaptionFile(Path(arguments.output))
-    elif source.files is None:
-        raise ValueError("--output .txt needs image files: a row of a table has no place for a text file beside it.")
-    else:
-        target = Sidecars(source.files, arguments.output, arguments.existing == "overwrite")
-    settings = {"existing": arguments.existing, **asdict(decoding)}
-    settings |= {name: getattr(model, name) for name in ("model", "dtype", "quantization")}
-    return Sink(target, settings, arguments.resume)
