@@ -119,6 +119,9 @@ class Reader:
         self.kill()
         self._bury()
 
+    def __reduce__(self):
+        return Reader, (self._read, None, self._seconds)  # where processes are spawned
+
     def __enter__(self) -> "Reader":
         return self
 
