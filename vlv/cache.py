@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from datasets import Array2D, Array3D, Dataset, Features, Value, concatenate_dat
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from vlv.data import Table, merge, open_image
+from vlv.reading import read_ahead
 
 # Each file is whole or absent: a pass that was killed loses one, and several processes share the files out.
 ROWS_PER_FILE = 20_000
@@ -32,8 +33,8 @@ IN_MEMORY = 2**30
 Tensors = dict[str, torch.Tensor]
 
 
-class Images(torch.utils.data.Dataset):
-    """The images of a data set, one by one, as `read` makes tensors of them, and `unreadable`: why not, or ""."""
+class Images:
+    """The images of a dataset, as `read` makes tensors of them, and `unreadable`: why not, or ""."""
 
     def __init__(self, rows: Dataset, column: str, read: Callable[[Image.Image], Tensors]):
         self.rows, self.column, self.read = rows.select_columns([column]), column, read
@@ -41,12 +42,19 @@ class Images(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            return {**self.read(open_image(self.rows[index][self.column])), "unreadable": ""}
-        except (OSError, ValueError) as error:
-            # A stand-in keeps the batch in shape; what becomes of it is marked, and nobody reads it.
-            return {**self.blank(), "unreadable": str(error)}
+    def batches(self, indices: range, batch_size: int, num_workers: int) -> Iterator[dict[str, Any]]:
+        """Those of these numbers, read by one process at least, in batches (B, ...)."""
+        items = ((index, self.rows[index][self.column]) for index in indices)
+        reads = read_ahead(items, self._read_source, max(1, num_workers), 2 * batch_size)
+        while samples := [self._sample(tensors, error) for _, tensors, error in islice(reads, batch_size)]:
+            yield merge(samples)
+
+    def _read_source(self, source: Any) -> Tensors:
+        return self.read(open_image(source))
+
+    def _sample(self, tensors: Tensors | None, error: str | None) -> dict[str, Any]:
+        # A stand-in keeps the batch in shape; what becomes of it is marked, and nobody reads it.
+        return {**(self.blank() if tensors is None else tensors), "unreadable": error or ""}
 
     def blank(self) -> Tensors:
         return self.read(Image.new("RGB", (8, 8)))
@@ -89,15 +97,11 @@ def compute_once(
         blank = compute_blank(images, compute)
         check_room(folder, missing_bytes(len(rows), files, blank), len(rows), blank)
         for start, file in missing[state.process_index :: state.num_processes]:
-            part = torch.utils.data.Subset(images, range(start, min(start + ROWS_PER_FILE, len(rows))))
-            loader = DataLoader(
-                part,
-                args.per_device_eval_batch_size,
-                collate_fn=merge,
-                num_workers=args.dataloader_num_workers,
-                generator=torch.Generator(),  # else it would draw from the one that training draws from
-            )
-            progress = tqdm(loader, desc=description, unit="batch", disable=None)
+            batch_size = args.per_device_eval_batch_size
+            stop = min(start + ROWS_PER_FILE, len(rows))
+            batches = images.batches(range(start, stop), batch_size, args.dataloader_num_workers)
+            total = -(-(stop - start) // batch_size)
+            progress = tqdm(batches, total=total, desc=description, unit="batch", disable=None)
             write(file, ((compute(batch), batch.pop("unreadable")) for batch in progress), blank)
     state.wait_for_everyone()
     if absent := [file for file in files if not file.exists()]:

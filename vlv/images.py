@@ -299,11 +299,12 @@ def read_images(files: Iterable[ImageFile], report: Callable[[str], None]) -> It
     Raises:
         ValueError: at the end, when there were files and none of them could be read.
     """
+    from vlv.reading import read_ahead  # imported only when needed: torch comes with it
+
     readable = unreadable = 0
-    for file in files:
-        try:
-            image = read_image(file.path)
-        except (OSError, ValueError) as error:
+    items = ((file, file.path) for file in files)
+    for file, image, error in read_ahead(items, read_image, num_workers=1, number=2):
+        if error is not None:
             unreadable += 1
             report(f"left out: {error}")
             continue

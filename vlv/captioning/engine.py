@@ -1,13 +1,12 @@
 """The engine of one process: pictures are read ahead of the model, and captioned in batches."""
 
 import os
-import signal
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from processing_vlv import VLVProcessor, load_image
 from vlv.captioning.captioner import Captioner
@@ -16,10 +15,11 @@ from vlv.captioning.sink import Row
 from vlv.captioning.sources import Picture, Source
 from vlv.images import read_image
 from vlv.loading import load_captioner
+from vlv.reading import read_ahead
 
-FEW = 8  # images for which no worker processes are started
-MOST_WORKERS = 8
-READ_AHEAD = 256  # images at most: what is read ahead is held in shared memory
+FEW = 8  # images for which one process reads
+MOST_READERS = 8
+READ_AHEAD = 256  # images at most: what is read ahead is held in memory
 
 
 class Prepared(NamedTuple):
@@ -29,24 +29,6 @@ class Prepared(NamedTuple):
     name: str
     pixel_values: torch.Tensor | None  # (3, H, W)
     error: str | None
-
-
-class Reader(Dataset):
-    """Reads pictures: a data set whose indices are the pictures themselves, so that a DataLoader hands them out."""
-
-    def __init__(self, processor: VLVProcessor):
-        self.processor = processor
-
-    def __getitem__(self, picture: Picture) -> Prepared:
-        order, name, source = picture
-        try:
-            if isinstance(source, Exception):
-                raise source
-            image = read_image(source) if isinstance(source, Path) else load_image(source)
-            pixel_values = self.processor(images=image)["pixel_values"][0]
-        except Exception as error:  # whatever a damaged file makes a decoder do, the other files go on
-            return Prepared(order, name, None, " ".join(str(error).split()) or type(error).__name__)
-        return Prepared(order, name, pixel_values, None)
 
 
 def make_captioner(options: ModelOptions, decoding: Decoding, batch_size: int | None) -> Captioner:
@@ -69,17 +51,18 @@ def caption_locally(
     Caption the pictures that are not done, or one of several equal parts of them.
 
     Args:
-        num_workers: processes that read pictures ahead of the model; `None` is a number that fits the machine.
+        num_workers: processes that read pictures ahead of the model; `None` is a number that fits the machine, 0 reads
+            in this process.
 
     Yields:
         The rows of a batch, in the order of the input.
     """
     if num_workers is None:
         few = source.total is not None and source.total - len(done) <= FEW
-        num_workers = 0 if few else max(1, min(_processors() - 1, MOST_WORKERS))
+        num_workers = 1 if few else max(1, min(_processors() - 1, MOST_READERS))
     pictures = (picture for picture in source.pictures(part, parts) if picture.name not in done)
     batch = []
-    for prepared in read_ahead(pictures, captioner.processor, num_workers, 2 * captioner.largest):
+    for prepared in prepare(pictures, captioner.processor, num_workers, 2 * captioner.largest):
         batch.append(prepared)
         if len(batch) >= captioner.batch_size:
             yield caption_batch(captioner, batch)
@@ -88,20 +71,21 @@ def caption_locally(
         yield caption_batch(captioner, batch)
 
 
-def read_ahead(
-    pictures: Iterable[Picture], processor: VLVProcessor, num_workers: int, number: int
-) -> Iterator[Prepared]:
-    """Read pictures, in their order; worker processes keep up to `number` of them at hand."""
-    ahead = {"prefetch_factor": max(2, min(number, READ_AHEAD) // num_workers)} if num_workers else {}
-    loader = DataLoader(
-        Reader(processor),
-        sampler=pictures,
-        batch_size=None,
-        num_workers=num_workers,
-        worker_init_fn=_leave_ctrl_c_to_the_parent,
-        **ahead,
-    )
-    return iter(loader)
+def prepare(pictures: Iterable[Picture], processor: VLVProcessor, num_workers: int, number: int) -> Iterator[Prepared]:
+    """Read pictures, in their order; `num_workers` processes keep up to `number` of them ready."""
+    items = (((order, name), source) for order, name, source in pictures)
+    for (order, name), pixel_values, error in read_ahead(
+        items, partial(read_pixels, processor), num_workers, min(number, READ_AHEAD)
+    ):
+        yield Prepared(order, name, pixel_values, error)
+
+
+def read_pixels(processor: VLVProcessor, source: Any) -> torch.Tensor:
+    """The pixel values (3, H, W) of a picture; raises the error that stands in the place of one."""
+    if isinstance(source, Exception):
+        raise source
+    image = read_image(source) if isinstance(source, Path) else load_image(source)
+    return processor(images=image)["pixel_values"][0]
 
 
 def caption_batch(captioner: Captioner, batch: Sequence[Prepared]) -> list[Row]:
@@ -120,10 +104,6 @@ def caption_batch(captioner: Captioner, batch: Sequence[Prepared]) -> list[Row]:
             row["error"] = error
         rows.append(row)
     return rows
-
-
-def _leave_ctrl_c_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _processors() -> int:

@@ -10,7 +10,7 @@ import torch
 
 from processing_vlv import VLVProcessor
 from vlv.captioning.captioner import Captioner, largest_batch
-from vlv.captioning.engine import Prepared, Reader, caption_batch
+from vlv.captioning.engine import Prepared, caption_batch, prepare
 from vlv.captioning.sink import Row
 from vlv.captioning.sources import Source
 from vlv.loading import find_captioner
@@ -41,13 +41,13 @@ def caption_with_ray(
     resources = ray.cluster_resources()
     processors, gpus = int(resources["CPU"]), int(resources.get("GPU", 0))
     parts = min(len(source.shards), PARTS_PER_PROCESSOR * processors)
-    work = ray.put((source, Reader(processor), frozenset(done)))
+    work = ray.put((source, frozenset(done)))
 
     def read_part(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        source, reader, done = ray.get(work)
-        for picture in source.pictures(int(row["id"]), parts):
-            if picture.name not in done:
-                yield _pack(reader[picture], processor)
+        source, done = ray.get(work)
+        pictures = (picture for picture in source.pictures(int(row["id"]), parts) if picture.name not in done)
+        for prepared in prepare(pictures, processor, num_workers=1, number=1):
+            yield _pack(prepared, processor)
 
     rows = (
         ray.data.range(parts, override_num_blocks=parts)

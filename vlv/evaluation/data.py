@@ -9,6 +9,7 @@ from processing_vlv import load_image
 from vlv.data import load_rows, require_column
 from vlv.evaluation.words import words
 from vlv.evaluation.work import fingerprint_images
+from vlv.reading import Reader
 
 
 class EvaluationData:
@@ -41,6 +42,7 @@ class EvaluationData:
         self.all_names = [_name(path, root) for path in paths]
         rows = rows.select(range(min(num or len(rows), len(rows))))
         self.images = rows[image_column]  # bytes and path of each, undecoded, read when asked for
+        self._read = Reader(load_image)  # in a process of its own: a damaged image must not end this one
         self._captions = rows[caption_column] if caption_column in rows.column_names else None
         self._caption_column = caption_column
 
@@ -53,8 +55,8 @@ class EvaluationData:
         return self.all_names[: len(self)]
 
     def load(self, number: int) -> Image.Image:
-        """Image `number` in RGB."""
-        return load_image(self.images[number])
+        """Image `number` in RGB; raises ValueError where it cannot be read."""
+        return self._read(self.images[number])
 
     @cached_property
     def references(self) -> list[list[str]]:

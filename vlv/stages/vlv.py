@@ -21,6 +21,7 @@ from vlv.cache import Images, as_tensors, cache_files, compute_blank, free_bytes
 from vlv.checks import require_a_batch
 from vlv.data import Examples, Stream, image_digest, merge, open_image, read_captions, require_column
 from vlv.loading import read_config
+from vlv.reading import Reader
 from vlv.stages.base import Settings, Stage
 from vlv.stages.caching import AUTO, Cost, choose, parse_switch, times_seen
 
@@ -102,12 +103,21 @@ def process(image: Image, processor: VLVProcessor, names: Collection[str]) -> di
     return {name: inputs[name][0] for name in names}
 
 
+def read_tensors(source: Any, processor: VLVProcessor, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """The image of a row as the tensors called `names`."""
+    return process(open_image(source), processor, names)
+
+
 def read_row(
-    row: dict[str, Any], processor: VLVProcessor, names: Collection[str], image_column: str, caption_column: str | None
+    row: dict[str, Any], read: Callable[[Any], dict[str, torch.Tensor]], image_column: str, caption_column: str | None
 ) -> dict[str, Any]:
-    """One row as a sample, with its captions if there is a column of them, and the image's tensors called `names`."""
+    """One row as a sample: its captions if there is a column of them, and what `read` makes of its image."""
     captions = {} if caption_column is None else read_captions(row, caption_column)
-    return {**captions, **(process(open_image(row[image_column]), processor, names) if names else {})}
+    return {**captions, **read(row.get(image_column))}
+
+
+def _read_nothing(source: Any) -> dict[str, torch.Tensor]:
+    return {}
 
 
 class VLVStage(Stage):
@@ -276,11 +286,14 @@ class VLVStage(Stage):
         )
 
     def reader(self, names: Collection[str]) -> partial:
-        """Makes samples of rows: see `read_row`."""
+        """
+        Makes samples of rows: see `read_row`. Images are read in a process of its own for each process that asks: a
+        damaged one must not end the training.
+        """
+        read = partial(read_tensors, processor=self.processor, names=names)
         return partial(
             read_row,
-            processor=self.processor,
-            names=names,
+            read=Reader(read) if names else _read_nothing,
             image_column=self.settings.image_column,
             caption_column=self.settings.caption_column if self.reads_captions else None,
         )

@@ -1,0 +1,349 @@
+"""
+Reading pictures in processes of their own, so that a damaged picture costs no more than itself.
+
+A decoder may crash, hang or ask for much memory. In a forked process this ends that process alone: the picture is
+reported and the process is replaced. Everything travels through pipes as plain bytes. Shared memory and sockets would
+fail where /dev/shm is small or TMPDIR is long, and need a file descriptor for each picture.
+
+Pools that exist were tried first. `concurrent.futures` gives up the whole pool when a process dies. torch's DataLoader
+does too, and it passes tensors through shared memory. pebble replaces processes, but they share locks that need
+/dev/shm, and none of them lets large pictures wait for each other.
+"""
+
+import gc
+import io
+import os
+import pickle
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from PIL import Image
+
+SECONDS_PER_PICTURE = 60
+# Readers that share a budget decode this many pixels at the same time, and a larger picture alone. A pixel takes up to
+# 12 bytes while it is decoded and converted.
+PIXELS_AT_ONCE = 100_000_000
+# Smaller pictures are not counted: asking for each would cost time.
+SMALL_PICTURE = 2_000_000
+
+Key = TypeVar("Key")
+
+
+class Read(NamedTuple):
+    """What reading a picture gave: a result, or the sentence that says why there is none."""
+
+    key: Any
+    result: Any
+    error: str | None
+
+
+class Budget:
+    """An amount that threads take parts of, and wait for while others hold too much of it."""
+
+    def __init__(self, total: int):
+        self._total = self._free = total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, amount: int) -> Iterator[None]:
+        """Takes the amount, or everything where it is more than there is at all."""
+        amount = min(amount, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= amount)
+            self._free -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += amount
+                self._changed.notify_all()
+
+
+class Reader:
+    """
+    Calls `read(source)` in a forked process, which is started when it is first needed and replaced when it has died.
+
+    A reader may be carried into a forked process, which then gets a process of its own. Where the system has no fork,
+    `read` is called directly.
+
+    Args:
+        read: what to do with a source. What it returns is pickled; tensors travel as plain arrays.
+        budget: pixels that several readers may decode at the same time.
+        seconds: how long one picture may take.
+    """
+
+    def __init__(self, read: Callable[[Any], Any], budget: Budget | None = None, seconds: float = SECONDS_PER_PICTURE):
+        self._read, self._seconds = read, seconds
+        self._budget = budget or Budget(PIXELS_AT_ONCE)
+        self._process: _Process | None = None
+        self._closed = False
+        self._changing = threading.Lock()
+
+    def __call__(self, source: Any) -> Any:
+        """
+        What `read` returns.
+
+        Raises:
+            ValueError: when it raised an error, crashed, or took too long; the sentence names the picture.
+        """
+        if not hasattr(os, "fork"):
+            succeeded, answer = _attempt(self._read, source)
+        else:
+            succeeded, answer = self._ask(source)
+        if not succeeded:
+            raise ValueError(answer)
+        return answer
+
+    def start(self) -> None:
+        """Start the process now, not when it is first needed."""
+        if hasattr(os, "fork"):
+            self._running()
+
+    def kill(self) -> None:
+        """End the process, whatever it is doing, for good. A thread that waits for it gets a ValueError."""
+        with self._changing:
+            self._closed = True
+            if self._process is not None and self._process.is_own:
+                self._process.kill()
+
+    def close(self) -> None:
+        """End the process when no thread waits for it."""
+        self.kill()
+        self._bury()
+
+    def __reduce__(self):
+        return Reader, (self._read, None, self._seconds)  # where processes are spawned
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _ask(self, source):
+        try:
+            try:
+                self._running().send(source)
+            except BrokenPipeError:  # it died while it had nothing to do
+                self._bury()
+                self._running().send(source)
+            answer = self._process.receive()
+            if isinstance(answer, int):  # pixels, which it waits to be allowed to decode
+                with self._budget.hold(answer):
+                    self._process.send(None)
+                    answer = self._process.receive()
+            return answer
+        except (EOFError, OSError, pickle.UnpicklingError):
+            return False, f"{_name(source)}: {self._cause_of_death(self._bury())}"
+        except BaseException:
+            self._bury()  # its answer would be taken for the next one's
+            raise
+
+    def _running(self):
+        with self._changing:
+            if self._closed:
+                raise EOFError
+            if self._process is None or not self._process.is_own:
+                self._process = _Process(self._read, self._seconds)
+            return self._process
+
+    def _bury(self):
+        with self._changing:
+            process, self._process = self._process, None
+            return process.reap() if process is not None and process.is_own else 0
+
+    def _cause_of_death(self, status):
+        number = -os.waitstatus_to_exitcode(status)
+        if number == signal.SIGALRM:
+            return f"reading it took more than {self._seconds:g} seconds."
+        if number == signal.SIGKILL:
+            return "the process that read it was killed, perhaps because memory ran out."
+        how = signal.Signals(number).name if number in iter(signal.Signals) else f"exit status {-number}"
+        return f"the process that read it crashed ({how}). The file is damaged, or its decoder is faulty."
+
+
+def read_ahead(
+    items: Iterable[tuple[Key, Any]], read: Callable[[Any], Any], num_workers: int, number: int
+) -> Iterator[Read]:
+    """
+    Reads the sources of (key, source) pairs, in their order, in several processes.
+
+    Args:
+        read: what to do with a source (see [`Reader`]).
+        num_workers: processes; 0 reads in this one, where a crash ends the run.
+        number: how many pictures are read before they are asked for.
+    """
+    if num_workers == 0 or not hasattr(os, "fork"):
+        for key, source in items:
+            yield _reading(key, *_attempt(read, source))
+        return
+    budget = Budget(PIXELS_AT_ONCE)
+    readers = [Reader(read, budget) for _ in range(num_workers)]
+    idle: SimpleQueue[Reader] = SimpleQueue()
+    for reader in readers:
+        reader.start()  # here, while no other thread can hold a lock that the process would wait for
+        idle.put(reader)
+
+    def read_one(key, source):
+        reader = idle.get()
+        try:
+            return Read(key, reader(source), None)
+        except ValueError as error:
+            return Read(key, None, str(error))
+        finally:
+            idle.put(reader)
+
+    # A thread for each process, which does nothing but wait for it.
+    threads = ThreadPoolExecutor(num_workers, "reader")
+    try:
+        waiting = deque()
+        for key, source in items:
+            waiting.append(threads.submit(read_one, key, source))
+            if len(waiting) >= max(number, num_workers):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for reader in readers:
+            reader.kill()
+        threads.shutdown()
+        for reader in readers:
+            reader.close()
+
+
+def dumps(value: Any) -> bytes:
+    """Pickles a value; tensors in it become plain arrays, where torch would put them into shared memory or a file."""
+    file = io.BytesIO()
+    _Pickler(file, protocol=5).dump(value)
+    return file.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value):
+        if isinstance(value, torch.Tensor):
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
+
+
+# No process may be forked while another one's pipes are open at both ends: it would keep them open, and nobody would
+# see that the other one has died.
+_forking = threading.Lock()
+
+
+class _Process:
+    """The forked process, as its parent sees it."""
+
+    def __init__(self, read: Callable[[Any], Any], seconds: float):
+        self._owner = os.getpid()
+        with _forking:
+            requests, mine = os.pipe()
+            theirs, answers = os.pipe()
+            self._pid = os.fork()
+            if self._pid == 0:
+                try:
+                    os.close(mine)
+                    os.close(theirs)
+                    _serve(read, seconds, open(requests, "rb"), open(answers, "wb"))  # noqa: SIM115
+                finally:
+                    os._exit(1)  # nothing of the parent's may run at its end
+            os.close(requests)
+            os.close(answers)
+        self._requests, self._answers = open(mine, "wb"), open(theirs, "rb")  # noqa: SIM115
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process started it, and not one that this one was forked from."""
+        return self._owner == os.getpid()
+
+    def send(self, value: Any) -> None:
+        self._requests.write(dumps(value))
+        self._requests.flush()
+
+    def receive(self) -> Any:
+        return pickle.load(self._answers)
+
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+
+    def reap(self) -> int:
+        """End it if it has not ended, and return its status."""
+        self.kill()
+        for file in (self._requests, self._answers):
+            with suppress(OSError):
+                file.close()
+        return os.waitpid(self._pid, 0)[1]
+
+
+def _serve(
+    read: Callable[[Any], Any], seconds: float, requests: io.BufferedReader, answers: io.BufferedWriter
+) -> None:
+    """The life of a forked process: it ends when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    gc.freeze()  # a collection would copy the memory that is shared with the parent
+    torch.set_num_threads(1)
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            source = pickle.load(requests)
+            # The system ends this process when it takes too long: no decoder can prevent that, and it works without
+            # the parent.
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            pixels = _count_pixels(source)
+            if pixels > SMALL_PICTURE:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                _answer(pixels, answers)
+                pickle.load(requests)
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+            answer = _attempt(read, source)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            _answer(answer, answers)
+
+
+def _answer(value, file):
+    _Pickler(file, protocol=5).dump(value)
+    file.flush()
+
+
+def _attempt(read, source):
+    """Whether it succeeded, and the result or the reason."""
+    try:
+        return True, read(source)
+    except MemoryError:
+        return False, f"{_name(source)}: there is not enough memory to read it."
+    except Exception as error:  # whatever a damaged file makes a decoder do, the others are not harmed
+        return False, " ".join(str(error).split()) or f"{_name(source)}: {type(error).__name__}"
+
+
+def _reading(key, succeeded, answer):
+    return Read(key, answer, None) if succeeded else Read(key, None, answer)
+
+
+def _count_pixels(source: Any) -> int:
+    """The pixels of a picture, from its header; 0 where that cannot be told."""
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, (bytes, bytearray)):
+        source = io.BytesIO(source)
+    if not isinstance(source, (str, os.PathLike, io.BytesIO)):
+        return 0
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
+            return image.width * image.height
+    except Exception:  # what is wrong with it is told when it is read
+        return 0
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, dict):
+        source = source.get("path")
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else "image"
