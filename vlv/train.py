@@ -20,6 +20,8 @@ from transformers import TrainingArguments, set_seed
 from vlv.commands.parser import CommandParser
 from vlv.evaluation.results import git_commit
 from vlv.files import replaced_together, writing_to
+from vlv.processes import check_launch, said_when_lost
+from vlv.sharding import unsharded
 from vlv.stages import stage_class
 from vlv.stages.base import Settings, Stage
 from vlv.trainer import StageTrainer, last_whole_checkpoint
@@ -56,6 +58,12 @@ class TrainArguments(TrainingArguments):
 
 def main(argv: list[str] | None = None) -> None:
     stage_type, settings, args = read_recipe(sys.argv[1:] if argv is None else argv)
+    check_launch(args.distributed_state)
+    with said_when_lost():
+        _train(stage_type, settings, args)
+
+
+def _train(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> None:
     output_dir = Path(args.output_dir)
     set_seed(args.seed)
     stage = stage_type(settings, args)
@@ -71,11 +79,14 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.time() - started
 
     metrics = trainer.evaluate()
+    with trainer.whole_model():
+        if trainer.is_world_process_zero():
+            stage.model.eval()
+            with replaced_together(output_dir) as folder, writing_to(output_dir):
+                stage.save(folder)
+    with unsharded(stage.model):
+        metrics |= stage.evaluate()  # in all processes: each may hold a part of the model
     if trainer.is_world_process_zero():
-        stage.model.eval()
-        with replaced_together(output_dir) as folder, writing_to(output_dir):
-            stage.save(folder)
-        metrics |= stage.evaluate()
         record = {
             "recipe": {**vars(settings), **changed_arguments(args)},
             "seed": args.seed,
