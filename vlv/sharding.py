@@ -8,12 +8,22 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 
 def blank_copy(model: nn.Module) -> nn.Module:
     """A copy of a model that is not sharded yet, without the content of its weights: see [`fill`]."""
     blanks = {id(weight): nn.Parameter(weight.to("meta"), weight.requires_grad) for weight in model.parameters()}
     return deepcopy(model, blanks)
+
+
+def keep_tied_together(model: nn.Module) -> None:
+    """
+    Keeps accelerate from sharding the input embeddings apart from what is tied to them: it looks for output embeddings
+    alone, but Florence-2's are tied into both of its halves, and FSDP refuses to shard such weights apart.
+    """
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
+        model.get_input_embeddings = lambda: None
 
 
 def reshard(model: nn.Module) -> None:

@@ -21,7 +21,6 @@ from vlv.commands.parser import CommandParser
 from vlv.evaluation.results import git_commit
 from vlv.files import replaced_together, writing_to
 from vlv.processes import check_launch, said_when_lost
-from vlv.sharding import unsharded
 from vlv.stages import stage_class
 from vlv.stages.base import Settings, Stage
 from vlv.trainer import StageTrainer, last_whole_checkpoint
@@ -84,8 +83,8 @@ def _train(stage_type: type[Stage], settings: Settings, args: TrainArguments) ->
             stage.model.eval()
             with replaced_together(output_dir) as folder, writing_to(output_dir):
                 stage.save(folder)
-    with unsharded(stage.model):
-        metrics |= stage.evaluate()  # in all processes: each may hold a part of the model
+    with trainer.all_methods():
+        metrics |= stage.evaluate()
     if trainer.is_world_process_zero():
         record = {
             "recipe": {**vars(settings), **changed_arguments(args)},

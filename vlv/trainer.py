@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from vlv.files import writing_to
 from vlv.monitor import LossBar, write_samples
-from vlv.sharding import assign, blank_copy, fill, gathered, reshard, unsharded
+from vlv.sharding import assign, blank_copy, fill, gathered, keep_tied_together, reshard, unsharded
 from vlv.stages.base import Stage
 
 
@@ -47,6 +47,7 @@ class StageTrainer(Trainer):
         self.blank = None  # FSDP shards the model in place; the final weights are gathered into this copy
         if self.is_fsdp_enabled:
             self.blank = blank_copy(stage.model)
+            keep_tied_together(stage.model)
         self.loss_parts: Counter[str] = Counter()  # summed since the last log
 
     def create_optimizer(self, *args) -> torch.optim.Optimizer:
@@ -82,12 +83,21 @@ class StageTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
-        with unsharded(self.stage.model):
-            samples = self.stage.samples()  # in all processes: each may hold a part of the model
+        with self.all_methods():
+            samples = self.stage.samples()
         if samples is not None and self.is_world_process_zero():
             folder = Path(self.args.output_dir) / "samples"
             write_samples(samples, folder, self.state.global_step, self.callback_handler.callbacks)
         return metrics
+
+    @contextmanager
+    def all_methods(self) -> Iterator[None]:
+        """
+        Lets the stage call other methods of its model than `forward`. All processes must call the same ones, for each
+        may hold a part of the model.
+        """
+        with unsharded(self.stage.model), self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
+            yield
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
