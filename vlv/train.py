@@ -59,10 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     stage_type, settings, args = read_recipe(sys.argv[1:] if argv is None else argv)
     check_launch(args.distributed_state)
     with said_when_lost():
-        _train(stage_type, settings, args)
+        run(stage_type, settings, args)
 
 
-def _train(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> None:
+def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> None:
+    """Trains, evaluates and saves."""
     output_dir = Path(args.output_dir)
     set_seed(args.seed)
     stage = stage_type(settings, args)

@@ -154,6 +154,7 @@ class StageTrainer(Trainer):
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        reshard(self.stage.model)
         saved, state = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME), self.stage.state()
         if {name: tensor.shape for name, tensor in saved.items()} != {
             name: tensor.shape for name, tensor in state.items()

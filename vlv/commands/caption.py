@@ -3,16 +3,19 @@
 import math
 import sys
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from vlv.captioning.settings import Decoding, ModelOptions, RowOptions, option
-from vlv.captioning.sink import CaptionFile, Printer, Sidecars, Sink
+from vlv.captioning.sink import CaptionFile, Printer, Row, Sidecars, Sink
 from vlv.captioning.sources import Source, open_source
 from vlv.commands.parser import CommandParser
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,11 @@ def main(argv: list[str]) -> int | None:
     )
     arguments, decoding, model, rows, inputs = parser.parse(argv)
     source = open_source(inputs.paths, rows)
+    from vlv.processes import said_when_lost  # imported only now: see below
+
     try:
-        _caption(source, arguments, decoding, model)
+        with said_when_lost():
+            _caption(source, arguments, decoding, model)
     except KeyboardInterrupt:
         mend = ": the same command with --resume goes on from there" if arguments.output else ""
         print(f"\nvlv caption: interrupted{mend}", file=sys.stderr)
@@ -91,14 +97,13 @@ def main(argv: list[str]) -> int | None:
 
 def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions) -> None:
     # Imported only now: torch would keep --help and wrong arguments waiting.
-    from accelerate import PartialState
-
     from vlv.captioning.engine import caption_locally, make_captioner
     from vlv.loading import find_captioner
+    from vlv.processes import join_processes
 
-    # One of the processes of `accelerate launch`, which take a part each, or the only one there is. The first to be
-    # done waits for the last.
-    processes = PartialState(cpu=model.device == "cpu", timeout=timedelta(days=30))
+    processes = join_processes(model.device)  # each takes a part
+    if arguments.engine == "ray" and processes.num_processes > 1:
+        raise ValueError("--engine ray starts its own processes: run it without torchrun or accelerate launch.")
     find_captioner(model.model)
     sink = _open_sink(source, arguments, decoding, model)
     processes.wait_for_everyone()  # until all have seen what was done before
@@ -123,10 +128,9 @@ def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, mo
                     tqdm.write(f"vlv caption: left out: {row['error']}", file=sys.stderr)
             sink.add(rows)
             bar.update(len(rows))
-    processes.wait_for_everyone()
+    captioned, failures = _finish(sink, processes)
     if not processes.is_main_process:
         return
-    captioned, failures = sink.finish()
     elapsed = bar.format_dict["elapsed"]
     rate = (bar.n - bar.initial) * processes.num_processes / elapsed
     where = f", listed in {sink.failures}" if failures and arguments.output else ""
@@ -137,6 +141,18 @@ def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, mo
     )
     if failures and not captioned and not sink.done:
         raise ValueError("None of the images could be read.")
+
+
+def _finish(sink: Printer | Sink, processes: "PartialState") -> tuple[int, list[Row]]:
+    """How many images were captioned, and the rows of those left out, once all processes have done their parts."""
+    if isinstance(sink, Printer):
+        from accelerate.utils import gather_object
+
+        parts = gather_object([sink.finish()])  # each has printed its own
+        failures = [row for _, rows in parts for row in rows]
+        return sum(captioned for captioned, _ in parts), sorted(failures, key=lambda row: row["order"])
+    processes.wait_for_everyone()
+    return sink.finish() if processes.is_main_process else (0, [])
 
 
 def _open_sink(source: Source, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions) -> Printer | Sink:
