@@ -216,6 +216,8 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         absent = [name for name, part in self.named_parts() if part is None]
         self._keys_to_ignore_on_load_unexpected = [rf"^{name}\." for name in absent]
         self.post_init()
+        # FSDP refuses a layer's name that the model lacks: without a decoder there are none of the UNet's.
+        self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
         self.freeze_decoder()
 
     # ---- parts: what trains and what is frozen -------------------------------------------------------------

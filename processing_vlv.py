@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
-# VLVConfig: AutoTokenizer reads a repo's config.json, and where the class is registered it has no code of the repo to ask
+# VLVConfig: AutoTokenizer reads a repo's config.json. Where the class is registered, it has no code of the repo to ask
 # about.
 try:
     from .configuration_vlv import VLVConfig  # noqa: F401

@@ -10,12 +10,13 @@ from typing import NamedTuple
 class Command(NamedTuple):
     module: str  # imported only when the command runs; its `main(argv)` returns an exit status or None for success
     summary: str
+    in_parts: bool = False  # whether several processes of a launcher share its work
 
 
 COMMANDS = {
-    "caption": Command("vlv.commands.caption", "write a caption for each image"),
+    "caption": Command("vlv.commands.caption", "write a caption for each image", in_parts=True),
     "reconstruct": Command("vlv.commands.reconstruct", "rebuild images from what their captions are made of"),
-    "train": Command("vlv.train", "train or fine-tune with a recipe"),
+    "train": Command("vlv.train", "train or fine-tune with a recipe", in_parts=True),
     "assemble": Command("vlv.commands.assemble", "put a new model together from pretrained parts"),
     "convert": Command("vlv.commands.convert", "bring a checkpoint of the paper's code over"),
     "export": Command("vlv.commands.export", "take a model apart, each part in its own library's format"),
@@ -51,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         near = get_close_matches(name, COMMANDS, n=1)
         mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
         print(f"vlv: error: there is no command {name!r}; {mend}", file=sys.stderr)
+        return 2
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not COMMANDS[name].in_parts:
+        print(f"vlv {name}: error: it runs in one process: start it without a launcher.", file=sys.stderr)
         return 2
     try:
         return import_module(COMMANDS[name].module).main(rest) or 0

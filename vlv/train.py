@@ -25,6 +25,7 @@ from vlv.checks import require_a_batch, require_arguments, require_output_folder
 from vlv.commands.parser import CommandParser
 from vlv.evaluation.results import git_commit
 from vlv.files import locked, replaced_together, writing_to
+from vlv.processes import check_launch, said_when_lost
 from vlv.stages import stage_class
 from vlv.stages.base import Settings, Stage
 from vlv.trainer import StageTrainer, last_whole_checkpoint
@@ -63,8 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     stage_type, settings, args = read_recipe(sys.argv[1:] if argv is None else argv)
     require_arguments(stage_type, settings, args)
     require_output_folder(args)
+    check_launch(args.distributed_state)
     try:
-        with locked(args.output_dir) if args.process_index == 0 else nullcontext():
+        with said_when_lost(), locked(args.output_dir) if args.process_index == 0 else nullcontext():
             run(stage_type, settings, args)
     except ImportError as error:  # peft, flash_attn, ...: the library's sentence says how to install it
         raise ValueError(str(error)) from error
@@ -90,11 +92,14 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
         raise ValueError("No step was trained: the data gave no batch.")
 
     metrics = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        stage.model.eval()
-        with replaced_together(output_dir) as folder, writing_to(output_dir):
-            stage.save(folder)
+    with trainer.whole_model():
+        if trainer.is_world_process_zero():
+            stage.model.eval()
+            with replaced_together(output_dir) as folder, writing_to(output_dir):
+                stage.save(folder)
+    with trainer.all_methods():
         metrics |= stage.evaluate()
+    if trainer.is_world_process_zero():
         record = {
             "recipe": {**vars(settings), **changed_arguments(args)},
             "seed": args.seed,

@@ -2,18 +2,21 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -21,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from vlv.checks import require_finite
 from vlv.files import writing_to
 from vlv.monitor import LossBar, write_samples
+from vlv.sharding import assign, blank_copy, fill, gathered, keep_tied_together, reshard, unsharded
 from vlv.stages.base import Stage
 
 
@@ -43,6 +47,10 @@ class StageTrainer(Trainer):
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossBar)
+        self.blank = None  # FSDP shards the model in place; the final weights are gathered into this copy
+        if self.is_fsdp_enabled:
+            self.blank = blank_copy(stage.model)
+            keep_tied_together(stage.model)
         self.loss_parts: Counter[str] = Counter()  # summed since the last log
 
     def create_optimizer(self, *args) -> torch.optim.Optimizer:
@@ -79,20 +87,78 @@ class StageTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
-        if self.is_world_process_zero() and (samples := self.stage.samples()) is not None:
+        with self.all_methods():
+            samples = self.stage.samples()
+        if samples is not None and self.is_world_process_zero():
             folder = Path(self.args.output_dir) / "samples"
             write_samples(samples, folder, self.state.global_step, self.callback_handler.callbacks)
         return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        # FSDP and DeepSpeed come with the tensors that they have gathered.
-        state = {name: (state_dict or {}).get(name, tensor) for name, tensor in self.stage.state().items()}
-        save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, folder / SAFE_WEIGHTS_NAME)
+    @contextmanager
+    def all_methods(self) -> Iterator[None]:
+        """
+        Lets the stage call other methods of its model than `forward`. All processes must call the same ones, for each
+        may hold a part of the model.
+        """
+        with unsharded(self.stage.model), self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
+            yield
 
-    @torch.no_grad()
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """The stage's model, whole, for the first process to save; all processes must enter this together."""
+        trained = self.stage.model
+        if self.blank is not None:
+            fill(self.blank, trained, keep=self.is_world_process_zero())
+            self.stage.model = self.blank
+        try:
+            yield
+        finally:
+            self.stage.model = trained
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_fsdp_enabled:  # Trainer would gather what is frozen, too
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        reshard(self.stage.model)
+        state = {}
+        for name, tensor in self.stage.state().items():
+            # All processes gather what FSDP has sharded; DeepSpeed comes with what it has gathered itself.
+            whole = gathered((state_dict or {}).get(name, tensor))
+            if self.args.should_save:
+                state[name] = whole.cpu().contiguous()
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / SAFE_WEIGHTS_NAME)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # As Trainer does it, without a second copy of the model, frozen weights and all.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The state that comes next says that the checkpoint is whole: so all processes have written their parts.
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{checkpoint} holds no {Path(error.filename).name}: FSDP, DeepSpeed and DDP keep the optimizer in"
+                " different files, so resume with the config of accelerate that the run was started with."
+            ) from error
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        reshard(self.stage.model)
         saved, state = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME), self.stage.state()
         if {name: tensor.shape for name, tensor in saved.items()} != {
             name: tensor.shape for name, tensor in state.items()
@@ -102,7 +168,7 @@ class StageTrainer(Trainer):
                 " recipe's: choose another output_dir, or leave out --resume."
             )
         for name, tensor in saved.items():
-            state[name].copy_(tensor)
+            assign(state[name], tensor)
 
     def prediction_step(
         self,

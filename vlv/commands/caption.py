@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,8 +96,11 @@ def main(argv: list[str]) -> int | None:
         "each line), .parquet files, WebDataset archives (.tar), and ids of data sets on the Hub (user/name).",
     )
     arguments, decoding, model, rows, inputs = parser.parse(argv)
+    from vlv.processes import said_when_lost  # imported only now: see below
+
     try:
-        _caption(open_source(inputs.paths, rows), arguments, decoding, model)
+        with said_when_lost():
+            _caption(open_source(inputs.paths, rows), arguments, decoding, model)
     except KeyboardInterrupt:
         hint = ("the same command with --resume continues from here",) if arguments.output else ()
         raise KeyboardInterrupt(*hint) from None
@@ -106,14 +108,13 @@ def main(argv: list[str]) -> int | None:
 
 def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions) -> None:
     # Imported only now: torch would keep --help and wrong arguments waiting.
-    from accelerate import PartialState
-
     from vlv.captioning.engine import caption_locally, make_captioner
     from vlv.loading import find_captioner
+    from vlv.processes import join_processes
 
-    # One of the processes of `accelerate launch`, which take a part each, or the only one there is. The first to be
-    # done waits for the last.
-    processes = PartialState(cpu=model.device == "cpu", timeout=timedelta(days=30))
+    processes = join_processes(model.device)  # each takes a part
+    if arguments.engine == "ray" and processes.num_processes > 1:
+        raise ValueError("--engine ray starts its own processes: run it without torchrun or accelerate launch.")
     find_captioner(model.model)
     output = _open_output(source, arguments, decoding)
     with locked(output.path) if output is not None and processes.is_main_process else nullcontext():
@@ -169,10 +170,9 @@ def _fill(sink: Printer | Sink, batches: Iterable[list[Row]], source: Source, pr
                     tqdm.write(f"vlv caption: left out: {row['error']}", file=sys.stderr)
             sink.add(rows)
             bar.update(len(rows))
-    processes.wait_for_everyone()
+    captioned, failures = _finish(sink, processes)
     if not processes.is_main_process:
         return
-    captioned, failures = sink.finish()
     elapsed = bar.format_dict["elapsed"]
     rate = (bar.n - bar.initial) * processes.num_processes / elapsed
     where = f", listed in {sink.failures}" if failures and isinstance(sink, Sink) else ""
@@ -183,3 +183,15 @@ def _fill(sink: Printer | Sink, batches: Iterable[list[Row]], source: Source, pr
     )
     if failures and not captioned and not sink.done:
         raise ValueError("None of the images could be read.")
+
+
+def _finish(sink: Printer | Sink, processes: "PartialState") -> tuple[int, list[Row]]:
+    """How many images were captioned, and the rows of those left out, once all processes have done their parts."""
+    if isinstance(sink, Printer):
+        from accelerate.utils import gather_object
+
+        parts = gather_object([sink.finish()])  # each has printed its own
+        failures = [row for _, rows in parts for row in rows]
+        return sum(captioned for captioned, _ in parts), sorted(failures, key=lambda row: row["order"])
+    processes.wait_for_everyone()
+    return sink.finish() if processes.is_main_process else (0, [])
