@@ -1,14 +1,15 @@
 """The images, and reference captions, that a model is measured on."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
 
-from processing_vlv import load_image
-from vlv.data import load_rows, require_column
+from vlv.data import load_rows, local_path, open_image, require_column
 from vlv.evaluation.words import words
 from vlv.evaluation.work import fingerprint_images
+from vlv.images import name_of
 
 
 class EvaluationData:
@@ -36,7 +37,7 @@ class EvaluationData:
         require_column(rows, image_column, "--image_column")
         if len(rows) == 0:
             raise ValueError(f"There are no images in {dataset}.")
-        root = Path(dataset).expanduser().absolute()
+        root = Path(name_of(os.path.abspath(os.path.expanduser(dataset))))
         paths = rows.select_columns([image_column]).flatten()[f"{image_column}.path"]
         self.all_names = [_name(path, root) for path in paths]
         rows = rows.select(range(min(num or len(rows), len(rows))))
@@ -54,7 +55,7 @@ class EvaluationData:
 
     def load(self, number: int) -> Image.Image:
         """Image `number` in RGB."""
-        return load_image(self.images[number])
+        return open_image(self.images[number])
 
     @cached_property
     def references(self) -> list[list[str]]:
@@ -82,7 +83,8 @@ class EvaluationData:
     def fingerprint(self) -> str:
         """Changes with any image, and with their order."""
         return fingerprint_images(
-            image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes() for image in self.images
+            image["bytes"] if image["bytes"] is not None else Path(local_path(image["path"])).read_bytes()
+            for image in self.images
         )
 
 
