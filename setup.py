@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "train": ["peft", "pyyaml", "tensorboard"],
     "evaluate": ["evaluate", "matplotlib", "pycocoevalcap", "torchmetrics"],
+    "formats": ["pillow-heif", "pillow-jxl-plugin"],
     "ray": ["ray[data]"],
     "space": ["gradio"],
     "test": ["bitsandbytes", "playwright", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],

@@ -24,8 +24,8 @@ Row = dict[str, Any]
 
 def image_folder(folder: str, contents: Folder) -> tuple[dict[str, Dataset], int]:
     """
-    The rows of each split: `image`, undecoded, and the columns of the metadata. So does `datasets` read an ImageFolder,
-    but here the name of a file decides nothing.
+    The rows of each split: `image`, undecoded, and the columns of the metadata. `datasets` calls such a folder an
+    ImageFolder, but here the name of a file decides nothing.
 
     Where metadata say nothing of captions, `.txt` files beside the images are the column `text`, as `vlv caption
     --output .txt` writes them: a caption in each line.
