@@ -6,8 +6,11 @@
 Rows that are streamed skip the pass: `Stream` takes the place of `Examples`.
 """
 
+import glob
 import hashlib
 import itertools
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,23 +23,27 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 from PIL.Image import Resampling
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from processing_vlv import load_image
+from vlv.image_folder import SPLITS, image_folder
+from vlv.images import list_folder, location_of, report_passed_over
 
 # Shards of a data set that lies on disk in one piece and is streamed: enough for many processes and their workers.
 STREAM_SHARDS = 64
+# `train/a.parquet`, `train.parquet`, `train-0001.tar`, and `any-00000-of-00001.parquet` as `push_to_hub` names it.
+SPLIT_OF_TABLE = rf"({'|'.join(SPLITS)})(?:/.*|(?:-\d+)?\.\w+)|(?:data/)?(\w+)-\d{{5}}-of-\d{{5}}\.\w+"
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------
 
 
 def load_rows(dataset: str, split: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
-    """Loads one split of an ImageFolder, of parquet or WebDataset files, of a `save_to_disk` folder, or of a Hub id.
+    """Loads one split of a folder of images (see [`image_folder`]), of parquet or WebDataset files, of a folder from
+    `save_to_disk`, or of a Hub id.
 
     Images stay encoded (`Image(decode=False)`): `open_image` reads them where they are needed.
 
@@ -48,7 +55,7 @@ def load_rows(dataset: str, split: str | None = None, streaming: bool = False) -
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         splits = load_from_disk(str(path))
     elif path.is_dir():
-        splits = load_dataset(folder_format(path), data_dir=str(path), streaming=streaming)
+        splits = read_folder(path, streaming)
     elif path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1:
         raise FileNotFoundError(f"There is no folder {dataset}; name a folder of images or a data set on the Hub.")
     else:
@@ -69,14 +76,18 @@ def load_rows(dataset: str, split: str | None = None, streaming: bool = False) -
     return rows
 
 
-def folder_format(folder: Path) -> str:
-    """The `datasets` builder that reads what lies in a folder; raises ValueError where there is nothing to read."""
-    suffixes = {file.suffix.lower() for file in folder.rglob("*")}
-    if suffixes.intersection(ImageFolder.EXTENSIONS):
-        return "imagefolder"
+def read_folder(folder: Path, streaming: bool) -> dict[str, Dataset | IterableDataset]:
+    """The splits of a folder of images, else of parquet files, else of WebDataset tars."""
+    contents = list_folder(folder)
+    if contents.images:
+        splits, used = image_folder(str(folder), contents)
+        report_passed_over(folder, contents, used)
+        return splits
     for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
-        if suffix in suffixes:
-            return builder
+        if files := [file for file in contents.others if file.lower().endswith(suffix)]:
+            report_passed_over(folder, contents, len(files))
+            return load_dataset(builder, data_files=split_tables(folder, files), streaming=streaming)
+    report_passed_over(folder, contents)
     raise ValueError(f"There are no images in {folder}, and neither parquet files nor WebDataset tars.")
 
 
@@ -94,6 +105,16 @@ def reading(dataset: str) -> Iterator[None]:
         if isinstance(cause, OSError | ValueError) and dataset in str(cause):
             raise cause from error
         raise ValueError(f"{dataset} cannot be read: {cause or type(cause).__name__}") from error
+
+
+def split_tables(folder: Path, files: Sequence[str]) -> dict[str, list[str]]:
+    """The files of each split: they are one, `train`, unless every one of them is named after its split."""
+    named = [re.fullmatch(SPLIT_OF_TABLE, file) for file in files]
+    splits = {}
+    for file, match in zip(files, named, strict=True):
+        split = next(filter(None, match.groups())) if all(named) else "train"
+        splits.setdefault(split, []).append(glob.escape(str(folder / file)))
+    return splits
 
 
 def require_column(rows: Dataset | IterableDataset, column: str, setting: str) -> None:
@@ -157,10 +178,17 @@ def open_image(source: Any) -> Image.Image:
     """The image in a row, upright and in RGB; raises OSError or ValueError where it cannot be read."""
     if source is None:
         raise ValueError("there is no image.")
-    if isinstance(source, dict) and source["bytes"] is None and "://" in source["path"]:
+    if isinstance(source, dict) and source["bytes"] is None:
+        if "://" not in source["path"]:
+            return load_image(local_path(source["path"]))
         with fsspec.open(source["path"], "rb") as file:  # a stream names files where they lie: hf://, zip://, ...
             source = {**source, "bytes": file.read()}
     return load_image(source)
+
+
+def local_path(path: str) -> str:
+    """Where the file lies that a row names: rows of a folder spell it as [`name_of`] does."""
+    return path if os.path.exists(path) else location_of(path)
 
 
 def image_digest(source: Any) -> bytes:

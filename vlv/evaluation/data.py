@@ -1,14 +1,15 @@
 """The images, and reference captions, that a model is measured on."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
 
-from processing_vlv import load_image
-from vlv.data import load_rows, require_column
+from vlv.data import load_rows, local_path, open_image, require_column
 from vlv.evaluation.words import words
 from vlv.evaluation.work import fingerprint_images
+from vlv.images import name_of
 from vlv.reading import Reader
 
 
@@ -37,12 +38,12 @@ class EvaluationData:
         require_column(rows, image_column, "--image_column")
         if len(rows) == 0:
             raise ValueError(f"There are no images in {dataset}.")
-        root = Path(dataset).expanduser().absolute()
+        root = Path(name_of(os.path.abspath(os.path.expanduser(dataset))))
         paths = rows.select_columns([image_column]).flatten()[f"{image_column}.path"]
         self.all_names = [_name(path, root) for path in paths]
         rows = rows.select(range(min(num or len(rows), len(rows))))
         self.images = rows[image_column]  # bytes and path of each, undecoded, read when asked for
-        self._read = Reader(load_image)  # in a process of its own: a damaged image must not end this one
+        self._read = Reader(open_image)  # in a process of its own: a damaged image must not end this one
         self._captions = rows[caption_column] if caption_column in rows.column_names else None
         self._caption_column = caption_column
 
@@ -84,7 +85,8 @@ class EvaluationData:
     def fingerprint(self) -> str:
         """Changes with any image, and with their order."""
         return fingerprint_images(
-            image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes() for image in self.images
+            image["bytes"] if image["bytes"] is not None else Path(local_path(image["path"])).read_bytes()
+            for image in self.images
         )
 
 

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from modeling_vlv import reading_part
-from processing_vlv import load_image
+from vlv.data import open_image
 
 
 def is_clip(config) -> bool:
@@ -47,13 +47,13 @@ class Embedder:
         pools, else the mean of its last states.
 
         Args:
-            images: each anything that `load_image` reads.
+            images: each anything that `open_image` reads.
         """
         with reading_part("image processor", self.source):
             processor = AutoImageProcessor.from_pretrained(self.source)
 
         def embed(batch):
-            pixels = processor(images=[load_image(image) for image in batch], return_tensors="pt")["pixel_values"]
+            pixels = processor(images=[open_image(image) for image in batch], return_tensors="pt")["pixel_values"]
             pixels = pixels.to(self.model.device, self.model.dtype)
             if is_clip(self.model.config):
                 return _pooled(self.model.get_image_features(pixel_values=pixels))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from processing_vlv import load_image
+from vlv.data import open_image
 
 IDENTICAL = 100.0  # dB, in place of infinity
 SMALLEST = 11  # pixels of a side, the width of SSIM's window
@@ -46,4 +46,4 @@ class Pixels(evaluate.Metric):
 
 def _to_tensor(image):
     """(1, 3, H, W) float, 0..255."""
-    return torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)[None].float()
+    return torch.from_numpy(np.array(open_image(image))).permute(2, 0, 1)[None].float()
