@@ -42,12 +42,17 @@ def require_arguments(stage_type: type["Stage"], settings: "Settings", args: Tra
         )
     if not 0 <= smoothing < 1:
         raise ValueError(f"label_smoothing_factor is {smoothing:g}: it must be at least 0 and less than 1.")
+    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ValueError(
+            f"metric_for_best_model is {args.metric_for_best_model}: evaluations while training measure the loss"
+            " alone, so it must be eval_loss."
+        )
     if args.remove_unused_columns:
         raise ValueError("remove_unused_columns must stay false: each stage chooses its own columns.")
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
-        raise ValueError(f"The optimizer {args.optim} needs a package that is not installed: {error}") from error
+        raise ValueError(f"The optimizer {args.optim.value} needs a package that is not installed: {error}") from error
     except ValueError:
         pass  # some optimizers ask for the model, which the Trainer gives them later
     for callback in get_reporting_integration_callbacks(args.report_to):
