@@ -91,7 +91,9 @@ class Side:
 
     def __init__(self, stage: str, settings: dict[str, Any], output_dir: Path):
         argv = [str(RECIPES / f"{stage}.yaml"), "--output_dir", str(output_dir)]
-        for name, value in settings.items():
+        # So few steps would not pay for a cache, and `auto` leaves it out.
+        caches = {"cache_features": True} | ({"cache_latents": True} if stage == "autoencode" else {})
+        for name, value in (caches | settings).items():
             if name != PADDED:
                 argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         stage_class, stage_settings, args = read_recipe(argv)

@@ -1,10 +1,10 @@
 """What `vlv train` refuses before any long work: settings under which nothing, or nothing useful, would be trained."""
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
@@ -42,12 +42,17 @@ def require_arguments(stage_type: type["Stage"], settings: "Settings", args: Tra
         )
     if not 0 <= smoothing < 1:
         raise ValueError(f"label_smoothing_factor is {smoothing:g}: it must be at least 0 and less than 1.")
+    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ValueError(
+            f"metric_for_best_model is {args.metric_for_best_model}: evaluations while training measure the loss"
+            " alone, so it must be eval_loss."
+        )
     if args.remove_unused_columns:
         raise ValueError("remove_unused_columns must stay false: each stage chooses its own columns.")
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
-        raise ValueError(f"The optimizer {args.optim} needs a package that is not installed: {error}") from error
+        raise ValueError(f"The optimizer {args.optim.value} needs a package that is not installed: {error}") from error
     except ValueError:
         pass  # some optimizers ask for the model, which the Trainer gives them later
     for callback in get_reporting_integration_callbacks(args.report_to):
@@ -89,7 +94,7 @@ def require_sources(settings: "Settings") -> None:
 def require_separate(settings: "Settings", train: Dataset | IterableDataset, evaluation: Dataset) -> None:
     """Raises ValueError when the rows to evaluate on are the rows to train on."""
     chosen = [
-        (os.path.realpath(source), str(split or rows.split))
+        (os.path.realpath(source), str(split or rows.split or "train"))
         for source, split, rows in (
             (settings.dataset, settings.train_split, train),
             (settings.eval_dataset or settings.dataset, settings.eval_split, evaluation),
@@ -117,7 +122,7 @@ def require_a_batch(rows: int, settings: "Settings", args: TrainingArguments) ->
 def require_finite(logs: dict[str, float], step: int) -> None:
     """Raises ValueError for a loss that is not a number: from there on, nothing is learned any more."""
     for name, value in logs.items():
-        if name.endswith("loss") and not np.isfinite(value):
+        if name.endswith("loss") and not math.isfinite(value):
             raise ValueError(
                 f"The {name} is {value} at step {step}, so the training stops: lower learning_rate, or train with"
                 " --bf16 or in float32 instead of --fp16. Training checkpoints of earlier steps are kept for --resume."

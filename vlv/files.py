@@ -96,16 +96,19 @@ def replaced_together(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(output: str | os.PathLike) -> Iterator[None]:
+def locked(output: str | os.PathLike, beside: bool = False) -> Iterator[None]:
     """
     Keep every other run out of `output`, a file or a folder, until the block ends. The lock file lies in the folder,
-    or beside the file. A lock file that a killed run left behind locks nothing.
+    or beside the file. A file that a killed run left behind locks nothing.
+
+    Args:
+        beside: the lock file lies beside a folder, too: the folder is made or replaced as a whole.
 
     Raises:
         OSError: at once, when another run holds the lock, or when nothing can be written there.
     """
     output = Path(output).resolve()
-    file = output / ".lock" if output.is_dir() else output.with_name(f".{output.name}.lock")
+    file = output / ".lock" if output.is_dir() and not beside else output.with_name(f".{output.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
     try:

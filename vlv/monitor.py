@@ -19,6 +19,12 @@ class LossBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_postfix({name: f"{logs[name]:.4g}" for name in logs if name.endswith("loss")})
 
+    def close(self) -> None:
+        """Ends the bars of a training that failed, so that its error stands on a line of its own."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
+
 
 def write_samples(samples: Samples, folder: Path, step: int, callbacks: Sequence = ()) -> None:
     """Writes `folder`/step-`step`.png or .md, and the same to TensorBoard where it is among Trainer's callbacks."""

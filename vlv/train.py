@@ -70,6 +70,10 @@ def main(argv: list[str] | None = None) -> None:
             run(stage_type, settings, args)
     except ImportError as error:  # peft, flash_attn, ...: the library's sentence says how to install it
         raise ValueError(str(error)) from error
+    except (OSError, ValueError) as error:
+        if str(error).startswith("Caught "):  # DataLoader puts a worker's traceback in front of the worker's sentence
+            raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+        raise
 
 
 def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> None:
@@ -86,7 +90,11 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
         set_seed(args.seed + args.process_index)  # each process draws noise of its own
     last = checkpoint_to_resume(stage, args)
     started, commit = time.time(), git_commit()  # of the code that runs, whatever is committed meanwhile
-    trainer.train(resume_from_checkpoint=last and str(last))
+    if last and steps_of(last) == args.max_steps:
+        stage.tell(f"{last} has all {args.max_steps} steps: none is trained. A larger max_steps trains longer.")
+        trainer.restore(last)
+    else:
+        trainer.train(resume_from_checkpoint=last and str(last))
     seconds = time.time() - started
     if trainer.state.global_step == 0:
         raise ValueError("No step was trained: the data gave no batch.")
@@ -137,12 +145,13 @@ def checkpoint_to_resume(stage: Stage, args: TrainArguments) -> Path | None:
     if last is None:
         stage.tell(f"There is no whole training checkpoint in {args.output_dir}: the training starts at step 0.")
         return None
-    steps = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).global_step
-    if 0 < args.max_steps < steps:
-        raise ValueError(f"{last} has been trained for more than max_steps={args.max_steps} steps: choose more steps.")
-    if args.max_steps == steps:
-        stage.tell(f"{last} has all {steps} steps, so no more are trained: choose a larger max_steps to train longer.")
+    if 0 < args.max_steps < steps_of(last):
+        raise ValueError(f"{last} has more steps than max_steps={args.max_steps}: give a larger max_steps.")
     return last
+
+
+def steps_of(checkpoint: Path) -> int:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
 
 
 def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]:

@@ -19,6 +19,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from vlv.checks import require_finite
@@ -52,6 +53,14 @@ class StageTrainer(Trainer):
             self.blank = blank_copy(stage.model)
             keep_tied_together(stage.model)
         self.loss_parts: Counter[str] = Counter()  # summed since the last log
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, LossBar):
+                    callback.close()
 
     def create_optimizer(self, *args) -> torch.optim.Optimizer:
         optimizer, rates = super().create_optimizer(*args), self.stage.learning_rates()
@@ -169,6 +178,26 @@ class StageTrainer(Trainer):
             )
         for name, tensor in saved.items():
             assign(state[name], tensor)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Takes over a checkpoint that has all steps: the Trainer itself would train one more."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        settings = set(self.optimizer.param_groups[0])
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if missing := settings - set(self.optimizer.param_groups[0]):
+                raise KeyError(*missing)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{checkpoint} was saved with another optimizer than {self.args.optim.value}, or for other groups of"
+                " parts: resume with the settings of that run, or choose another output_dir."
+            ) from error
 
     def prediction_step(
         self,

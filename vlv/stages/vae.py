@@ -139,12 +139,10 @@ class VAEStage(Stage):
 
         images = self.eval_dataset.columns["images"]
         everywhere, on_foreground, area, latents = in_batches(errors, images, vae.device, 100, "Evaluating")
-        return {
-            "psnr": psnr(everywhere.mean()),
-            "psnr_foreground": psnr(on_foreground.sum() / area.sum()),
-            "latent_mean": latents.mean().item(),
-            "latent_std": latents.std().item(),
-        }
+        metrics = {"psnr": psnr(everywhere.mean())}
+        if area.any():  # images of one colour have no foreground
+            metrics["psnr_foreground"] = psnr(on_foreground.sum() / area.sum())
+        return metrics | {"latent_mean": latents.mean().item(), "latent_std": latents.std().item()}
 
 
 def psnr(mean_squared_error: torch.Tensor) -> float:

@@ -150,6 +150,8 @@ class VLVStage(Stage):
     def choose_parts(self) -> None:
         """Freezes and thaws, in the one place that does."""
         settings = self.settings
+        if settings.train_parts == []:
+            raise ValueError("train_parts is empty, so nothing would train: name parts, or leave it out.")
         self.train_parts = set(settings.train_parts or STAGES[self.stage])
         try:
             self.model.set_stage(self.stage, train=tuple(self.train_parts))
