@@ -7,8 +7,9 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from vlv.cli import one_line
+from vlv.cli import run
 from vlv.commands.parser import CommandParser
+from vlv.files import locked
 from vlv.images import find_images
 from vlv.loading import read_config
 from vlv.publish.card import weights_license
@@ -82,8 +83,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of a trained VLV.")
     arguments, inputs = parser.parse(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = empty_folder(arguments.output or f"{scratch}/model")
-        publish(inputs.model, folder, arguments)
+        output = arguments.output or f"{scratch}/model"
+        with locked(output, beside=True):
+            publish(inputs.model, empty_folder(output), arguments)
 
 
 def publish(model: str, folder: Path, arguments: UploadArguments) -> None:
@@ -122,8 +124,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ValueError) as error:
-        print(f"hub_upload.py: error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run("hub_upload.py", lambda: main(sys.argv[1:]), is_process=True))

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +10,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 # What says how a model's weights lie in a folder; of an earlier model, it must not outlive that.
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 # Why a disk takes no more: full, a quota, or the most that a file may hold.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether `name` means a path and cannot be a Hub id, which is `name` or `owner/name`."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return name.startswith(".") or os.path.exists(name) or os.path.isdir(os.path.dirname(name))
 
 
 @contextmanager
@@ -48,16 +58,18 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         OSError: at once, when there already is something of that name.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} already exists and is not overwritten; name a new folder.")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    path = Path(path).resolve()
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with locked(path, beside=True):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(f"{path} already exists and is not overwritten; name a new folder.")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            unfinished.replace(path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextmanager
@@ -85,16 +97,19 @@ def replaced_together(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(output: str | os.PathLike) -> Iterator[None]:
+def locked(output: str | os.PathLike, beside: bool = False) -> Iterator[None]:
     """
     Keep every other run out of `output`, a file or a folder, until the block ends. The lock file lies in the folder,
     or beside the file. A file that a killed run left behind locks nothing.
+
+    Args:
+        beside: the lock file lies beside a folder, too: the folder is made or replaced as a whole.
 
     Raises:
         OSError: at once, when another run holds the lock, or when nothing can be written there.
     """
     output = Path(output).resolve()
-    file = output / ".lock" if output.is_dir() else output.with_name(f".{output.name}.lock")
+    file = output / ".lock" if output.is_dir() and not beside else output.with_name(f".{output.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
     try:
@@ -110,14 +125,14 @@ def locked(output: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def writing_to(folder: str | os.PathLike) -> Iterator[None]:
-    """Turns what libraries raise when the disk is full into one OSError that says so; any other names the folder."""
+    """Turns what libraries raise when the disk is full into one OSError that says so, and names the folder."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         # PyTorch and safetensors tell it in words of their own.
         is_full = error.errno in NO_ROOM if isinstance(error, OSError) else "PytorchStreamWriter" in str(error)
         if not is_full and not isinstance(error, SafetensorError):
-            if isinstance(error, OSError) and error.errno and error.filename is None:
+            if isinstance(error, OSError) and error.errno == errno.EIO and error.filename is None:
                 error.filename = str(folder)  # the system names no file where it fails to write to an open one
             raise
         free = shutil.disk_usage(folder).free
@@ -127,26 +142,17 @@ def writing_to(folder: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def check_source(name: str | os.PathLike) -> None:
+def check_source(name: str) -> None:
     """
     Refuse a path that is not there, before a library takes it for an id on the Hub and asks for it again and again.
 
-    `user/name` can be an id. Where there is a folder `user`, it is a path.
-
     Raises:
-        FileNotFoundError: when `name` can only be a path, and nothing is there.
+        FileNotFoundError: when the name of a model or a dataset means a path, and nothing is there.
     """
-    name = os.fspath(name)
-    if os.path.exists(name):
-        return
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise FileNotFoundError(f"{name}: there is no such file or folder.")
-    owner, slash, _ = name.partition("/")
-    if slash and os.path.isdir(owner):
-        raise FileNotFoundError(
-            f"{name}: there is no such file or folder. As there is a folder {owner}, this is not taken for an id on "
-            "the Hub."
-        )
+    if looks_like_path(name) and not os.path.exists(name):
+        folder = os.path.dirname(name)
+        why = f" It is not taken for an id on the Hub, as there is a folder {folder}." if os.path.isdir(folder) else ""
+        raise FileNotFoundError(f"There is no file or folder {name}.{why if name.count('/') == 1 else ''}")
 
 
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes, dict[str, Any]]]:

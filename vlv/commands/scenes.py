@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlv.commands.parser import CommandParser
+from vlv.files import locked, writing_to
 from vlv.scenes import write_scenes
 
 
@@ -36,5 +37,6 @@ def main(argv: list[str]) -> None:
         epilog="example: vlv scenes --num 1000 --output scenes",
     )
     (arguments,) = parser.parse(argv)
-    folder = write_scenes(arguments.output, arguments.num, arguments.seed, arguments.split)
+    with locked(arguments.output, beside=True), writing_to(arguments.output):
+        folder = write_scenes(arguments.output, arguments.num, arguments.seed, arguments.split)
     print(f"{arguments.num} {arguments.split} scenes are in {folder}.")
