@@ -187,7 +187,7 @@ def test_a_link_stays_one_and_its_target_is_written(photos, tmp_path):
     assert link.is_symlink() and target.read_text() == "a dog\n"
 
 
-# ---- a list of failures for each output ------------------------------------------------------------------------------
+# ---- a list of failures for each output -------------------------------------------------------------------------
 
 
 def test_every_output_has_a_list_of_failures_of_its_own(open_again, tmp_path):
