@@ -64,14 +64,13 @@ def run(name: str, command: Callable[[], int | None], is_process: bool) -> int:
         name: what the line begins with.
         is_process: nothing follows in this process, so that it can be made to end quietly.
     """
-    if is_process:
+    if is_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
         # A terminal sends Ctrl-C to all processes at once. Those that the command forks leave it to the command.
         os.register_at_fork(after_in_child=_ignore_ctrl_c)
     try:
         return command() or 0
     except KeyboardInterrupt as interrupt:
-        if is_process:
-            _end_quietly()
         print(f"\n{name}: interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -90,10 +89,14 @@ def _ignore_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _end_quietly() -> None:
-    """After Ctrl-C, threads lose what they work with at any moment: what they say of it is of no use."""
-    _ignore_ctrl_c()
+def _interrupt(*_) -> None:
+    """
+    Ctrl-C. From now on threads may lose what they work with, so what they say of it is of no use. A second Ctrl-C ends
+    the process at once.
+    """
     threading.excepthook = sys.unraisablehook = lambda _: None
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    raise KeyboardInterrupt
 
 
 def one_line(error: Exception) -> str:
