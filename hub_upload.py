@@ -5,4 +5,5 @@ import sys
 from vlv.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["publish", *sys.argv[1:]]))
+    sys.argv.insert(1, "publish")
+    sys.exit(main())

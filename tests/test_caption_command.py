@@ -88,12 +88,12 @@ def test_folder_of_every_kind_of_image(tiny_repo, tiny_model, tmp_path):
     assert len(set(expected.values())) > 5  # the images are told apart, so the comparison means something
     for name in broken | {"missing.png"}:
         assert f"vlv caption: left out: {folder / name}: " in result.stderr
-    report = output.with_name("failures.jsonl")
+    report = output.with_name("captions.jsonl.failures.jsonl")
     failures = {row["file_name"]: row["error"] for row in map(json.loads, report.read_text("utf-8").splitlines())}
     assert failures.keys() == broken | {"missing.png"}
     assert all(reason.startswith(f"{folder / name}: ") for name, reason in failures.items())
     assert f"{len(seen)} captioned, {len(failures)} left out, listed in {report}" in result.stderr.splitlines()[-1]
-    assert set(output.parent.iterdir()) == {output, report}
+    assert set(output.parent.iterdir()) == {output, report, output.with_name(".captions.jsonl.settings")}
 
 
 def test_prints_captions_without_output(tiny_repo, tiny_model, tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_sidecars(tiny_repo, own_photos, captions, capsys):
     assert kept.read_text() == "by hand"
     for name in ("b.png", "sub/c.png"):
         assert (own_photos / name).with_suffix(".txt").read_text("utf-8") == " ".join(captions[name].split()) + "\n"
-    assert len(list(own_photos.rglob("*"))) == 3 + 1 + 3  # nothing else is left behind
+    assert len(list(own_photos.rglob("*"))) == 3 + 1 + 3 + 1  # and .captions.txt.settings, but nothing else
     assert "2 captioned, 0 left out" in capsys.readouterr().err
     assert _caption(tiny_repo, own_photos, "--output", ".txt", "--existing", "overwrite") == 0
     assert kept.read_text("utf-8") == " ".join(captions["a.png"].split()) + "\n"
@@ -226,7 +226,8 @@ def test_nothing_readable(tiny_repo, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no image")
     output = tmp_path / "captions.jsonl"
     output.write_text("kept")
-    assert main(["caption", str(tmp_path / "text.png"), "--model", str(tiny_repo), "--output", str(output)]) == 2
+    arguments = ["--model", str(tiny_repo), "--output", str(output), "--overwrite"]
+    assert main(["caption", str(tmp_path / "text.png"), *arguments]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "vlv caption: error: None of the images could be read."
     assert output.read_text() == "kept"
 

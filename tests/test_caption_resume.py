@@ -1,4 +1,4 @@
-"""Nothing lost, nothing twice: runs that are killed, interrupted, and gone on with."""
+"""Nothing lost, nothing twice: runs that are killed, interrupted and resumed."""
 
 import itertools
 import json
@@ -9,13 +9,16 @@ import sys
 import threading
 import time
 
+import pyarrow.parquet
 import pytest
 import tiny
 from tqdm import tqdm
 
 from vlv.captioning import engine
 from vlv.captioning.captioner import Captioner
-from vlv.captioning.sink import CaptionFile, Journal, Sink
+from vlv.captioning.journal import Journal
+from vlv.captioning.outputs import JsonLines
+from vlv.captioning.sink import Sink
 from vlv.cli import main
 
 COUNT = 30
@@ -41,7 +44,7 @@ def whole(tiny_repo, photos, tmp_path_factory):
     """What an uninterrupted run writes: captions and failures."""
     output = tmp_path_factory.mktemp("whole") / "captions.jsonl"
     assert _caption(tiny_repo, photos, output) == 0
-    return output.read_bytes(), output.with_name("failures.jsonl").read_bytes()
+    return output.read_bytes(), output.with_name("captions.jsonl.failures.jsonl").read_bytes()
 
 
 def _fork(function):
@@ -75,8 +78,9 @@ def _slowly(monkeypatch, seconds):
 
 def _check(output, whole):
     assert output.read_bytes() == whole[0]
-    assert output.with_name("failures.jsonl").read_bytes() == whole[1]
-    assert sorted(path.name for path in output.parent.iterdir()) == ["captions.jsonl", "failures.jsonl"]
+    assert output.with_name("captions.jsonl.failures.jsonl").read_bytes() == whole[1]
+    names = {path.name for path in output.parent.iterdir()}
+    assert names == {"captions.jsonl", "captions.jsonl.failures.jsonl", ".captions.jsonl.settings"}
 
 
 @pytest.mark.slow
@@ -110,7 +114,7 @@ def test_killed_at_random_times(tiny_repo, photos, whole, tmp_path, monkeypatch)
     _check(output, whole)
 
 
-@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("step", range(5))
 def test_killed_while_the_output_is_made(tiny_repo, photos, whole, tmp_path, step):
     output = tmp_path / "captions.jsonl"
 
@@ -127,7 +131,8 @@ def test_killed_while_the_output_is_made(tiny_repo, photos, whole, tmp_path, ste
         return _caption(tiny_repo, photos, output)
 
     status = _status(_fork(run))
-    assert status == (0 if step > 2 else -signal.SIGKILL)  # failures, captions, and the journal are moved
+    # Captions, settings, failures and the journal are moved.
+    assert status == (0 if step > 3 else -signal.SIGKILL)
     assert _caption(tiny_repo, photos, output, "--resume") == 0
     _check(output, whole)
 
@@ -141,13 +146,13 @@ def test_ctrl_c_ends_cleanly_and_resume_goes_on(tiny_repo, photos, whole, tmp_pa
     os.kill(process, signal.SIGINT)
     assert _status(process) == 130
     error = capfd.readouterr().err
-    assert "vlv caption: interrupted: the same command with --resume goes on from there" in error
+    assert "vlv caption: interrupted: the same command with --resume continues from here" in error
     assert "Traceback" not in error
     assert not output.exists()
     monkeypatch.undo()
 
     assert _caption(tiny_repo, photos, output) == 2  # what was done is not thrown away unasked
-    assert "An earlier run was interrupted: go on with it with --resume, or delete" in capfd.readouterr().err
+    assert "An earlier run was interrupted: continue it with --resume, or delete" in capfd.readouterr().err
     assert _caption(tiny_repo, photos, output, "--resume", "--num_beams", "2") == 2
     assert "The interrupted run had --num_beams 1" in capfd.readouterr().err
 
@@ -158,6 +163,12 @@ def test_ctrl_c_ends_cleanly_and_resume_goes_on(tiny_repo, photos, whole, tmp_pa
     assert _caption(tiny_repo, photos, output, "--resume", "--num_workers", "0") == 0
     assert 0 < len(read) < COUNT and {"07.png", "20.png"} <= set(read)  # failures are tried again, captions kept
     _check(output, whole)
+
+
+def _names(output):
+    if output.suffix == ".parquet":
+        return pyarrow.parquet.read_table(output)["file_name"].to_pylist()
+    return [json.loads(line)["file_name"] for line in output.read_text("utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -172,9 +183,9 @@ def test_resume_adds_to_a_finished_run(tiny_repo, photos, tmp_path, suffix):
         before = output.read_bytes()
         assert _caption(tiny_repo, folder, output, "--resume") == 0
         assert output.read_bytes() == before
-    assert [row["file_name"] for row in CaptionFile(output).rows()] == names
-    assert _caption(tiny_repo, folder, output) == 0  # without it, the output is made anew
-    assert [row["file_name"] for row in CaptionFile(output).rows()] == sorted(names)
+    assert _names(output) == names
+    assert _caption(tiny_repo, folder, output, "--overwrite") == 0  # everything from the beginning
+    assert _names(output) == sorted(names)
 
 
 def test_a_journal_cut_anywhere_keeps_its_whole_rows(tmp_path):
@@ -193,8 +204,8 @@ def test_a_journal_cut_anywhere_keeps_its_whole_rows(tmp_path):
 
 
 def test_images_of_one_name_are_reported(tmp_path):
-    sink = Sink(CaptionFile(tmp_path / "captions.jsonl"), {}, resume=False)
+    sink = Sink(JsonLines(tmp_path / "captions.jsonl"), {}, resume=False)
     sink.add([{"order": [0, row], "file_name": "a", "text": str(row)} for row in range(2)])
     captioned, failures = sink.finish()
     assert captioned == 1 and [row["error"] for row in failures] == ["a: another image has the same name."]
-    assert list(CaptionFile(tmp_path / "captions.jsonl").rows()) == [{"file_name": "a", "text": "0"}]
+    assert (tmp_path / "captions.jsonl").read_text() == '{"file_name": "a", "text": "0"}\n'

@@ -138,6 +138,51 @@ def test_ctrl_c_ends_cleanly(tmp_path):
     assert error == "\nvlv sample: interrupted\n"
 
 
+def test_ctrl_c_leaves_no_traceback_of_threads_and_child_processes(tmp_path):
+    """A terminal sends it to every process of the command, and it may come again while the command ends."""
+    (tmp_path / "sample_command.py").write_text(
+        "import atexit, multiprocessing, threading, time\n"
+        "ending = threading.Event()\n"
+        "def fail():\n"
+        "    ending.wait()\n"
+        "    raise RuntimeError('the main thread has left')\n"
+        "@atexit.register\n"
+        "def end():\n"
+        "    print('ending', flush=True)\n"
+        "    time.sleep(1)\n"
+        "def main(argv):\n"
+        "    thread = threading.Thread(target=fail)\n"
+        "    thread.start()\n"
+        "    with multiprocessing.get_context('fork').Pool(2) as pool:\n"
+        "        waiting = pool.map_async(time.sleep, [60, 60])\n"
+        "        time.sleep(1)\n"
+        "        print('started', flush=True)\n"
+        "        try:\n"
+        "            waiting.get()\n"
+        "        finally:\n"
+        "            ending.set()\n"
+    )
+    code = (
+        "import sys; from vlv.cli import COMMANDS, Command, main;"
+        "COMMANDS['sample'] = Command('sample_command', ''); sys.argv = ['vlv', 'sample']; sys.exit(main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    for line in ("started\n", "ending\n"):
+        assert process.stdout.readline() == line
+        os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "\nvlv sample: interrupted\n"
+
+
 def test_reader_that_leaves_ends_the_command_quietly(tmp_path):
     process = _start("[print(number) for number in range(10**6)]", tmp_path)
     assert process.stdout.readline() == "0\n"

@@ -104,7 +104,7 @@ def test_a_captioner_alone(tiny_model, tiny_processor, tmp_path):
 
 def test_bad_input(tmp_path, tiny_repo, capsys):
     for source, output, complaint in (
-        (tmp_path / "nowhere", tmp_path / "parts", "There is no folder"),
+        (tmp_path / "nowhere", tmp_path / "parts", "There is no file or folder"),
         (tiny_repo, tiny_repo, "already exists and is not overwritten"),
     ):
         assert main(["export", str(source), "--output", str(output)]) == 2

@@ -71,7 +71,7 @@ def test_the_command_needs_no_weights(tmp_path, monkeypatch, capsys):
 
 def test_no_model(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "bart"}')
-    for source, complaint in ((tmp_path / "nowhere", "There is no folder"), (tmp_path, "is no VLV")):
+    for source, complaint in ((tmp_path / "nowhere", "There is no file or folder"), (tmp_path, "is not a VLV")):
         assert main(["info", str(source)]) == 2
         (error,) = capsys.readouterr().err.strip().splitlines()
         assert complaint in error

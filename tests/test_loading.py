@@ -70,7 +70,7 @@ def test_missing_parts(tmp_path):
 
 
 def test_missing_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="There is no file or folder .*nowhere"):
         load_captioner(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="There is no folder someone/something, and no model"):
         load_captioner("someone/something")
@@ -80,7 +80,7 @@ def test_missing_model(tmp_path):
 
 def test_model_of_another_kind(tmp_path):
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is no VLV.*'bert'"):
+    with pytest.raises(ValueError, match="is not a VLV checkpoint.*'bert'"):
         load_captioner(str(tmp_path))
 
 

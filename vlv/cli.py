@@ -1,7 +1,10 @@
 """The `vlv` command: finds the command that is asked for, runs it, and turns its errors into one line."""
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple
@@ -56,18 +59,50 @@ def main(argv: list[str] | None = None) -> int:
     if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not COMMANDS[name].in_parts:
         print(f"vlv {name}: error: it runs in one process: start it without a launcher.", file=sys.stderr)
         return 2
+    return run(f"vlv {name}", lambda: import_module(COMMANDS[name].module).main(rest), is_process=argv is None)
+
+
+def run(name: str, command: Callable[[], int | None], is_process: bool) -> int:
+    """
+    Run a command and turn its errors into one line.
+
+    Args:
+        name: what the line begins with.
+        is_process: nothing follows in this process, so that it can be made to end quietly.
+    """
+    if is_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+        # A terminal sends Ctrl-C to all processes at once. Those that the command forks leave it to the command.
+        os.register_at_fork(after_in_child=_ignore_ctrl_c)
     try:
-        return import_module(COMMANDS[name].module).main(rest) or 0
+        return command() or 0
     except KeyboardInterrupt as interrupt:
-        print(f"\nvlv {name}: interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
+        print(f"\n{name}: interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read our output, such as head, has left; point stdout elsewhere, or Python complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError) as error:
-        print(f"vlv {name}: error: {one_line(error)}", file=sys.stderr)
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         return 2
+    finally:
+        if is_process:
+            _ignore_ctrl_c()  # Python's own end would answer it with a traceback
+
+
+def _ignore_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interrupt(*_) -> None:
+    """
+    Ctrl-C. From now on threads may lose what they work with, so what they say of it is of no use. A second Ctrl-C ends
+    the process at once.
+    """
+    threading.excepthook = sys.unraisablehook = lambda _: None
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    raise KeyboardInterrupt
 
 
 def one_line(error: Exception) -> str:

@@ -136,7 +136,7 @@ def _download(repo_id):
         return Path(snapshot_download(repo_id, allow_patterns=["*.safetensors", "*.bin", "*.pt", "*.json", "*.txt"]))
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"There is no file or folder {repo_id}, and no model of that name could be had from the Hub."
+            f"There is no file or folder {repo_id}, and no model of that name was found on the Hub."
         ) from error
 
 

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,16 +58,18 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         OSError: at once, when there already is something of that name.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} already exists and is not overwritten; name a new folder.")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    path = Path(path).resolve()
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with locked(path, beside=True):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(f"{path} already exists and is not overwritten; name a new folder.")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            unfinished.replace(path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextmanager
@@ -124,14 +125,14 @@ def locked(output: str | os.PathLike, beside: bool = False) -> Iterator[None]:
 
 @contextmanager
 def writing_to(folder: str | os.PathLike) -> Iterator[None]:
-    """Turns what libraries raise when the disk is full into one OSError that says so; any other names the folder."""
+    """Turns what libraries raise when the disk is full into one OSError that says so, and names the folder."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         # PyTorch and safetensors tell it in words of their own.
         is_full = error.errno in NO_ROOM if isinstance(error, OSError) else "PytorchStreamWriter" in str(error)
         if not is_full and not isinstance(error, SafetensorError):
-            if isinstance(error, OSError) and error.errno and error.filename is None:
+            if isinstance(error, OSError) and error.errno == errno.EIO and error.filename is None:
                 error.filename = str(folder)  # the system names no file where it fails to write to an open one
             raise
         free = shutil.disk_usage(folder).free
@@ -141,26 +142,17 @@ def writing_to(folder: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def check_source(name: str | os.PathLike) -> None:
+def check_source(name: str) -> None:
     """
     Refuse a path that is not there, before a library takes it for an id on the Hub and asks for it again and again.
 
-    `user/name` can be an id. Where there is a folder `user`, it is a path.
-
     Raises:
-        FileNotFoundError: when `name` can only be a path, and nothing is there.
+        FileNotFoundError: when the name of a model or a dataset means a path, and nothing is there.
     """
-    name = os.fspath(name)
-    if os.path.exists(name):
-        return
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise FileNotFoundError(f"{name}: there is no such file or folder.")
-    owner, slash, _ = name.partition("/")
-    if slash and os.path.isdir(owner):
-        raise FileNotFoundError(
-            f"{name}: there is no such file or folder. As there is a folder {owner}, this is not taken for an id on "
-            "the Hub."
-        )
+    if looks_like_path(name) and not os.path.exists(name):
+        folder = os.path.dirname(name)
+        why = f" It is not taken for an id on the Hub, as there is a folder {folder}." if os.path.isdir(folder) else ""
+        raise FileNotFoundError(f"There is no file or folder {name}.{why if name.count('/') == 1 else ''}")
 
 
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes, dict[str, Any]]]:

@@ -14,6 +14,7 @@ from configuration_vlv import VLVConfig
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
+from vlv.files import check_source
 
 Model = TypeVar("Model", bound=VLVModel)
 
@@ -81,18 +82,23 @@ def load_whole(source: str | None) -> tuple[VLVModel, VLVProcessor]:
 def read_config(source: str) -> VLVConfig:
     """The config of a VLV; raises OSError where there is none, and ValueError for another model's."""
     folder = Path(source)
+    check_source(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{source} is no model: there is no config.json in it.")
+        raise FileNotFoundError(f"{source} is not a model: there is no config.json in it.")
+    if not folder.exists() and "/" not in source:
+        raise FileNotFoundError(f"There is no folder {source}. A model on the Hub is named user/name.")
     try:
         config, _ = PreTrainedConfig.get_config_dict(source)
     except OSError as error:
         if folder.is_dir():
             raise
         raise FileNotFoundError(
-            f"There is no folder {source}, and no model of that name could be had from the Hub."
+            f"There is no folder {source}, and no model of that name was found on the Hub."
         ) from error
     if config.get("model_type") != VLVConfig.model_type:
-        raise ValueError(f"{source} is no VLV: its config.json names the model type {config.get('model_type')!r}.")
+        raise ValueError(
+            f"{source} is not a VLV checkpoint: its config.json names the model type {config.get('model_type')!r}."
+        )
     return VLVConfig.from_dict(config)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlv.commands.parser import CommandParser
-from vlv.files import atomic_folder
+from vlv.files import atomic_folder, check_source
 
 
 @dataclass
@@ -51,7 +51,8 @@ def main(argv: list[str]) -> None:
         "--decoder stabilityai/stable-diffusion-2-1-base --caption-head Qwen/Qwen2.5-0.5B --output start",
     )
     (arguments,) = parser.parse(argv)
-
+    for source in filter(None, (arguments.encoder, arguments.decoder, arguments.caption_head)):
+        check_source(source)
     with atomic_folder(arguments.output) as folder:
         # Imported only now: torch would keep --help and wrong arguments waiting.
         from modeling_vlv import VLVModel

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from vlv.commands.parser import CommandParser
-from vlv.files import atomic_folder
+from vlv.files import atomic_folder, check_source
 
 
 @dataclass
@@ -38,7 +38,8 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="File, folder, index of shards, or Hub id.")
     arguments, inputs = parser.parse(argv)
-
+    for source in filter(None, (inputs.checkpoint, arguments.encoder, arguments.decoder, arguments.caption_head)):
+        check_source(source)
     with atomic_folder(arguments.output) as folder:
         # Imported only now: torch would keep --help and wrong arguments waiting.
         from vlv.convert import convert_checkpoint

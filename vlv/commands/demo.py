@@ -11,7 +11,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from vlv.commands.parser import CommandParser
-from vlv.files import atomic_writer
+from vlv.files import atomic_writer, locked, writing_to
 from vlv.scenes import write_scenes
 from vlv.sheets import Pair, contact_sheet
 
@@ -38,14 +38,19 @@ def main(argv: list[str]) -> None:
         "from their caption embeddings.",
     )
     (arguments,) = parser.parse(argv)
+    folder = Path(arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder), writing_to(folder):
+        _run(arguments, folder)
 
+
+def _run(arguments: DemoArguments, folder: Path) -> None:
     # Imported only now: torch would keep --help and wrong arguments waiting.
     from processing_vlv import load_image
     from vlv.inference import caption_images, reconstruct_images
     from vlv.loading import load_autoencoder
 
     model, processor = load_autoencoder(arguments.model, arguments.device)
-    folder = Path(arguments.output)
     scenes = write_scenes(folder / "scenes", NUM_SCENES, arguments.seed, split="test")
     rows = [json.loads(line) for line in (scenes / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     truths = {row["file_name"]: row["text"] for row in rows}

@@ -1,5 +1,6 @@
 """`vlv evaluate`: measure a VLV."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from rich.table import Table
 from vlv import tiny_checkpoint
 from vlv.commands.parser import CommandParser
 from vlv.evaluation.scores import FAMILIES, SCENES, check_options, find_scores
+from vlv.files import check_source, locked, writing_to
 
 if TYPE_CHECKING:
     from vlv.evaluation.results import Measurement
@@ -147,15 +149,31 @@ def main(argv: list[str]) -> None:
     # Imported only when asked for: torch would keep --help and wrong arguments waiting.
     from vlv.evaluation.results import write_results
 
-    measure = measure_scenes if arguments.metrics == SCENES else measure_dataset
-    metrics = measure(arguments)
-    Console().print(table(metrics))
-    folder = Path(arguments.model or tiny_checkpoint())
-    output = Path(arguments.output) if arguments.output else folder / "results.json" if folder.is_dir() else None
-    if output is not None:
+    for source in (arguments.model, arguments.dataset, *(getattr(arguments, name) for name in _MODELS)):
+        if source is not None:
+            check_source(source)
+    output = _output(arguments)
+    if output is None:
+        Console().print(table(_measure(arguments)))
+        return
+    with locked(output), writing_to(output.parent):
+        metrics = _measure(arguments)
+        Console().print(table(metrics))
         settings = {name: getattr(arguments, name) for name in _settings(arguments)}
         write_results(output, metrics, settings, () if arguments.metrics == SCENES else _LIBRARIES)
-        print(f"written to {output}")
+    print(f"written to {output}")
+
+
+def _output(arguments: EvaluateArguments) -> Path | None:
+    """Where the results go; without --output nowhere, if the model's folder is not to be written to."""
+    if arguments.output is not None:
+        return Path(arguments.output)
+    folder = Path(arguments.model or tiny_checkpoint())
+    return folder / "results.json" if folder.is_dir() and os.access(folder, os.W_OK) else None
+
+
+def _measure(arguments: EvaluateArguments) -> "dict[str, Measurement]":
+    return measure_scenes(arguments) if arguments.metrics == SCENES else measure_dataset(arguments)
 
 
 def measure_scenes(arguments: EvaluateArguments) -> "dict[str, Measurement]":
@@ -243,6 +261,7 @@ _SETTINGS = {
     ),
     "questions": ("max_new_tokens", "num_beams", "questions", "llm", "shots", "seed"),
 }
+_MODELS = ("clip", "sentence_encoder", "feature_extractor", "text_to_image", "llm")
 _OF_DATA = ("dataset", "split", "image_column", "caption_column", "num")
 _LIBRARIES = ("datasets", "evaluate", "pycocoevalcap", "torchmetrics")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from vlv.commands.parser import CommandParser
-from vlv.files import atomic_folder
+from vlv.files import atomic_folder, check_source
 
 
 @dataclass
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of a VLV.")
     arguments, inputs = parser.parse(argv)
-
+    check_source(inputs.model)
     with atomic_folder(arguments.output) as folder:
         # Imported only now: torch would keep --help and wrong arguments waiting.
         from vlv.export import export_parts

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from vlv.commands.parser import CommandParser
+from vlv.files import locked
 
 EXAMPLES = Path(__file__).parents[1] / "publish" / "examples"
 
@@ -73,8 +74,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of a trained VLV.")
     arguments, inputs = parser.parse(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = empty_folder(arguments.output or f"{scratch}/model")
-        publish(inputs.model, folder, arguments)
+        output = arguments.output or f"{scratch}/model"
+        with locked(output, beside=True):
+            publish(inputs.model, empty_folder(output), arguments)
 
 
 def publish(model: str, folder: Path, arguments: PublishArguments) -> None:

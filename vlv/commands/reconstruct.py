@@ -1,5 +1,6 @@
 """`vlv reconstruct`: rebuild images from their caption embeddings, and show them beside the originals."""
 
+import errno
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from vlv.commands.parser import CommandParser
+from vlv.files import locked, writing_to
 from vlv.images import ImageFile, find_images, read_images
 from vlv.sheets import Pair, contact_sheet, side_by_side
 
@@ -54,14 +56,22 @@ def main(argv: list[str]) -> None:
     folder = Path(arguments.output)
     targets = _targets(files, folder)
 
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        _rebuild(files, targets, folder, arguments)
+    print(folder / CONTACT_SHEET)
+
+
+def _rebuild(
+    files: list[ImageFile], targets: dict[ImageFile, Path], folder: Path, arguments: ReconstructArguments
+) -> None:
     # Imported only now: torch would keep --help and wrong arguments waiting.
     from vlv.inference import reconstruct_images
     from vlv.loading import load_autoencoder
 
-    folder.mkdir(parents=True, exist_ok=True)
     model, processor = load_autoencoder(arguments.model, arguments.device, caption_config=None)
     pairs = []
-    with tqdm(total=len(files), desc="Rebuilding", unit="image") as progress:
+    with tqdm(total=len(files), desc="Rebuilding", unit="image") as progress, writing_to(folder):
 
         def report(problem: str) -> None:
             tqdm.write(f"vlv reconstruct: {problem}", file=sys.stderr)
@@ -77,17 +87,24 @@ def main(argv: list[str]) -> None:
             guidance_scale=arguments.guidance_scale,
         )
         for file, image, reconstruction in rebuilt:
-            targets[file].parent.mkdir(parents=True, exist_ok=True)
-            side_by_side(image, reconstruction).save(targets[file])
+            try:
+                targets[file].parent.mkdir(parents=True, exist_ok=True)
+                side_by_side(image, reconstruction).save(targets[file])
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                report(f"left out: {file.path}: its name is too long for {targets[file].name}.")
+                continue
             if len(pairs) < ON_SHEET:
                 image.thumbnail((512, 512))
                 pairs.append(Pair(image, reconstruction, file.name))
             progress.update()
-    sheet = contact_sheet(
-        pairs, "Reconstructions", f"original on the left, rebuilt on the right: {model.name_or_path}"
-    )
-    sheet.save(folder / CONTACT_SHEET)
-    print(folder / CONTACT_SHEET)
+        if not pairs:
+            raise ValueError("None of the images could be rebuilt.")
+        sheet = contact_sheet(
+            pairs, "Reconstructions", f"original on the left, rebuilt on the right: {model.name_or_path}"
+        )
+        sheet.save(folder / CONTACT_SHEET)
 
 
 def _targets(files: list[ImageFile], folder: Path) -> dict[ImageFile, Path]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlv.commands.parser import CommandParser
+from vlv.files import locked, writing_to
 from vlv.scenes import world, write_scenes
 
 
@@ -71,5 +72,6 @@ def main(argv: list[str]) -> None:
         artwork = load_artwork(arguments.artwork) if arguments.artwork else None
         settings = {"artwork": artwork, "artists": arguments.artists, "varied": arguments.varied}
     drawn = world(arguments.world, **settings)
-    folder = write_scenes(arguments.output, arguments.num, arguments.seed, arguments.split, drawn)
+    with locked(arguments.output, beside=True), writing_to(arguments.output):
+        folder = write_scenes(arguments.output, arguments.num, arguments.seed, arguments.split, drawn)
     print(f"{arguments.num} {arguments.split} scenes are in {folder}.")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from vlv import __version__
+from vlv.files import read_json_lines
 
 
 class Work:
@@ -32,11 +34,11 @@ class Work:
             make: the rows from a number on; called for those that are not there yet.
         """
         file = self._place(kind, settings) / f"{kind}.jsonl"
-        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-        lines = [line for line in lines if line.endswith(b"\n")]  # the last one was cut where the run was interrupted
-        rows = [json.loads(line) for line in lines]
+        rows = []
+        if file.exists():
+            _drop_torn_line(file)
+            rows = [row for _, _, row in read_json_lines(file)]
         if len(rows) < total:
-            file.write_bytes(b"".join(lines))
             with file.open("a", encoding="utf-8") as output:
                 for row in _progress(make(len(rows)), kind, len(rows), total):
                     output.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -65,6 +67,11 @@ class Work:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return folder
+
+
+def _drop_torn_line(file: Path) -> None:
+    """Take away the last line of a file where the run was interrupted while it was written."""
+    os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 def digest(value: Any) -> str:
