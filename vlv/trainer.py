@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from vlv.files import writing_to
 from vlv.monitor import LossBar, write_samples
+from vlv.plain import Collate
 from vlv.stages.base import Stage
 
 
@@ -35,7 +36,7 @@ class StageTrainer(Trainer):
             args=args,
             train_dataset=stage.train_dataset,
             eval_dataset=stage.eval_dataset,
-            data_collator=stage.collate,
+            data_collator=Collate(stage.collate),
             callbacks=[EpochCallback(stage.train_dataset), *stage.callbacks()],
         )
         if self.pop_callback(ProgressCallback) is not None:
