@@ -5,7 +5,7 @@ A decoder may crash, hang or ask for much memory. In a forked process this ends 
 reported and the process is replaced. Everything travels through pipes as plain bytes. Shared memory and sockets would
 fail where /dev/shm is small or TMPDIR is long, and need a file descriptor for each picture.
 
-Pools that exist were tried first. `concurrent.futures` gives up the whole pool when a process dies. torch's DataLoader
+No existing pool does this. `concurrent.futures` gives up the whole pool when a process dies. torch's DataLoader
 does too, and it passes tensors through shared memory. pebble replaces processes, but they share locks that need
 /dev/shm, and none of them lets large pictures wait for each other.
 """
@@ -26,6 +26,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
+
+from vlv.plain import dump
 
 SECONDS_PER_PICTURE = 60
 # Readers that share a budget decode this many pixels at the same time, and a larger picture alone. A pixel takes up to
@@ -220,20 +222,6 @@ def read_ahead(
             reader.close()
 
 
-def dumps(value: Any) -> bytes:
-    """Pickles a value; tensors in it become plain arrays, where torch would put them into shared memory or a file."""
-    file = io.BytesIO()
-    _Pickler(file, protocol=5).dump(value)
-    return file.getvalue()
-
-
-class _Pickler(pickle.Pickler):
-    def reducer_override(self, value):
-        if isinstance(value, torch.Tensor):
-            return torch.from_numpy, (value.numpy(),)
-        return NotImplemented
-
-
 # No process may be forked while another one's pipes are open at both ends: it would keep them open, and nobody would
 # see that the other one has died.
 _forking = threading.Lock()
@@ -265,8 +253,7 @@ class _Process:
         return self._owner == os.getpid()
 
     def send(self, value: Any) -> None:
-        self._requests.write(dumps(value))
-        self._requests.flush()
+        _send(value, self._requests)
 
     def receive(self) -> Any:
         return pickle.load(self._answers)
@@ -301,16 +288,16 @@ def _serve(
             pixels = _count_pixels(source)
             if pixels > SMALL_PICTURE:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-                _answer(pixels, answers)
+                _send(pixels, answers)
                 pickle.load(requests)
                 signal.setitimer(signal.ITIMER_REAL, seconds)
             answer = _attempt(read, source)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            _answer(answer, answers)
+            _send(answer, answers)
 
 
-def _answer(value, file):
-    _Pickler(file, protocol=5).dump(value)
+def _send(value, file):
+    dump(value, file)
     file.flush()
 
 

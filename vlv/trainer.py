@@ -25,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from vlv.checks import require_finite
 from vlv.files import writing_to
 from vlv.monitor import LossBar, write_samples
+from vlv.plain import Collate
 from vlv.sharding import assign, blank_copy, fill, gathered, keep_tied_together, reshard, unsharded
 from vlv.stages.base import Stage
 
@@ -42,7 +43,7 @@ class StageTrainer(Trainer):
             args=args,
             train_dataset=stage.train_dataset,
             eval_dataset=stage.eval_dataset,
-            data_collator=stage.collate,
+            data_collator=Collate(stage.collate),
             compute_loss_func=stage.loss_function(),
             callbacks=[EpochCallback(stage.train_dataset), *stage.callbacks()],
         )
