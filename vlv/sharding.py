@@ -1,14 +1,27 @@
 """Models that FSDP2 has sharded: each process holds a part of every weight, and all gather the whole together."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+
+
+def check_fsdp(processes: PartialState) -> None:
+    """Raises ValueError where accelerate would train with DDP in place of the FSDP that it was asked for."""
+    is_plain = processes.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and is_plain:
+        raise ValueError(
+            "FSDP spreads a model over several GPUs, which are not there: use another config of accelerate, such as"
+            " recipes/accelerate/ddp.yaml."
+        )
 
 
 def blank_copy(model: nn.Module) -> nn.Module:
@@ -53,7 +66,8 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 def assign(target: torch.Tensor, whole: torch.Tensor) -> None:
     """Copies a whole tensor, which every process has, into one that may be sharded."""
     if isinstance(target, DTensor):
-        whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+        whole = whole.detach().to(target.device)
+        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(whole)
 
 

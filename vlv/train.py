@@ -21,6 +21,7 @@ from vlv.commands.parser import CommandParser
 from vlv.evaluation.results import git_commit
 from vlv.files import replaced_together, writing_to
 from vlv.processes import check_launch, said_when_lost
+from vlv.sharding import check_fsdp
 from vlv.stages import stage_class
 from vlv.stages.base import Settings, Stage
 from vlv.trainer import StageTrainer, last_whole_checkpoint
@@ -58,6 +59,7 @@ class TrainArguments(TrainingArguments):
 def main(argv: list[str] | None = None) -> None:
     stage_type, settings, args = read_recipe(sys.argv[1:] if argv is None else argv)
     check_launch(args.distributed_state)
+    check_fsdp(args.distributed_state)
     with said_when_lost():
         run(stage_type, settings, args)
 
@@ -96,6 +98,7 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
             },
             "device": str(args.device),
             "processes": args.world_size,
+            "distributed": args.distributed_state.distributed_type.value,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 1),
             "resumed_from": last.name if last else None,
