@@ -74,6 +74,12 @@ def test_processes_that_do_not_find_each_other_are_refused(alone, monkeypatch):
         check_launch(alone)
 
 
+def test_fsdp_without_gpus_is_refused(alone, monkeypatch, photos, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["train", "recipes/tiny/caption.yaml", "--output_dir", str(photos), "--dataset", str(photos)]) == 2
+    assert "vlv train: error: FSDP spreads a model over several GPUs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["reconstruct", "evaluate", "info"])
 def test_command_whose_work_is_not_shared_out_runs_once(name, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -4,20 +4,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 
-def check_fsdp(processes: PartialState) -> None:
+def check_fsdp(args: TrainingArguments) -> None:
     """Raises ValueError where accelerate would train with DDP in place of the FSDP that it was asked for."""
-    is_plain = processes.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and is_plain:
+    asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ValueError(
             "FSDP spreads a model over several GPUs, which are not there: use another config of accelerate, such as"
             " recipes/accelerate/ddp.yaml."
@@ -28,6 +28,14 @@ def blank_copy(model: nn.Module) -> nn.Module:
     """A copy of a model that is not sharded yet, without the content of its weights: see [`fill`]."""
     blanks = {id(weight): nn.Parameter(weight.to("meta"), weight.requires_grad) for weight in model.parameters()}
     return deepcopy(model, blanks)
+
+
+def keep_digits(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Keeps losses and sums of gradients in fp32, as under DDP: in half precision FSDP would round them to that."""
+    if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def keep_tied_together(model: nn.Module) -> None:

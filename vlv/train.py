@@ -42,6 +42,10 @@ class TrainArguments(TrainingArguments):
     logging_steps: float = field(default=50, metadata={"help": "Log the loss every so many steps."})
     # A look at the loss on every step would make the CPU wait for the GPU every time.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Replace NaN losses in the log."})
+    ddp_timeout: int = field(
+        default=3 * 3600,
+        metadata={"help": "Seconds that processes wait for each other, also while each encodes its share of images."},
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "How many training checkpoints to keep."})
     report_to: None | str | list[str] = field(
         default="none", metadata={"help": "Where to report to: tensorboard, ..."}
@@ -59,7 +63,7 @@ class TrainArguments(TrainingArguments):
 def main(argv: list[str] | None = None) -> None:
     stage_type, settings, args = read_recipe(sys.argv[1:] if argv is None else argv)
     check_launch(args.distributed_state)
-    check_fsdp(args.distributed_state)
+    check_fsdp(args)
     with said_when_lost():
         run(stage_type, settings, args)
 
@@ -98,7 +102,7 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
             },
             "device": str(args.device),
             "processes": args.world_size,
-            "distributed": args.distributed_state.distributed_type.value,
+            "distributed": trainer.accelerator.distributed_type.value,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 1),
             "resumed_from": last.name if last else None,
