@@ -1,6 +1,5 @@
-"""Past one process: Ray Data actors and `accelerate launch` give the same rows as the local engine."""
+"""Past one process: Ray Data actors and `torchrun` give the same rows as the local engine."""
 
-import os
 import subprocess
 import sys
 
@@ -59,11 +58,11 @@ def test_ray(inputs, tiny_repo, local, tmp_path):
 @pytest.mark.slow
 def test_two_processes(inputs, tiny_repo, local, tmp_path):
     output = tmp_path / "captions.jsonl"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "vlv"]
-    command = [*launch, "caption", *_arguments(inputs, tiny_repo, output)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(
-        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600, env=environment
-    )
+    logs = tmp_path.parent / "logs"  # one folder with what each process says
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--redirects", "3", "--log_dir", logs]
+    command = [sys.executable, "-m", *map(str, launch), "-m", "vlv", "caption", *_arguments(inputs, tiny_repo, output)]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
     assert result.returncode == 0, result.stderr
+    said = [file.read_text() for file in sorted(logs.rglob("stderr.log"))]
+    assert [text.count(" captioned, ") for text in said] == [1, 0]  # two have run, and one of them made the output
     _check(output, local)

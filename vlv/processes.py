@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
 
 from vlv.loading import find_device
 
@@ -42,12 +41,6 @@ def check_launch(processes: PartialState) -> None:
         raise ValueError(
             f"WORLD_SIZE says that there are {started} processes, but this one finds {processes.num_processes}: start"
             " them with torchrun --nproc_per_node N, or without WORLD_SIZE."
-        )
-    is_plain = processes.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and is_plain:
-        raise ValueError(
-            "FSDP spreads a model over several GPUs, which are not there: use another config of accelerate, such as"
-            " recipes/accelerate/ddp.yaml."
         )
 
 

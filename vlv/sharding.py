@@ -1,20 +1,41 @@
 """Models that FSDP2 has sharded: each process holds a part of every weight, and all gather the whole together."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
+
+
+def check_fsdp(args: TrainingArguments) -> None:
+    """Raises ValueError where accelerate would train with DDP in place of the FSDP that it was asked for."""
+    asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ValueError(
+            "FSDP spreads a model over several GPUs, which are not there: use another config of accelerate, such as"
+            " recipes/accelerate/ddp.yaml."
+        )
 
 
 def blank_copy(model: nn.Module) -> nn.Module:
     """A copy of a model that is not sharded yet, without the content of its weights: see [`fill`]."""
     blanks = {id(weight): nn.Parameter(weight.to("meta"), weight.requires_grad) for weight in model.parameters()}
     return deepcopy(model, blanks)
+
+
+def keep_digits(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Keeps losses and sums of gradients in fp32, as under DDP: in half precision FSDP would round them to that."""
+    if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def keep_tied_together(model: nn.Module) -> None:
@@ -53,7 +74,8 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 def assign(target: torch.Tensor, whole: torch.Tensor) -> None:
     """Copies a whole tensor, which every process has, into one that may be sharded."""
     if isinstance(target, DTensor):
-        whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+        whole = whole.detach().to(target.device)
+        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(whole)
 
 

@@ -26,6 +26,7 @@ from vlv.commands.parser import CommandParser
 from vlv.evaluation.results import git_commit
 from vlv.files import locked, replaced_together, writing_to
 from vlv.processes import check_launch, said_when_lost
+from vlv.sharding import check_fsdp
 from vlv.stages import stage_class
 from vlv.stages.base import Settings, Stage
 from vlv.trainer import StageTrainer, last_whole_checkpoint
@@ -46,6 +47,10 @@ class TrainArguments(TrainingArguments):
     logging_steps: float = field(default=50, metadata={"help": "Log the loss every so many steps."})
     # A look at the loss on every step would make the CPU wait for the GPU every time.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Replace NaN losses in the log."})
+    ddp_timeout: int = field(
+        default=3 * 3600,
+        metadata={"help": "Seconds that processes wait for each other, also while each encodes its share of images."},
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "How many training checkpoints to keep."})
     report_to: None | str | list[str] = field(
         default="none", metadata={"help": "Where to report to: tensorboard, ..."}
@@ -65,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     require_arguments(stage_type, settings, args)
     require_output_folder(args)
     check_launch(args.distributed_state)
+    check_fsdp(args)
     try:
         with said_when_lost(), locked(args.output_dir) if args.process_index == 0 else nullcontext():
             run(stage_type, settings, args)
@@ -117,6 +123,7 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
             },
             "device": str(args.device),
             "processes": args.world_size,
+            "distributed": trainer.accelerator.distributed_type.value,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 1),
             "resumed_from": last.name if last else None,

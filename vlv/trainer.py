@@ -26,7 +26,7 @@ from vlv.checks import require_finite
 from vlv.files import writing_to
 from vlv.monitor import LossBar, write_samples
 from vlv.plain import Collate
-from vlv.sharding import assign, blank_copy, fill, gathered, keep_tied_together, reshard, unsharded
+from vlv.sharding import assign, blank_copy, fill, gathered, keep_digits, keep_tied_together, reshard, unsharded
 from vlv.stages.base import Stage
 
 
@@ -51,8 +51,11 @@ class StageTrainer(Trainer):
             self.add_callback(LossBar)
         self.blank = None  # FSDP shards the model in place; the final weights are gathered into this copy
         if self.is_fsdp_enabled:
+            if getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:  # as older releases know none
+                raise ValueError("Only the second version of FSDP is supported: set fsdp_version: 2.")
             self.blank = blank_copy(stage.model)
             keep_tied_together(stage.model)
+            keep_digits(self.accelerator.state.fsdp_plugin)
         self.loss_parts: Counter[str] = Counter()  # summed since the last log
 
     def train(self, *args, **kwargs) -> TrainOutput:

@@ -318,7 +318,9 @@ class VLVStage(Stage):
         would compute them in that; they are kept in fp16 then, whose 11 bits say all that bf16's 8 do.
         """
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        model, found = self.model.to(self.args.device).eval(), {}
+        model, found = self.model.eval(), {}
+        for part in filter(None, (model.encoder, model.projection, model.vae)):
+            part.to(self.args.device)  # the others, which FSDP shards later, may not fit on one device
         with torch.autocast(self.args.device.type, half, enabled=half is not None):
             if "image_features" in names:
                 found["image_features"] = model.get_image_features(batch["pixel_values"])
