@@ -46,7 +46,7 @@ EMOJI_TRAIN = $(BIN)/vlv train recipes/emoji/$(1).yaml --output_dir $(EMOJI_OUT)
 emoji: export OMP_NUM_THREADS = 1
 emoji: $(INSTALLED) $(call emoji_step,caption)
 	$(BIN)/python -m vlv.bundle $(EMOJI_OUT) vlv-emoji
-	$(BIN)/vlv evaluate --model vlv-emoji
+	$(BIN)/vlv evaluate --model vlv/checkpoints/vlv-emoji
 
 # varied and mixed: all or half of the pictures as other hands might draw them.
 $(EMOJI_OUT)/scenes/%/metadata.jsonl:
