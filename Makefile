@@ -14,7 +14,7 @@ OLDEST_TESTS := $(wildcard tests/test_model*.py tests/test_doors*.py tests/test_
 	tests/test_hub_upload.py::test_the_proof_accepts_what_was_built \
 	'tests/test_hub_upload.py::test_from_a_checkpoint_to_a_strangers_cold_cache[captioner]'
 
-.PHONY: demo test test-oldest tiny experiments results lint format clean
+.PHONY: demo test test-oldest tiny emoji experiments results lint format clean
 
 # Installs only what the demo needs, into the same .venv that the tests complete.
 demo: $(RUNNABLE)
@@ -40,6 +40,39 @@ tiny: $(INSTALLED)
 	$(BIN)/python -m vlv.bundle $(OUT)
 	$(BIN)/vlv evaluate
 	$(BIN)/python -m vlv.evaluation.readme
+
+# Trains vlv-emoji, part by part, and puts it into the package. Run it again after an interruption: each step continues
+# from its last checkpoint. `make -j2 emoji` runs two steps at once where neither needs the other.
+EMOJI_OUT ?= outputs-emoji
+emoji_scenes = $(EMOJI_OUT)/scenes/$(1)/metadata.jsonl
+emoji_step = $(EMOJI_OUT)/$(1)/training.json
+EMOJI_TRAIN = $(BIN)/vlv train recipes/emoji/$(1).yaml --output_dir $(EMOJI_OUT)/$(1) --resume \
+	--dataset $(EMOJI_OUT)/scenes/$(2) --eval_dataset $(EMOJI_OUT)/scenes/validation
+emoji: export OMP_NUM_THREADS = 1
+emoji: $(INSTALLED) $(call emoji_step,caption)
+	$(BIN)/python -m vlv.bundle $(EMOJI_OUT) vlv-emoji
+	$(BIN)/vlv evaluate --model vlv/checkpoints/vlv-emoji
+
+# varied and mixed: all or half of the pictures as other hands might draw them.
+$(EMOJI_OUT)/scenes/%/metadata.jsonl:
+	$(BIN)/vlv scenes --world emoji --output $(EMOJI_OUT)/scenes/$* $($*_scenes)
+train_scenes = --split train --num 60000
+varied_scenes = --split train --num 80000 --seed 1 --varied 0.85
+mixed_scenes = --split train --num 60000 --seed 2 --varied 0.5
+validation_scenes = --split validation --num 1000
+$(call emoji_step,vae): $(call emoji_scenes,train) $(call emoji_scenes,validation)
+	$(call EMOJI_TRAIN,vae,train)
+$(call emoji_step,encoder): $(call emoji_scenes,varied) $(call emoji_scenes,validation)
+	$(call EMOJI_TRAIN,encoder,varied)
+$(call emoji_step,teacher): $(call emoji_step,vae)
+	$(call EMOJI_TRAIN,teacher,train) --vae $(EMOJI_OUT)/vae
+$(call emoji_step,language): $(call emoji_scenes,train) $(call emoji_scenes,validation)
+	$(call EMOJI_TRAIN,language,train)
+$(call emoji_step,autoencode): $(call emoji_scenes,mixed) $(foreach step,teacher encoder language,$(call emoji_step,$(step)))
+	$(call EMOJI_TRAIN,autoencode,mixed) --encoder $(EMOJI_OUT)/encoder --decoder $(EMOJI_OUT)/teacher \
+		--caption_head $(EMOJI_OUT)/language
+$(call emoji_step,caption): $(call emoji_step,autoencode)
+	$(call EMOJI_TRAIN,caption,mixed) --model $(EMOJI_OUT)/autoencode
 
 # What docs/results.md shows: measured where docs/results lacks its JSON, then drawn. Two processes of one thread each do
 # more than one of two threads.

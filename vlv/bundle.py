@@ -1,4 +1,7 @@
-"""Puts a trained vlv-tiny into the package: `python -m vlv.bundle OUTPUTS`, the folder `make tiny` trained into."""
+"""
+Puts a trained checkpoint into the package: `python -m vlv.bundle OUTPUTS [vlv-tiny | vlv-emoji]`, where OUTPUTS is the
+folder that `make tiny` or `make emoji` trained into.
+"""
 
 import os
 import shutil
@@ -11,7 +14,7 @@ from vlv import tiny_checkpoint
 STEPS = ("vae", "teacher", "encoder", "language", "autoencode", "caption")
 
 
-def bundle(outputs: Path, checkpoint: Path) -> None:
+def bundle(outputs: Path, checkpoint: Path, recipes: str) -> None:
     """
     Makes `checkpoint` the final model of `outputs`, with what is known of its making in `training/`: each step's
     recipe, and the record (settings, seed, commit, versions, loss log) that its run left.
@@ -21,7 +24,7 @@ def bundle(outputs: Path, checkpoint: Path) -> None:
     """
     for step in STEPS:
         if not (outputs / step / "training.json").is_file():
-            raise FileNotFoundError(f"{outputs / step} holds no finished training: run `make tiny` first.")
+            raise FileNotFoundError(f"{outputs / step} holds no finished training: run `make {recipes}` first.")
     root = Path(__file__).resolve().parents[1]
     shutil.rmtree(checkpoint, ignore_errors=True)
     left_behind = ("checkpoint-*", "cache", "samples", "*.py", "training.json", "unreadable.jsonl")
@@ -32,8 +35,9 @@ def bundle(outputs: Path, checkpoint: Path) -> None:
         folder = checkpoint / "training" / step
         folder.mkdir(parents=True)
         shutil.copy(outputs / step / "training.json", folder)
-        shutil.copy(root / "recipes" / "tiny" / f"{step}.yaml", folder / "recipe.yaml")
+        shutil.copy(root / "recipes" / recipes / f"{step}.yaml", folder / "recipe.yaml")
 
 
 if __name__ == "__main__":
-    bundle(Path(sys.argv[1]), Path(tiny_checkpoint()))
+    name = sys.argv[2] if len(sys.argv) > 2 else "vlv-tiny"
+    bundle(Path(sys.argv[1]), Path(tiny_checkpoint()).with_name(name), name.removeprefix("vlv-"))

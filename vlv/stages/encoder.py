@@ -1,5 +1,7 @@
 """Stage `encoder`: a small Florence-2 learns to say one thing about an image, in a short caption."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +38,16 @@ class EncoderSettings(Settings):
         default="short",
         metadata={"help": "Column of short captions, one or a list per image."},
     )
-    image_size: int = field(default=32, metadata={"help": "Side of the images in pixels, a multiple of 8."})
+    image_size: int = field(
+        default=32, metadata={"help": "Side of the images in pixels, a multiple of all strides together."}
+    )
+    vision_widths: list[int] = field(
+        default_factory=lambda: [64, 128], metadata={"help": "Channels of the vision tower's stages, multiples of 32."}
+    )
+    vision_strides: list[int] = field(
+        default_factory=lambda: [4, 2], metadata={"help": "How many times smaller each stage makes the image."}
+    )
+    width: int = field(default=160, metadata={"help": "Width of the language encoder and decoder."})
     max_length: int = field(default=16, metadata={"help": "Caption length in tokens, <s>, </s> and padding included."})
     vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
     task_prompt: str = field(
@@ -45,24 +56,30 @@ class EncoderSettings(Settings):
     )
 
 
-def tiny_florence2(tokenizer: PreTrainedTokenizerBase, image_size: int) -> Florence2ForConditionalGeneration:
-    """A randomly initialised Florence-2: a DaViT of two stages and stride 8, and a BART of width 160."""
-    width = 160
+def tiny_florence2(
+    tokenizer: PreTrainedTokenizerBase,
+    image_size: int,
+    vision_widths: Sequence[int],
+    vision_strides: Sequence[int],
+    width: int,
+) -> Florence2ForConditionalGeneration:
+    """A randomly initialised Florence-2: a DaViT with one block in each stage, and a BART."""
+    heads = [channels // 32 for channels in vision_widths]
     model = Florence2ForConditionalGeneration(
         Florence2Config(
             vision_config=Florence2VisionConfig(
-                depths=(1, 1),
-                patch_size=[7, 3],
-                patch_stride=[4, 2],
-                patch_padding=[3, 1],
-                patch_prenorm=[False, True],
-                embed_dim=(64, 128),
-                num_heads=[2, 4],
-                num_groups=[2, 4],
+                depths=(1,) * len(vision_widths),
+                patch_size=[2 * stride - 1 for stride in vision_strides],
+                patch_stride=list(vision_strides),
+                patch_padding=[stride - 1 for stride in vision_strides],
+                patch_prenorm=[False] + [True] * (len(vision_widths) - 1),
+                embed_dim=tuple(vision_widths),
+                num_heads=heads,
+                num_groups=heads,
                 window_size=4,
                 drop_path_rate=0.0,
                 projection_dim=width,
-                max_position_embeddings=image_size // 8,
+                max_position_embeddings=image_size // math.prod(vision_strides),
                 max_temporal_embeddings=1,
             ),
             text_config=BartConfig(
@@ -133,14 +150,20 @@ class EncoderStage(Stage):
             self.tokenizer = AutoTokenizer.from_pretrained(settings.encoder)
         else:
             self.tokenizer = self.train_tokenizer(train)
-            florence = tiny_florence2(self.tokenizer, settings.image_size)
+            florence = tiny_florence2(
+                self.tokenizer,
+                settings.image_size,
+                settings.vision_widths,
+                settings.vision_strides,
+                settings.width,
+            )
         self.model = ShortCaptioning(florence, self.tokenizer(settings.task_prompt)["input_ids"])
         self.image_processor = CLIPImageProcessorPil(
             size={"height": settings.image_size, "width": settings.image_size},
             do_center_crop=False,
             image_mean=list(IMAGE_MEAN),
             image_std=list(IMAGE_STD),
-            image_seq_length=(settings.image_size // 8) ** 2 + 1,
+            image_seq_length=(settings.image_size // math.prod(settings.vision_strides)) ** 2 + 1,
         )
         self.train_dataset, self.eval_dataset = self.table(train, images), self.table(self.eval_rows, eval_images)
 

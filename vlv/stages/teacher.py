@@ -1,5 +1,6 @@
 """Stage `teacher`: a small text-to-image diffusion model, UNet and text encoder, learns to draw from captions."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +37,11 @@ class TeacherSettings(Settings):
     vae: str | None = field(default=None, metadata={"help": "Folder of the AutoencoderKL, which stays frozen."})
     max_length: int = field(default=24, metadata={"help": "Caption length in tokens, padding included."})
     vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
+    unet_widths: list[int] = field(
+        default_factory=lambda: [64, 96, 96], metadata={"help": "Channels of the UNet's levels, multiples of 16."}
+    )
+    text_width: int = field(default=128, metadata={"help": "Width of the text encoder."})
+    text_layers: int = field(default=3, metadata={"help": "Layers of the text encoder."})
     caption_dropout: float = field(
         default=0.1, metadata={"help": "Share of captions replaced by the empty one, for classifier-free guidance."}
     )
@@ -43,33 +49,34 @@ class TeacherSettings(Settings):
     sample_guidance_scale: float = field(default=2.5, metadata={"help": "Guidance of the sample grid."})
 
 
-def tiny_unet(vae: AutoencoderKL, latent_size: int, text_width: int) -> UNet2DConditionModel:
-    """A randomly initialised UNet of three levels, of which the lower two read the caption."""
+def tiny_unet(vae: AutoencoderKL, latent_size: int, widths: Sequence[int], text_width: int) -> UNet2DConditionModel:
+    """A randomly initialised UNet, of whose levels all but the first read the caption."""
+    lower = len(widths) - 1
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
-        block_out_channels=(64, 96, 96),
+        block_out_channels=tuple(widths),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * lower),
+        up_block_types=(*("CrossAttnUpBlock2D",) * lower, "UpBlock2D"),
         cross_attention_dim=text_width,
         attention_head_dim=4,  # in this class: the number of heads
         norm_num_groups=16,
     )
 
 
-def tiny_text_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> CLIPTextModel:
-    """A randomly initialised CLIP text encoder of width 128."""
+def tiny_text_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int, width: int, layers: int) -> CLIPTextModel:
+    """A randomly initialised CLIP text encoder."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=3,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=max_length,
-            projection_dim=128,
+            projection_dim=width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -135,7 +142,7 @@ class TeacherTraining(nn.Module):
                 self.scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device
             )
 
-        context = denoiser["text_encoder"](input_ids).last_hidden_state  # (B, L, 128)
+        context = denoiser["text_encoder"](input_ids).last_hidden_state  # (B, L, E)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
         prediction = denoiser["unet"](noisy, timesteps, context).sample
@@ -167,9 +174,11 @@ class TeacherStage(Stage):
         noise = fixed_noise(len(self.eval_rows), latent_shape, scheduler.config.num_train_timesteps)
         self.eval_dataset.cached.append(Table(**noise))
 
-        text_encoder = tiny_text_encoder(self.tokenizer, settings.max_length)
+        text_encoder = tiny_text_encoder(
+            self.tokenizer, settings.max_length, settings.text_width, settings.text_layers
+        )
         self.model = TeacherTraining(
-            tiny_unet(self.vae, latent_shape[-1], text_encoder.config.hidden_size),
+            tiny_unet(self.vae, latent_shape[-1], settings.unet_widths, settings.text_width),
             text_encoder,
             scheduler,
             tokenize(self.tokenizer, [""], settings.max_length),
