@@ -244,7 +244,7 @@ def test_nothing_readable(tiny_repo, tmp_path, capsys):
         (["a.png", "--num_captions", "3"], "--num_captions 3 needs as many --num_beams, or a --temperature above 0."),
         (["a.png", "--temperature", "1", "--num_beams", "2"], "choose one"),
         (["a.png", "--min_new_tokens", "9", "--max_new_tokens", "8"], "--min_new_tokens 9 is more than"),
-        (["ada/nothing"], "ada/nothing: there is no such file or folder, and no such data set"),
+        (["ada/nothing"], "ada/nothing: there is no such file or folder, and no such dataset"),
     ],
 )
 def test_wrong_arguments(arguments, sentence, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Where `vlv caption` takes its pictures from."""
 
 import io
+import os
 import pickle
 import tarfile
 
@@ -159,3 +160,20 @@ def test_names_in_messages_are_those_of_the_rows(tmp_path):
     (picture,) = open_source([str(tmp_path / "a.parquet")]).pictures()
     with pytest.raises(ValueError, match="^a.parquet/0: "):
         load_image(picture.source)
+
+
+def test_a_table_whose_name_is_not_utf8_costs_the_others_nothing(images, tmp_path):
+    _parquet(tmp_path / "a.parquet", images)
+    try:
+        (tmp_path / os.fsdecode(b"t\xe9.parquet")).write_bytes(b"no table")
+    except OSError:
+        pytest.skip("this file system knows UTF-8 only")
+    pictures = list(open_source([str(tmp_path / "*.parquet")]).pictures())
+    assert len(pictures) == 8 and pictures[-1].name == "t\\xe9.parquet"
+    str(pictures[-1].source).encode()
+
+
+def test_a_table_with_a_pattern_in_its_name(images, tmp_path):
+    _parquet(tmp_path / "shard [1].parquet", images)
+    source = open_source([str(tmp_path / "shard [1].parquet")])
+    assert _read(source) == _named([f"shard [1].parquet/{number}" for number in range(7)], images)

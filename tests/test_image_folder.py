@@ -70,6 +70,11 @@ def test_what_captions_are_written_for_can_be_trained_on(tiny_repo, awkward):
     rows = load_rows(str(awkward))
     assert sorted(numbers(rows)) == list(range(8))
     assert [row["text"] for row in rows] == list(written.values())
+    assert vlv(["caption", str(awkward), "--output", str(awkward / "metadata.jsonl"), "--resume", *settings]) in (
+        0,
+        None,
+    )
+    assert [row["text"] for row in load_rows(str(awkward))] == list(written.values())
     (awkward / "metadata.jsonl").unlink()
     assert vlv(["caption", str(awkward), "--output", ".txt", *settings]) in (0, None)
     rows = load_rows(str(awkward))

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlv.images import SUFFIXES, ImageFile, find_images
+from vlv.images import SUFFIXES, ImageFile, find_images, name_of
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -51,7 +51,8 @@ class Table:
                 name = self._name(row, number, column)
                 yield name, _image_of_row(row[column], name)
         except Exception as error:  # of any of the libraries that read tables: the other tables go on
-            yield self.name, ValueError(f"{self.name}: it cannot be read ({' '.join(str(error).split())})")
+            reason = name_of(" ".join(str(error).split()))  # it may name the file, in bytes that are not UTF-8
+            yield self.name, ValueError(f"{self.name}: it cannot be read ({reason})")
 
     def _find_image_column(self, dataset: "IterableDataset") -> str:
         from datasets import Image
@@ -162,7 +163,8 @@ def _count_rows(path: Path) -> int | None:
     from pyarrow.parquet import read_metadata
 
     try:
-        return read_metadata(path).num_rows
+        with path.open("rb") as file:  # pyarrow refuses names that are not UTF-8
+            return read_metadata(file).num_rows
     except (OSError, ArrowException):
         return 1  # the failure that reading it will be
 
