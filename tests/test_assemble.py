@@ -395,4 +395,4 @@ def test_the_command_tells_in_one_line_and_leaves_nothing(tiny_components, tmp_p
     assert main(["assemble", *command, "--output", str(tmp_path / "output" / "vlv")]) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith(f"vlv assemble: error: The encoder cannot be read from {tmp_path}: ")
-    assert not list((tmp_path / "output").iterdir())
+    assert not list((tmp_path / "output").glob("*"))

@@ -330,7 +330,11 @@ def test_accuracy_counts_images_as_the_units(everything):
         ("captions/bleu_1", ("--caption_column", "caption"), ["no captions to compare with", "--caption_column"]),
         ("captions/length", ("--image_column", "picture"), ["no column 'picture'", "--image_column"]),
         ("captions/clip_score", ("--clip", "{judged}/features"), ["--clip", "take a CLIP"]),
-        ("captions/clip_score", ("--clip", "{judged}/nothing"), ["model of --clip cannot be read", "nothing"]),
+        (
+            "captions/clip_score",
+            ("--clip", "{judged}/nothing"),
+            ["There is no file or folder", "nothing, which --clip names"],
+        ),
         ("captions/length", ("--dataset", "/no/such/folder"), ["There is no file or folder /no/such/folder"]),
         ("captions/length", ("--model", "{judged}/clip"), ["is not a VLV"]),
         ("captions/length", ("--shots", -1), ["--shots is -1"]),

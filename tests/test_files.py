@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from vlv.files import atomic_writer, locked
+from vlv.files import atomic_folder, atomic_writer, check_source, locked
 
 
 def test_file_appears_when_the_block_ends(tmp_path):
@@ -64,3 +64,33 @@ def test_a_killed_run_locks_nothing_even_while_its_own_children_live(tmp_path):
             assert os.kill(child, 0) is None  # still there
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_folder_of_a_killed_run_is_not_left_behind(tmp_path):
+    process = os.fork()
+    if process == 0:
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / "half").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    (tmp_path / "model").mkdir()  # an empty one is filled
+    with atomic_folder(tmp_path / "model") as folder:
+        with pytest.raises(OSError, match="Another run is writing to"), atomic_folder(tmp_path / "model"):
+            pytest.fail("the block must not run")
+        (folder / "whole").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("name", ["./runs/caption", "/no/such/model", "a/b/c", "~/model", "runs/caption"])
+def test_a_path_that_is_not_there_is_not_asked_for_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"There is no file or folder {name}"):
+        check_source(name)
+
+
+def test_ids_on_the_hub_are_not_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "Qwen/Qwen2.5-0.5B", "florence-community/Florence-2-large"):
+        check_source(name)

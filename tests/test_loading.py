@@ -74,6 +74,8 @@ def test_missing_model(tmp_path):
         load_captioner(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="There is no folder someone/something, and no model"):
         load_captioner("someone/something")
+    with pytest.raises(FileNotFoundError, match="There is no folder nowhere. A model on the Hub is named user/name"):
+        load_captioner("nowhere")
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load_captioner(str(tmp_path))
 

@@ -91,6 +91,15 @@ def test_originals_are_never_overwritten(photos, tiny_repo, capsys):
     assert (photos / "a.png").read_bytes() == before
 
 
+def test_a_name_too_long_for_its_png_costs_the_others_nothing(photos, tiny_repo, tmp_path, capsys):
+    long = "n" * 251
+    (photos / "a.png").rename(photos / f"{long}.png")
+    (photos / f"{long}.bmp").write_bytes((photos / "b.bmp").read_bytes())  # so that both keep their suffix
+    assert _main(photos, "--output", tmp_path / "rebuilt", "--model", tiny_repo, "--num_inference_steps", 1) == 0
+    assert capsys.readouterr().err.count("its name is too long for") == 2
+    assert {path.name for path in (tmp_path / "rebuilt").iterdir()} == {"b.png", "sub", "contact_sheet.png"}
+
+
 def test_checkpoint_without_a_decoder(photos, tiny_processor, tmp_path, capsys):
     tiny.model(decoder_config=None).save_pretrained(tmp_path / "captioner")
     tiny_processor.save_pretrained(tmp_path / "captioner")

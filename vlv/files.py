@@ -142,17 +142,24 @@ def writing_to(folder: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def check_source(name: str) -> None:
+def check_source(name: str | None, option: str | None = None) -> None:
     """
     Refuse a path that is not there, before a library takes it for an id on the Hub and asks for it again and again.
 
+    Args:
+        name: what a model or a dataset goes by; `None` is none.
+        option: of the command, that it was given with.
+
     Raises:
-        FileNotFoundError: when the name of a model or a dataset means a path, and nothing is there.
+        FileNotFoundError: when it means a path, and nothing is there.
     """
-    if looks_like_path(name) and not os.path.exists(name):
-        folder = os.path.dirname(name)
-        why = f" It is not taken for an id on the Hub, as there is a folder {folder}." if os.path.isdir(folder) else ""
-        raise FileNotFoundError(f"There is no file or folder {name}.{why if name.count('/') == 1 else ''}")
+    if name is None or not looks_like_path(name) or os.path.exists(name):
+        return
+    given = f", which --{option} names" if option else ""
+    folder, _ = os.path.split(name)
+    could_be_an_id = name.count("/") == 1 and folder not in ("", ".", "..", "~")
+    why = f" It is not taken for an id on the Hub, as there is a folder {folder}." if could_be_an_id else ""
+    raise FileNotFoundError(f"There is no file or folder {name}{given}.{why}")
 
 
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes, dict[str, Any]]]:

@@ -51,8 +51,8 @@ def main(argv: list[str]) -> None:
         "--decoder stabilityai/stable-diffusion-2-1-base --caption-head Qwen/Qwen2.5-0.5B --output start",
     )
     (arguments,) = parser.parse(argv)
-    for source in filter(None, (arguments.encoder, arguments.decoder, arguments.caption_head)):
-        check_source(source)
+    for option in ("encoder", "decoder", "caption_head"):
+        check_source(getattr(arguments, option), option)
     with atomic_folder(arguments.output) as folder:
         # Imported only now: torch would keep --help and wrong arguments waiting.
         from modeling_vlv import VLVModel

@@ -38,8 +38,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="File, folder, index of shards, or Hub id.")
     arguments, inputs = parser.parse(argv)
-    for source in filter(None, (inputs.checkpoint, arguments.encoder, arguments.decoder, arguments.caption_head)):
-        check_source(source)
+    check_source(inputs.checkpoint)
+    for option in ("encoder", "decoder", "caption_head"):
+        check_source(getattr(arguments, option), option)
     with atomic_folder(arguments.output) as folder:
         # Imported only now: torch would keep --help and wrong arguments waiting.
         from vlv.convert import convert_checkpoint

@@ -149,9 +149,8 @@ def main(argv: list[str]) -> None:
     # Imported only when asked for: torch would keep --help and wrong arguments waiting.
     from vlv.evaluation.results import write_results
 
-    for source in (arguments.model, arguments.dataset, *(getattr(arguments, name) for name in _MODELS)):
-        if source is not None:
-            check_source(source)
+    for option in ("model", "dataset", *_MODELS):
+        check_source(getattr(arguments, option), option)
     output = _output(arguments)
     if output is None:
         Console().print(table(_measure(arguments)))
