@@ -163,6 +163,11 @@ class VLVPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
         """As `PreTrainedModel.save_pretrained`, and the repo's code with it, so that the folder is complete."""
+        for adapter in getattr(self, "peft_config", {}).values():
+            if Path(
+                adapter.base_model_name_or_path or ""
+            ).exists():  # a folder of this machine means nothing elsewhere
+                adapter.base_model_name_or_path = None
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
