@@ -27,6 +27,7 @@ from diffusers.training_utils import compute_snr
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -120,14 +121,17 @@ class VLVTextEncoder(torch.nn.Module):
     def forward(self, input_ids=None, inputs_embeds=None):
         """`input_ids` (B, Q) or `inputs_embeds` (B, Q, E), to which positions are added here -> context (B, Q, E)."""
         inputs = inputs_embeds if input_ids is None else input_ids
-        batch_size, length = inputs.shape[:2]
+        length = inputs.shape[1]
         position_ids = torch.arange(length, device=inputs.device)[None]
         hidden_states = self.embeddings(input_ids, position_ids, inputs_embeds)
-        mask = None
-        # SDPA and flash attention read is_causal. Eager and flex attention do not, and others need not.
-        if self.config._attn_implementation != "sdpa" and not is_flash_attention_requested(self.config):
+        mask, attention = None, self.config._attn_implementation
+        if attention == "flex_attention":
+            mask = create_block_mask(
+                lambda b, h, query, key: query >= key, None, None, length, length, hidden_states.device
+            )
+        elif attention != "sdpa" and not is_flash_attention_requested(self.config):  # those two read is_causal
             mask = torch.full((length, length), torch.finfo(hidden_states.dtype).min, device=hidden_states.device)
-            mask = mask.to(hidden_states.dtype).triu(1).expand(batch_size, 1, -1, -1)
+            mask = mask.to(hidden_states.dtype).triu(1)[None, None]
         hidden_states = self.encoder(inputs_embeds=hidden_states, attention_mask=mask, is_causal=True)[0]
         return self.final_layer_norm(hidden_states)
 
@@ -159,6 +163,11 @@ class VLVPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
         """As `PreTrainedModel.save_pretrained`, and the repo's code with it, so that the folder is complete."""
+        for adapter in getattr(self, "peft_config", {}).values():
+            if Path(
+                adapter.base_model_name_or_path or ""
+            ).exists():  # a folder of this machine means nothing elsewhere
+                adapter.base_model_name_or_path = None
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
@@ -350,17 +359,16 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         if image_features is None:
             image_features = self.get_image_features(pixel_values)
         language_model = self.encoder.language_model
-        image_features = _cast(image_features, language_model)
         batch_size = image_features.shape[0]
-        prompt = torch.tensor(self.config.prompt_ids, dtype=torch.long, device=image_features.device)
+        prompt = torch.tensor(self.config.prompt_ids, dtype=torch.long, device=_device(language_model))
         prompt = language_model.encoder.embed_tokens(prompt).expand(batch_size, -1, -1)
-        tokens = torch.cat([image_features, prompt.to(image_features.dtype)], dim=1)  # (B, T + P, D)
+        tokens = torch.cat([image_features.to(prompt), prompt], dim=1)  # (B, T + P, D)
         memory = language_model.encoder(inputs_embeds=tokens).last_hidden_state
         if self.queries.is_meta and hasattr(
             self, "_hf_hook"
         ):  # the whole model is offloaded, and this is not forward()
             self._hf_hook.pre_forward(self)
-        queries = self.queries.to(image_features.device, image_features.dtype).expand(batch_size, -1, -1)
+        queries = self.queries.to(prompt).expand(batch_size, -1, -1)
         answers = language_model.decoder(
             inputs_embeds=queries, encoder_hidden_states=memory, use_cache=False
         ).last_hidden_state  # (B, Q, D)
@@ -443,13 +451,14 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
             context = torch.where(dropped, self.empty_context(context.shape[1]).to(context), context)
         prediction = self.denoise(scheduler.add_noise(latents, noise, timesteps), timesteps, context).float()
         is_velocity = scheduler.config.prediction_type == "v_prediction"
-        target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
+        target = (scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise).to(prediction)
         distance = F.mse_loss if self.config.denoising_loss == "mse" else F.l1_loss
         if self.config.min_snr_gamma is None:
-            return distance(prediction, target.float())
+            return distance(prediction, target)
         snr = compute_snr(scheduler, timesteps)
         weights = snr.clamp(max=self.config.min_snr_gamma) / (snr + 1 if is_velocity else snr.clamp(min=1e-8))
-        return (distance(prediction, target.float(), reduction="none").mean(dim=(1, 2, 3)) * weights).mean()
+        distances = distance(prediction, target, reduction="none").mean(dim=(1, 2, 3))
+        return (distances * weights.to(distances.device)).mean()
 
     @torch.no_grad()
     def reconstruct(
@@ -644,11 +653,16 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
             inputs_embeds, attention_mask = self._caption_inputs(context, input_ids, attention_mask)
             asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
             # The prefix is not projected to the vocabulary: only its last position, which predicts the first token.
+            kept = input_ids.shape[1] + 1
+            if not isinstance(
+                kept, int
+            ):  # torch.export's symbol for it, which the caption head would take for an index
+                kept = torch.arange(-kept, 0, device=context.device)
             written = self.caption_head(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 use_cache=False,
-                logits_to_keep=input_ids.shape[1] + 1,
+                logits_to_keep=kept,
                 **{
                     name: getattr(self.config, name) or None if value is None else value
                     for name, value in asked.items()

@@ -158,6 +158,19 @@ def test_the_models_generation_config_is_the_default_and_arguments_come_first(ti
     assert given.max_new_tokens == 5
 
 
+def test_what_a_generation_config_leaves_open_is_the_checkpoints(tiny_model, pixel_values, greedy):
+    model = copy.deepcopy(tiny_model)
+    model.generation_config.update(max_new_tokens=6, eos_token_id=int(greedy[0, 3]), pad_token_id=0, num_beams=1)
+    expected = model.generate(pixel_values, do_sample=False)
+    assert expected.shape[1] <= 6
+    assert torch.equal(model.generate(pixel_values, generation_config=GenerationConfig(do_sample=False)), expected)
+    beams = GenerationConfig(num_beams=3)
+    assert torch.equal(
+        model.generate(pixel_values, generation_config=beams), model.generate(pixel_values, num_beams=3)
+    )
+    assert beams.max_new_tokens is None  # the caller's stays as it is
+
+
 def test_a_beginning_is_continued_and_only_what_is_new_comes_back(tiny_model, pixel_values, greedy):
     for length in (1, 4):
         ids = tiny_model.generate(

@@ -363,7 +363,8 @@ def test_long_captions_are_cut(tiny_processor):
 def test_captions_come_back_as_they_went_in(tiny_processor, caption):
     ids = tiny_processor(text=caption, return_labels=True)["input_ids"]
     assert tiny_processor.batch_decode(ids) == [caption.strip()]
-    assert tiny_processor.decode(ids[0]).strip() == caption.strip()
+    assert tiny_processor.decode(ids[0]) == caption.strip()
+    assert tiny_processor.decode(ids) == tiny_processor.batch_decode(ids)
 
 
 def test_a_tokenizer_that_adds_a_beginning_of_its_own_adds_none():

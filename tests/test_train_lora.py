@@ -60,6 +60,7 @@ def test_loading_the_folder_puts_the_adapters_on(model_class, trained, tiny_proc
 
 def test_adapters_lie_in_the_layers_of_both_language_models(trained):
     config = json.loads((trained["adapters"] / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None  # the folder of this machine that it came from
     assert config["r"] == 4 and config["modules_to_save"] == ["prefix_projection"]
     targets = config["target_modules"]
     assert {name.rpartition(".")[2] for name in targets} == {"q_proj", "v_proj"}
