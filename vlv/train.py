@@ -80,6 +80,7 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
     if args.world_size > 1:
         set_seed(args.seed + args.process_index)  # each process draws noise of its own
     last = last_whole_checkpoint(output_dir) if args.resume else None
+    distributed = trainer.accelerator.distributed_type.value  # accelerate forgets it in changed_arguments
     started, commit = time.time(), git_commit()  # of the code that runs, whatever is committed meanwhile
     trainer.train(resume_from_checkpoint=last and str(last))
     seconds = time.time() - started
@@ -102,7 +103,7 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
             },
             "device": str(args.device),
             "processes": args.world_size,
-            "distributed": trainer.accelerator.distributed_type.value,
+            "distributed": distributed,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 1),
             "resumed_from": last.name if last else None,
