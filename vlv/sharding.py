@@ -31,11 +31,10 @@ def blank_copy(model: nn.Module) -> nn.Module:
 
 
 def keep_digits(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Keeps losses and sums of gradients in fp32, as under DDP: in half precision FSDP would round them to that."""
+    """Keeps losses in fp32, as under DDP: in half precision accelerate would have FSDP round them to that."""
+    # Sums of gradients stay in half precision: in fp32, FSDP fails to accumulate those of layers that never run.
     if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
-        plugin.mixed_precision_policy = replace(
-            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
-        )
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def keep_tied_together(model: nn.Module) -> None:

@@ -95,6 +95,7 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
     if args.world_size > 1:
         set_seed(args.seed + args.process_index)  # each process draws noise of its own
     last = checkpoint_to_resume(stage, args)
+    distributed = trainer.accelerator.distributed_type.value  # accelerate forgets it in changed_arguments
     started, commit = time.time(), git_commit()  # of the code that runs, whatever is committed meanwhile
     if last and steps_of(last) == args.max_steps:
         stage.tell(f"{last} has all {args.max_steps} steps: none is trained. A larger max_steps trains longer.")
@@ -123,7 +124,7 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
             },
             "device": str(args.device),
             "processes": args.world_size,
-            "distributed": trainer.accelerator.distributed_type.value,
+            "distributed": distributed,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 1),
             "resumed_from": last.name if last else None,
