@@ -48,11 +48,12 @@ emoji: $(INSTALLED) $(call emoji_step,caption)
 	$(BIN)/python -m vlv.bundle $(EMOJI_OUT) vlv-emoji
 	$(BIN)/vlv evaluate --model vlv/checkpoints/vlv-emoji
 
-# varied and mixed: all or half of the pictures as other hands might draw them.
+# varied and mixed: most or half of the pictures are as other hands might draw them. The encoder, which says one thing
+# about a picture, learns more from each where there are more things on it.
 $(EMOJI_OUT)/scenes/%/metadata.jsonl:
 	$(BIN)/vlv scenes --world emoji --output $(EMOJI_OUT)/scenes/$* $($*_scenes)
 train_scenes = --split train --num 60000
-varied_scenes = --split train --num 80000 --seed 1 --varied 0.85
+varied_scenes = --split train --num 60000 --seed 1 --varied 0.85 --max_objects 4
 mixed_scenes = --split train --num 60000 --seed 2 --varied 0.5
 validation_scenes = --split validation --num 1000
 $(call emoji_step,vae): $(call emoji_scenes,train) $(call emoji_scenes,validation)
