@@ -64,7 +64,7 @@ $(call emoji_step,teacher): $(call emoji_step,vae)
 	$(call EMOJI_TRAIN,teacher,train) --vae $(EMOJI_OUT)/vae
 $(call emoji_step,language): $(call emoji_scenes,train) $(call emoji_scenes,validation)
 	$(call EMOJI_TRAIN,language,train)
-$(call emoji_step,autoencode): $(call emoji_scenes,mixed) $(foreach step,teacher encoder language,$(call emoji_step,$(step)))
+$(call emoji_step,autoencode): $(foreach step,teacher encoder language,$(call emoji_step,$(step))) $(call emoji_scenes,mixed)
 	$(call EMOJI_TRAIN,autoencode,mixed) --encoder $(EMOJI_OUT)/encoder --decoder $(EMOJI_OUT)/teacher \
 		--caption_head $(EMOJI_OUT)/language
 $(call emoji_step,caption): $(call emoji_step,autoencode)
