@@ -53,11 +53,12 @@ emoji: $(INSTALLED) $(call emoji_step,caption)
 	$(BIN)/python -m vlv.bundle $(EMOJI_OUT) vlv-emoji
 	$(BIN)/vlv evaluate --model vlv/checkpoints/vlv-emoji
 
-# varied and mixed: all or half of the pictures as other hands might draw them.
+# varied and mixed: most or half of the pictures are as other hands might draw them. The encoder, which says one thing
+# about a picture, learns more from each where there are more things on it.
 $(EMOJI_OUT)/scenes/%/metadata.jsonl:
 	$(BIN)/vlv scenes --world emoji --output $(EMOJI_OUT)/scenes/$* $($*_scenes)
 train_scenes = --split train --num 60000
-varied_scenes = --split train --num 80000 --seed 1 --varied 0.85
+varied_scenes = --split train --num 60000 --seed 1 --varied 0.85 --max_objects 4
 mixed_scenes = --split train --num 60000 --seed 2 --varied 0.5
 validation_scenes = --split validation --num 1000
 $(call emoji_step,vae): $(call emoji_scenes,train) $(call emoji_scenes,validation)
@@ -68,7 +69,7 @@ $(call emoji_step,teacher): $(call emoji_step,vae)
 	$(call EMOJI_TRAIN,teacher,train) --vae $(EMOJI_OUT)/vae
 $(call emoji_step,language): $(call emoji_scenes,train) $(call emoji_scenes,validation)
 	$(call EMOJI_TRAIN,language,train)
-$(call emoji_step,autoencode): $(call emoji_scenes,mixed) $(foreach step,teacher encoder language,$(call emoji_step,$(step)))
+$(call emoji_step,autoencode): $(foreach step,teacher encoder language,$(call emoji_step,$(step))) $(call emoji_scenes,mixed)
 	$(call EMOJI_TRAIN,autoencode,mixed) --encoder $(EMOJI_OUT)/encoder --decoder $(EMOJI_OUT)/teacher \
 		--caption_head $(EMOJI_OUT)/language
 $(call emoji_step,caption): $(call emoji_step,autoencode)

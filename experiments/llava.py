@@ -4,6 +4,7 @@ The image tokens of Florence-2's frozen vision tower go through LLaVA's projecto
 language model; nothing else reads the image. `experiments/recipes/llava.yaml` trains it.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,6 @@ from transformers.models.florence2.modeling_florence2 import (
 )
 
 from vlv.data import Table, captions_of
-from vlv.scenes import WORLD
 from vlv.stages.base import Settings, Stage
 from vlv.stages.encoder import normalise
 
@@ -104,7 +104,7 @@ class LlavaStage(Stage):
         self.tokenizer.add_tokens(IMAGE_TOKEN, special_tokens=True)
         self.image_tokens = image_tokens(self.model)
         self.train_dataset, self.eval_dataset = (
-            self.table(*self.read_images(self.captioned(rows), WORLD.image_size)) for rows in self.load_data()
+            self.table(*self.read_images(self.captioned(rows), image_size(self.model))) for rows in self.load_data()
         )
 
     def table(self, rows, images: torch.Tensor) -> Table:
@@ -132,5 +132,11 @@ def image_tokens(model: LlavaForConditionalGeneration) -> torch.Tensor:
     """The ids (T,) that hold an image's place in the text."""
     with torch.inference_mode():
         tower = model.model.vision_tower.eval()
-        count = tower(torch.zeros(1, 3, WORLD.image_size, WORLD.image_size)).last_hidden_state.shape[1]
+        count = tower(torch.zeros(1, 3, image_size(model), image_size(model))).last_hidden_state.shape[1]
     return torch.full((count,), model.config.image_token_id)
+
+
+def image_size(model: LlavaForConditionalGeneration) -> int:
+    """Side of the images that its vision tower has positions for, in pixels."""
+    vision = model.config.vision_config.vision_config
+    return vision.max_position_embeddings * math.prod(vision.patch_stride)

@@ -27,7 +27,7 @@ from vlv import tiny_checkpoint, train
 from vlv.export import export_parts
 from vlv.files import atomic_folder
 from vlv.loading import load_whole
-from vlv.scenes import write_scenes
+from vlv.scenes import world, write_scenes
 from vlv.stages import STAGES
 
 STAGES["llava"] = ("experiments.llava", "LlavaStage")
@@ -59,14 +59,23 @@ def digest(thing: Any) -> str:
 
 @dataclass(frozen=True)
 class Scenes:
-    """The first `num` drawn scenes of a split: the larger set holds the smaller one."""
+    """
+    The first `num` drawn scenes of a split of a world: the larger set holds the smaller one.
+
+    Args:
+        settings: of the world.
+    """
 
     num: int
     split: str = "train"
+    world: str = "shapes"
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def make(self, work: Path) -> Path:
-        folder = work / f"scenes-{self.split}-{self.num}"
-        return once(folder, "metadata.jsonl", lambda: write_scenes(folder, self.num, split=self.split))
+        names = [] if self.world == "shapes" else [self.world, *map(str, self.settings.values())]
+        folder = work / "-".join(["scenes", *names, self.split, str(self.num)])
+        drawn = world(self.world, **self.settings)
+        return once(folder, "metadata.jsonl", lambda: write_scenes(folder, self.num, split=self.split, world=drawn))
 
 
 @dataclass(frozen=True)
@@ -124,15 +133,18 @@ class Assembled:
 
 @dataclass(frozen=True)
 class Bundled:
-    """vlv-tiny without its caption head: a stage 1 that was trained to its end."""
+    """A bundled checkpoint without its caption head: a stage 1 that was trained to its end."""
+
+    name: str = "vlv-tiny"
 
     def make(self, work: Path) -> Path:
-        folder = work / "vlv-tiny-without-head"
+        folder = work / f"{self.name}-without-head"
         return once(folder, "config.json", lambda: self._write(folder))
 
     def _write(self, folder):
-        model = VLVModel.from_pretrained(tiny_checkpoint(), caption_config=None, dtype="float32")
-        _save(folder, model, VLVProcessor.from_pretrained(tiny_checkpoint()))
+        source = Path(tiny_checkpoint()).with_name(self.name)
+        model = VLVModel.from_pretrained(source, caption_config=None, dtype="float32")
+        _save(folder, model, VLVProcessor.from_pretrained(source))
 
 
 def _save(folder, model, processor):

@@ -37,7 +37,7 @@ class Peer:
 
     @torch.inference_mode()
     def write(self, images: Sequence[Image.Image], max_new_tokens: int) -> Iterator[Caption]:
-        """Greedy captions of 32x32 images, in order."""
+        """Greedy captions of images of the size that it was trained on, in order."""
         for start in range(0, len(images), BATCH):
             batch = np.stack([np.array(image) for image in images[start : start + BATCH]])
             pixel_values = normalise(torch.from_numpy(batch).permute(0, 3, 1, 2))

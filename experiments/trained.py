@@ -15,7 +15,7 @@ from experiments.making import ENCODER, Assembled, Bundled, Scenes, Training
 from modeling_vlv import VLVForConditionalGeneration
 from vlv.evaluation.results import Measurement, git_commit
 from vlv.loading import load_whole
-from vlv.scenes import sample_picture
+from vlv.scenes import World, world
 from vlv.scenes.scorer import SceneScorer, score_captions
 
 READERS = ["queries", "projection"]  # what is new in a VLV's encoder
@@ -34,17 +34,25 @@ MAX_NEW_TOKENS = 48  # the longest true caption has 21 tokens
 
 @dataclass(frozen=True)
 class Run:
-    """One trained captioner; its JSON is docs/results/`name`.json."""
+    """
+    One trained captioner; its JSON is docs/results/`name`.json.
+
+    Args:
+        world, splits: what it is measured on.
+    """
 
     name: str
     model: Training
+    world: str = "shapes"
+    splits: tuple[str, ...] = ("test",)
 
     def make(self, work: Path, num: int) -> dict[str, Any]:
         """Trains what is missing, and measures it on `num` unseen scenes."""
         start = time.perf_counter()
         folder = self.model.make(work)
         records = list(self.model.records(work))
-        scores, parameters = measure(folder, records[-1]["recipe"]["stage"], num)
+        stage = records[-1]["recipe"]["stage"]
+        scores, parameters = measure(folder, stage, num, world(self.world), self.splits)
         return {
             "scores": {name: asdict(score) for name, score in scores.items()},
             "num": num,
@@ -57,18 +65,24 @@ class Run:
         }
 
 
-def measure(folder: Path, stage: str, num: int) -> tuple[dict[str, Measurement], int]:
+def measure(
+    folder: Path, stage: str, num: int, drawn: World, splits: Sequence[str]
+) -> tuple[dict[str, Measurement], int]:
     """Scores of the captioner that `stage` left in `folder`, and how many parameters it captions with."""
-    pictures = [sample_picture("test", index) for index in range(num)]
+    pictures = {split: [drawn.sample_picture(split, index) for index in range(num)] for split in splits}
+    scores = {}
     if stage == "caption":
         model, processor = load_whole(str(folder))
-        scorer = SceneScorer(model.float().eval(), processor)
+        scorer = SceneScorer(model.float().eval(), processor, drawn)
         model.generation_config.max_new_tokens = MAX_NEW_TOKENS
-        scores = scorer.captions(pictures, "test") | scorer.reconstructions(pictures, "test")
+        for split, shown in pictures.items():
+            scores |= scorer.captions(shown, split) | scorer.reconstructions(shown, split)
         return scores, VLVForConditionalGeneration(model.config).num_parameters()
     peer = peers.LOADERS[stage](folder)
-    captions = peer.write([image for image, _ in pictures], MAX_NEW_TOKENS)
-    return score_captions(captions, pictures, "test"), peer.model.num_parameters()
+    for split, shown in pictures.items():
+        captions = peer.write([image for image, _ in shown], MAX_NEW_TOKENS)
+        scores |= score_captions(captions, shown, split, drawn)
+    return scores, peer.model.num_parameters()
 
 
 @dataclass(frozen=True)

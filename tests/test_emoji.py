@@ -112,6 +112,13 @@ def test_one_artist_draws_the_split_artist_alone():
             assert len(by) == 1 and by[0] in EMOJI.artists_of(split)
 
 
+def test_crowds_are_drawn_on_request():
+    crowded = world("emoji", max_objects=4)
+    scenes = [crowded.sample_scene("train", index) for index in range(60)]
+    assert {len(scene.objects) for scene in scenes} == {1, 2, 3, 4}
+    assert all(EMOJI.parse_caption(scene.caption) == scene for scene in scenes)
+
+
 # --- drawing ---
 
 
@@ -241,6 +248,7 @@ def test_bad_artwork_is_refused_in_one_line(what, complaint, artwork, tmp_path, 
     [
         (["--artists", "rembrandt"], f"no artist 'rembrandt' in this artwork; its artists are: {', '.join(ARTISTS)}"),
         (["--artwork", "nowhere"], "There is no artwork folder nowhere"),
+        (["--max_objects", "5"], "a scene has 1 to 4 objects"),
         (["--varied", "2"], "between 0 and 1, not 2"),
         (["--world", "shapes", "--artists", "noto"], "--artists is for --world emoji"),
         (["--world", "shapes", "--split", "artist"], "no split 'artist'"),

@@ -14,7 +14,8 @@ EMOJI = world("emoji")
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emoji")
-    write_scenes(folder / "scenes", 24, split="train", world=EMOJI)
+    # So many that the tokenizers know every word.
+    write_scenes(folder / "scenes", 600, split="train", world=EMOJI)
     common = {"dataset": folder / "scenes", "bf16": False}
     starts = {
         "vae": {},

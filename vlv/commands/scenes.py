@@ -32,6 +32,9 @@ class ScenesArguments:
         default="shapes",
         metadata={"help": "shapes: coloured shapes, 32 pixels wide. emoji: things drawn by artists, 64 pixels wide."},
     )
+    max_objects: int = field(
+        default=2, metadata={"help": "Scenes have one to so many objects; 2 is what the bundled models learned from."}
+    )
     artwork: str | None = field(
         default=None,
         metadata={
@@ -65,12 +68,12 @@ def main(argv: list[str]) -> None:
         "vlv scenes --world emoji --artists twemoji --output twemoji-scenes",
     )
     (arguments,) = parser.parse(argv)
-    settings = {}
+    settings = {"max_objects": arguments.max_objects}
     if arguments.world == "emoji":
         from vlv.scenes.artwork import load_artwork
 
         artwork = load_artwork(arguments.artwork) if arguments.artwork else None
-        settings = {"artwork": artwork, "artists": arguments.artists, "varied": arguments.varied}
+        settings |= {"artwork": artwork, "artists": arguments.artists, "varied": arguments.varied}
     drawn = world(arguments.world, **settings)
     with locked(arguments.output, beside=True), writing_to(arguments.output):
         folder = write_scenes(arguments.output, arguments.num, arguments.seed, arguments.split, drawn)

@@ -11,6 +11,7 @@ from vlv.scenes.shapes import (
     WORLD,
     Scene,
     SceneObject,
+    ShapesWorld,
     draw,
     is_novel,
     parse_caption,
@@ -27,6 +28,7 @@ __all__ = [
     "WORLDS",
     "Scene",
     "SceneObject",
+    "ShapesWorld",
     "World",
     "compare",
     "draw",
@@ -48,13 +50,13 @@ def world(name: str, **settings) -> World:
     A world by name.
 
     Args:
-        settings: those of `vlv.scenes.emoji.EmojiWorld`; the world of shapes has none.
+        settings: `max_objects`, and for the emoji world those of `vlv.scenes.emoji.EmojiWorld`.
 
     Raises:
         ValueError: for an unknown name.
     """
     if name == "shapes":
-        return WORLD
+        return ShapesWorld(**settings) if settings else WORLD
     if name == "emoji":
         from vlv.scenes.emoji import EmojiWorld
 

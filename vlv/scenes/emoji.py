@@ -66,9 +66,10 @@ class EmojiWorld(World):
         artists: who draws, in place of the split's own.
         varied: share of pictures that are varied as another hand might draw them, to learn from: recoloured part by
             part, bent, outlined.
+        max_objects: how many things a scene of a split has at most.
 
     Raises:
-        ValueError: for an artist that the artwork lacks.
+        ValueError: for an artist that the artwork lacks, or another wrong argument.
     """
 
     name = "emoji"
@@ -80,7 +81,14 @@ class EmojiWorld(World):
     splits: ClassVar[tuple[str, ...]] = (*World.splits, "artist")
     unseen = (*World.unseen, "artist")
 
-    def __init__(self, artwork: Artwork | None = None, artists: Sequence[str] | None = None, varied: float = 0.0):
+    def __init__(
+        self,
+        artwork: Artwork | None = None,
+        artists: Sequence[str] | None = None,
+        varied: float = 0.0,
+        max_objects: int = 2,
+    ):
+        super().__init__(max_objects)
         self.artwork = artwork or bundled_artwork()
         for artist in artists or ():
             if artist not in self.artwork.artists:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,12 +35,33 @@ from vlv.scenes import WORLDS, World, compare, world
 from vlv.scenes.grammar import GridScene
 
 IGNORED = -100  # the label that cross-entropy skips
-# Of each world: the folder of its reader, the network where the default is too small, and how its lessons are drawn.
-FOLDERS = {"shapes": "scene-reader", "emoji": "emoji-reader"}
-BACKBONES = {
-    "emoji": {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a world's reader is like where it is not the default one, and how its lessons are drawn."""
+
+    folder: str  # of the bundled reader, among the checkpoints
+    config: dict[str, Any] = field(default_factory=dict)
+    world: dict[str, Any] = field(default_factory=dict)
+
+
+LESSONS = {
+    "shapes": Lessons("scene-reader"),
+    "emoji": Lessons(
+        "emoji-reader",
+        config={
+            "cell_size": 64,
+            "backbone_config": {
+                "embedding_size": 32,
+                "hidden_sizes": [32, 64, 128, 256],
+                "depths": [1, 1, 1, 1],
+                "layer_type": "basic",
+            },
+        },
+        world={"varied": 0.6},
+    ),
 }
-VARIED = {"emoji": {"varied": 0.6}}
 
 
 class SceneReaderConfig(PreTrainedConfig):
@@ -48,6 +70,7 @@ class SceneReaderConfig(PreTrainedConfig):
     Args:
         world: the name of the world that it reads.
         grid: columns and rows; `places` names its cells in reading order.
+        cell_size: pixels that the side of a cell is enlarged to, before the network shrinks it.
         attributes: the fields of an object, each with the words that it can be; the first says what the object is.
             Pairs and not a mapping, whose order a saved config loses.
         backbone_config: what `ResNetConfig` takes.
@@ -60,6 +83,7 @@ class SceneReaderConfig(PreTrainedConfig):
         world: str = "shapes",
         image_size: int = 32,
         grid: Sequence[int] = (2, 2),
+        cell_size: int = 32,
         places: Sequence[str] = (),
         attributes: Sequence[tuple[str, Sequence[str]]] = (),
         backgrounds: Sequence[str] = (),
@@ -69,6 +93,7 @@ class SceneReaderConfig(PreTrainedConfig):
         self.world = world
         self.image_size = image_size
         self.grid = list(grid)
+        self.cell_size = cell_size
         self.places = list(places)
         self.attributes = [[name, list(words)] for name, words in attributes]
         self.backgrounds = list(backgrounds)
@@ -86,12 +111,12 @@ class SceneReaderConfig(PreTrainedConfig):
         fields = dict.fromkeys((world.subject, *world.words))
         attributes = [(name, world.words[name]) for name in fields if name != "place"]
         return cls(
-            world.name,
-            world.image_size,
-            (world.columns, world.rows),
-            world.places,
-            attributes,
-            tuple(world.backgrounds),
+            world=world.name,
+            image_size=world.image_size,
+            grid=(world.columns, world.rows),
+            places=world.places,
+            attributes=attributes,
+            backgrounds=tuple(world.backgrounds),
             **kwargs,
         )
 
@@ -123,10 +148,10 @@ class SceneReader(PreTrainedModel):
         backbone_config = ResNetConfig(**config.backbone_config)
         width = backbone_config.hidden_sizes[-1]
         self.backbone = ResNetModel(backbone_config)
-        # A ResNet shrinks fourfold at once and small shapes are but a few pixels across; 32 pixels a cell also make
-        # the last map an exact multiple of the grid.
+        # A ResNet shrinks fourfold at once and small objects are but a few pixels across. A power of 2 also makes the
+        # last map an exact multiple of the grid.
         columns, rows = config.grid
-        self.enlarge = nn.Upsample((32 * rows, 32 * columns), mode="bilinear")
+        self.enlarge = nn.Upsample((config.cell_size * rows, config.cell_size * columns), mode="bilinear")
         self.pool = nn.AdaptiveAvgPool2d((rows, columns))
         first, *others = (len(words) for _, words in config.attributes)
         self.object_sizes = [1 + first, *others]
@@ -190,7 +215,7 @@ class SceneReader(PreTrainedModel):
 @cache
 def scene_reader(world_name: str = "shapes") -> SceneReader:
     """The trained reader of a world that ships with this package, in fp32, ready to `read`."""
-    folder = Path(__file__).parents[1] / "checkpoints" / FOLDERS[world_name]
+    folder = Path(__file__).parents[1] / "checkpoints" / LESSONS[world_name].folder
     return SceneReader.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -280,8 +305,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     which, arguments = parser.parse_args_into_dataclasses(argv)
     transformers.set_seed(arguments.seed)
-    drawn = world(which.world, **VARIED.get(which.world, {}))
-    config = SceneReaderConfig.of(drawn, backbone_config=BACKBONES.get(which.world))
+    drawn = world(which.world, **LESSONS[which.world].world)
+    config = SceneReaderConfig.of(drawn, **LESSONS[which.world].config)
     reader = SceneReader(config)
     lessons = ReadingLessons(config, drawn, arguments.max_steps * arguments.train_batch_size, arguments.seed)
     Trainer(reader, arguments, train_dataset=lessons).train(resume_from_checkpoint=arguments.resume_from_checkpoint)

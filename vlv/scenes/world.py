@@ -18,22 +18,30 @@ SHARES = {"train": 0.90, "validation": 0.05, "test": 0.05}
 
 
 class World(ABC):
-    """A world of scenes: its words, its pictures and its splits.
+    """A world of scenes: its words, its pictures and its splits. Lengths are in pixels.
 
-    Args of a subclass are few; what they are made of is in class attributes. Lengths are in pixels.
+    Args:
+        max_objects: how many objects a scene of a split has at most.
+
+    Raises:
+        ValueError: for more of them than there are places, or none.
     """
 
     name: str
     image_size: int
     columns: int = 2
     rows: int = 2
-    max_objects: int = 2
     places: tuple[str, ...] = PLACES
     sizes: Mapping[str, float]  # half of an object's extent
     backgrounds: Mapping[str, RGB]
     scene_type: type[GridScene]
     splits: tuple[str, ...] = (*SHARES, "novel")
     unseen: tuple[str, ...] = ("test", "novel")  # the splits to measure on
+
+    def __init__(self, max_objects: int = 2):
+        if not 1 <= max_objects <= len(self.places):
+            raise ValueError(f"max_objects is {max_objects}; a scene has 1 to {len(self.places)} objects.")
+        self.max_objects = max_objects
 
     @property
     @abstractmethod

@@ -133,8 +133,11 @@ class ShortCaptioning(nn.Module):
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """labels: (B, K, L), K captions per image, -100 on padding and for captions that an image does not have."""
         memory = self.florence.model.language_model.encoder(inputs_embeds=self.embed(pixel_values)).last_hidden_state
-        memory = BaseModelOutput(memory.repeat_interleave(labels.shape[1], dim=0))
-        return {"loss": self.florence(encoder_outputs=memory, labels=labels.flatten(0, 1)).loss}
+        # Captions that an image does not have, and padding that all captions have, cost time and add nothing.
+        learned = labels != -100
+        image, caption = learned.any(-1).nonzero(as_tuple=True)
+        labels = labels[image, caption, : learned.any(0).any(0).sum()]
+        return {"loss": self.florence(encoder_outputs=BaseModelOutput(memory[image]), labels=labels).loss}
 
 
 class EncoderStage(Stage):
