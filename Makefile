@@ -26,7 +26,7 @@ test: lint
 
 # Trains the bundled checkpoint anew, part by part, and puts it into the package. Interrupted, it goes on where it was.
 OUT ?= outputs
-TRAIN = $(BIN)/vlv train recipes/tiny/$(1).yaml --output_dir $(OUT)/$(1) --resume \
+TRAIN = $(BIN)/vlv train tiny/$(1) --output_dir $(OUT)/$(1) --resume \
 	--dataset $(OUT)/scenes/train --eval_dataset $(OUT)/scenes/validation
 tiny: $(INSTALLED)
 	test -e $(OUT)/scenes/train/metadata.jsonl || $(BIN)/vlv scenes --num 40000 --split train --output $(OUT)/scenes/train
@@ -37,7 +37,7 @@ tiny: $(INSTALLED)
 	$(call TRAIN,language)
 	$(call TRAIN,autoencode) --encoder $(OUT)/encoder --decoder $(OUT)/teacher --caption_head $(OUT)/language
 	$(call TRAIN,caption) --model $(OUT)/autoencode
-	$(BIN)/python -m vlv.bundle $(OUT)
+	$(BIN)/python -m vlv.tiny.bundle $(OUT)
 	$(BIN)/vlv evaluate
 	$(BIN)/python -m vlv.evaluation.readme
 
@@ -46,11 +46,11 @@ tiny: $(INSTALLED)
 EMOJI_OUT ?= outputs-emoji
 emoji_scenes = $(EMOJI_OUT)/scenes/$(1)/metadata.jsonl
 emoji_step = $(EMOJI_OUT)/$(1)/training.json
-EMOJI_TRAIN = $(BIN)/vlv train recipes/emoji/$(1).yaml --output_dir $(EMOJI_OUT)/$(1) --resume \
+EMOJI_TRAIN = $(BIN)/vlv train emoji/$(1) --output_dir $(EMOJI_OUT)/$(1) --resume \
 	--dataset $(EMOJI_OUT)/scenes/$(2) --eval_dataset $(EMOJI_OUT)/scenes/validation
 emoji: export OMP_NUM_THREADS = 1
 emoji: $(INSTALLED) $(call emoji_step,caption)
-	$(BIN)/python -m vlv.bundle $(EMOJI_OUT) vlv-emoji
+	$(BIN)/python -m vlv.tiny.bundle $(EMOJI_OUT) vlv-emoji
 	$(BIN)/vlv evaluate --model vlv/checkpoints/vlv-emoji
 
 # varied and mixed: most or half of the pictures are as other hands might draw them. The encoder, which says one thing

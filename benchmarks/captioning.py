@@ -23,7 +23,7 @@ from vlv.captioning.captioner import Captioner
 from vlv.captioning.engine import caption_locally
 from vlv.captioning.settings import Decoding
 from vlv.captioning.sources import open_source
-from vlv.loading import load_captioner
+from vlv.models.loading import load_captioner
 from vlv.scenes import write_scenes
 
 PAPER = {"attention": "eager", "num_beams": 4, "batch_size": 4, "num_workers": 0}

@@ -19,7 +19,7 @@ import torch
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv.loading import load_captioner
+from vlv.models.loading import load_captioner
 
 
 def peak() -> int:

@@ -27,8 +27,8 @@ from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
 from vlv.evaluation.results import git_commit
 from vlv.files import atomic_writer
-from vlv.loading import read_config
-from vlv.published import published_config
+from vlv.models.loading import read_config
+from vlv.models.published import published_config
 
 SIZES = ("tiny", "mid", "published")
 STAGES = ("stage 1", "stage 2")

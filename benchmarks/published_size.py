@@ -24,7 +24,7 @@ import torch
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from vlv.files import atomic_writer
-from vlv.published import published_config
+from vlv.models.published import published_config
 
 
 def make(folder: Path) -> None:

@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from vlv.captioning.settings import Decoding
-from vlv.loading import load_captioner
+from vlv.models.loading import load_captioner
 from vlv.scenes import write_scenes
 
 BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32, 64), (25, 50, 100, 200, 300)

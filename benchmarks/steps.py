@@ -13,11 +13,11 @@ from transformers import TrainerCallback
 
 from processing_vlv import VLVProcessor
 from vlv.scenes import write_scenes
-from vlv.stages.base import Stage
-from vlv.train import read_recipe
-from vlv.trainer import StageTrainer
+from vlv.training.recipe import read_recipe
+from vlv.training.stage import Stage
+from vlv.training.trainer import StageTrainer
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "tiny"
+RECIPES = Path(__file__).parents[1] / "vlv" / "training" / "recipes" / "tiny"
 PADDED = "padded"  # the one thing that a side has of the paper's, and that no setting of `vlv train` brings back
 
 

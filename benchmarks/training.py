@@ -25,7 +25,7 @@ import torch
 from steps import PADDED, Side, common_settings, make_data
 
 from processing_vlv import VLVProcessor
-from vlv.stages.vlv import process
+from vlv.training.vlv_stage import process
 
 STEPS = 2  # of a turn
 

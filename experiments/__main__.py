@@ -13,10 +13,10 @@ from typing import Any
 from experiments import MEASURED
 from experiments.making import claimed
 from experiments.trained import Plan
-from vlv.commands.parser import CommandParser
+from vlv.arguments import CommandParser
 from vlv.evaluation.results import git_commit
 from vlv.files import atomic_writer
-from vlv.loading import load_whole
+from vlv.models.loading import load_whole
 
 
 @dataclass

@@ -28,9 +28,10 @@ from transformers.models.florence2.modeling_florence2 import (
     Florence2VisionBackbone,
 )
 
-from vlv.data import Table, captions_of
-from vlv.stages.base import Settings, Stage
-from vlv.stages.encoder import normalise
+from vlv.data.rows import captions_of
+from vlv.tiny.encoder import normalise
+from vlv.training.examples import Table
+from vlv.training.stage import Settings, Stage
 
 IMAGE_TOKEN = "<image>"
 

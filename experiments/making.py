@@ -2,8 +2,8 @@
 
 Each is a dataclass with `make(work) -> folder`, and its settings may be others of them, which are made first:
 
-    stage1 = Training("recipes/tiny/autoencode.yaml", {"dataset": Scenes(1000), "model": Assembled(seed=0)})
-    Training("recipes/tiny/caption.yaml", {"dataset": Scenes(100), "model": stage1}).make(Path("outputs/experiments"))
+    stage1 = Training("tiny/autoencode", {"dataset": Scenes(1000), "model": Assembled(seed=0)})
+    Training("tiny/caption", {"dataset": Scenes(100), "model": stage1}).make(Path("outputs/experiments"))
 
 What two runs share, such as a stage 1, lies in one folder, named after everything that it was made from. Several
 processes may work in one folder: what one of them makes, the others leave to it.
@@ -23,15 +23,14 @@ from transformers import set_seed
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint, train
-from vlv.export import export_parts
+from vlv import tiny_checkpoint
+from vlv.commands import train
 from vlv.files import atomic_folder
-from vlv.loading import load_whole
+from vlv.models.export import export_parts
+from vlv.models.loading import load_whole
 from vlv.scenes import world, write_scenes
-from vlv.stages import STAGES
 
-STAGES["llava"] = ("experiments.llava", "LlavaStage")
-ENCODER = "experiments/parts/encoder"  # what recipes/tiny/encoder.yaml left, in half precision
+ENCODER = "experiments/parts/encoder"  # what tiny/encoder left, in half precision
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from transformers import (
 
 from experiments.llava import image_tokens
 from vlv.evaluation.captions import Caption
-from vlv.stages.encoder import EncoderSettings, ShortCaptioning, normalise
+from vlv.tiny.encoder import EncoderSettings, ShortCaptioning, normalise
 
 BATCH = 50
 
@@ -72,4 +72,4 @@ def load_florence(folder: Path) -> Peer:
 
 
 # By the stage that trained them.
-LOADERS = {"llava": load_llava, "encoder": load_florence}
+LOADERS = {"experiments.llava:LlavaStage": load_llava, "encoder": load_florence}

@@ -14,7 +14,7 @@ from experiments import peers
 from experiments.making import ENCODER, Assembled, Bundled, Scenes, Training
 from modeling_vlv import VLVForConditionalGeneration
 from vlv.evaluation.results import Measurement, git_commit
-from vlv.loading import load_whole
+from vlv.models.loading import load_whole
 from vlv.scenes import World, world
 from vlv.scenes.scorer import SceneScorer, score_captions
 
@@ -248,7 +248,7 @@ class Plan:
     def language_model(self, size: tuple[int, int]) -> Training:
         width, layers = size
         settings = {"hidden_size": width, "num_hidden_layers": layers}
-        return self.training("recipes/tiny/language.yaml", self.images, self.language, 0, **settings)
+        return self.training("tiny/language", self.images, self.language, 0, **settings)
 
     def autoencode(
         self,
@@ -258,9 +258,7 @@ class Plan:
         rates: dict[str, float] = STAGE1_RATES,
     ) -> Training:
         settings = {"model": start, "train_parts": list(parts), **_rates(rates, parts)}
-        return self.training(
-            "recipes/tiny/autoencode.yaml", images or self.images, self.stage1, start.seed, **settings
-        )
+        return self.training("tiny/autoencode", images or self.images, self.stage1, start.seed, **settings)
 
     def caption(self, model: Made, captions: int, seed: int, parts: Sequence[str] = HEAD) -> Training:
         return self.captioning(model, captions, self.stage2, seed, parts)
@@ -282,7 +280,7 @@ class Plan:
         if not {"language_model", "queries"} & set(parts):
             # To encode every image once pays only where each is seen more often.
             settings["cache_features"] = steps * self.batch > 2 * captions
-        return self.training("recipes/tiny/caption.yaml", captions, steps, seed, save_dtype="float16", **settings)
+        return self.training("tiny/caption", captions, steps, seed, save_dtype="float16", **settings)
 
     def llava(self, captions: int, seed: int) -> Training:
         settings = {"encoder": ENCODER, "language": self.language_model(LLAVAS)}
@@ -290,7 +288,7 @@ class Plan:
 
     def florence(self, captions: int, seed: int) -> Training:
         settings = {"encoder": ENCODER, "caption_column": "text", "max_length": 32}
-        return self.training("recipes/tiny/encoder.yaml", captions, self.stage1 + self.stage2, seed, **settings)
+        return self.training("tiny/encoder", captions, self.stage1 + self.stage2, seed, **settings)
 
     def training(self, recipe: str, scenes: int, steps: int, seed: int, **settings) -> Training:
         common = {

@@ -13,7 +13,7 @@ PARITY = Path(__file__).parent / "data" / "parity"
 MEASURE = r"""
 import re, sys
 from pathlib import Path
-import vlv.convert
+import vlv.models.convert
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 def peak():
     # Not getrusage: its peak begins with that of the process that started this one.

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from vlv.cli import main
-from vlv.trainer import StageTrainer
+from vlv.training.trainer import StageTrainer
 
 SHARD = os.environ.get("SHARD_ON_CPU") == "1"
 KILLED_AT_STEP = int(os.environ.get("KILLED_AT_STEP", -1))

@@ -15,8 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from processing_vlv import VLVProcessor
 from vlv.cli import main
-from vlv.convert import convert_checkpoint, map_tensors, read_checkpoint
-from vlv.loading import load_captioner
+from vlv.models.convert import convert_checkpoint, map_tensors, read_checkpoint
+from vlv.models.loading import load_captioner
 
 PARITY = Path(__file__).parent / "data" / "parity"
 FLORENCE, SD, QWEN = (str(PARITY / "components" / name) for name in ("florence", "sd", "qwen"))
@@ -413,7 +413,8 @@ def test_memory(tmp_path, text_encoder_only):
     size = checkpoint.stat().st_size / 2**20
     assert size > 2e9 / 2**20
     peak = big.measure(
-        f"model, _, _ = vlv.convert.convert_checkpoint({str(checkpoint)!r}, {FLORENCE!r}, {text_encoder_only!r}, "
+        f"model, _, _ = vlv.models.convert.convert_checkpoint("
+        f"{str(checkpoint)!r}, {FLORENCE!r}, {text_encoder_only!r}, "
         f"{str(tmp_path / 'llm')!r}, 64)\nmodel.save_pretrained({str(tmp_path / 'vlv')!r})"
     )
     print(f"\nconverting {size:,.0f} MB takes {peak:,.0f} MB, {peak / size:.2f} times as much")

@@ -5,7 +5,7 @@ import torch
 from training import run
 
 from vlv.cli import main as vlv
-from vlv.loading import load_autoencoder
+from vlv.models.loading import load_autoencoder
 from vlv.scenes import world, write_scenes
 
 EMOJI = world("emoji")
@@ -30,7 +30,7 @@ def outputs(tmp_path_factory):
         "caption": {"model": folder / "autoencode"},
     }
     for step, start in starts.items():
-        run(f"recipes/emoji/{step}.yaml", folder / step, **common, **start)
+        run(f"emoji/{step}", folder / step, **common, **start)
     return folder
 
 

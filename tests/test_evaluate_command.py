@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vlv
 from vlv.cli import main
-from vlv.evaluation import dataset
+from vlv.evaluation import scorer
 from vlv.evaluation.questions import Answerer, Question, read_questions, write_prompts
 from vlv.evaluation.scores import FAMILIES
 from vlv.evaluation.work import Work
-from vlv.loading import load_autoencoder
+from vlv.models.loading import load_autoencoder
 from vlv.scenes import sample_picture
 from vlv.scenes.scorer import SceneScorer
 
@@ -187,7 +187,7 @@ def test_table_names_each_score(photos, tiny_repo, tmp_path, capsys):
 
 def _forbid_making(monkeypatch):
     for name in ("load_captioner", "load_autoencoder", "Answerer"):
-        monkeypatch.setattr(dataset, name, lambda *arguments: pytest.fail("it was made again"))
+        monkeypatch.setattr(scorer, name, lambda *arguments: pytest.fail("it was made again"))
 
 
 def test_nothing_is_made_twice(everything, monkeypatch):

@@ -26,7 +26,7 @@ from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
 from vlv.evaluation.metrics.frechet import frechet_distance
 from vlv.scenes import WORLD, Scene, SceneObject, sample_picture
-from vlv.trainer import StageTrainer
+from vlv.training.trainer import StageTrainer
 
 
 @pytest.mark.parametrize("place, cell", list(zip(WORLD.places, ((0, 0), (16, 0), (0, 16), (16, 16)), strict=True)))
@@ -82,7 +82,7 @@ def test_a_set_is_no_distance_from_itself():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURED)
 def test_an_experiment_can_be_run_again(name):
-    from vlv.loading import load_whole
+    from vlv.models.loading import load_whole
 
     model, processor = load_whole(None)
     rows = import_module(f"experiments.{name}").run(model.float().eval(), processor, 4)
@@ -149,7 +149,7 @@ def test_what_has_been_made_is_not_made_again(trained, monkeypatch):
         patch.setattr("experiments.trained.Run.make", fail)
         main(argv, SMALL)
     (folder / "results" / "base" / "seed0.json").unlink()
-    monkeypatch.setattr("vlv.train.main", fail)
+    monkeypatch.setattr("vlv.commands.train.main", fail)
     main(argv, SMALL)  # measures again what was trained
     after = {file: file.read_text() for file in folder.glob("results/**/*.json")}
     assert after.keys() == before.keys()

@@ -8,8 +8,8 @@ import tiny
 from datasets import load_dataset
 
 from vlv.cli import main as vlv
-from vlv.data import load_rows, open_image, split_tables
-from vlv.evaluation.data import EvaluationData
+from vlv.data.rows import load_rows, open_image, split_tables
+from vlv.evaluation.images import EvaluationData
 
 PICTURES = tiny.images(8)
 

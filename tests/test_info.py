@@ -7,8 +7,8 @@ from transformers import CLIPTextModel, Florence2Model, Qwen2ForCausalLM
 
 from modeling_vlv import VLVModel
 from vlv.cli import main
-from vlv.info import count_parts
-from vlv.published import published_config
+from vlv.models.info import count_parts
+from vlv.models.published import published_config
 
 
 def count(module):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BertConfig
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
-from vlv.loading import load_autoencoder, load_captioner
+from vlv.models.loading import load_autoencoder, load_captioner
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """
 Stage by stage against what the paper's own code computed, from its own checkpoints (see data/parity/README.md).
 
-The checkpoints come through `vlv.convert`, the inputs from the PNG files: nothing of the reference's runs here.
+The checkpoints come through `vlv.models.convert`, the inputs from the PNG files: nothing of the reference's runs here.
 """
 
 import copy
@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlv.convert import convert_checkpoint, read_checkpoint
+from vlv.models.convert import convert_checkpoint, read_checkpoint
 
 PARITY = Path(__file__).parent / "data" / "parity"
 IMAGES = [PARITY / "images" / name for name in ("a_120x90.png", "b_77x131.png")]

@@ -58,7 +58,7 @@ def free_port():
         return str(server.getsockname()[1])
 
 
-@pytest.mark.parametrize("argv", [["caption", "{}"], ["train", "recipes/tiny/caption.yaml", "--output_dir", "{}"]])
+@pytest.mark.parametrize("argv", [["caption", "{}"], ["train", "tiny/caption", "--output_dir", "{}"]])
 def test_launch_of_one_process_in_place_of_several_is_refused(argv, alone, monkeypatch, tmp_path, photos, capsys):
     # What accelerate launch leaves in the environment of the one process that it starts.
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
@@ -76,7 +76,7 @@ def test_processes_that_do_not_find_each_other_are_refused(alone, monkeypatch):
 
 def test_fsdp_without_gpus_is_refused(alone, monkeypatch, photos, capsys):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert main(["train", "recipes/tiny/caption.yaml", "--output_dir", str(photos), "--dataset", str(photos)]) == 2
+    assert main(["train", "tiny/caption", "--output_dir", str(photos), "--dataset", str(photos)]) == 2
     assert "vlv train: error: FSDP spreads a model over several GPUs" in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 
-from vlv.sharding import assign, blank_copy, fill, gathered, unsharded
+from vlv.training.sharding import assign, blank_copy, fill, gathered, unsharded
 
 
 def check(rank, folder):

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, Florence2ForConditionalGenera
 
 from modeling_vlv import VLVModel
 from vlv.cli import main as vlv
-from vlv.trainer import last_whole_checkpoint
+from vlv.training.trainer import last_whole_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def parts(tmp_path_factory, scenes):
     folder = tmp_path_factory.mktemp("parts")
     for stage in ("vae", "teacher", "encoder", "language"):
         extra = {"vae": folder / "vae"} if stage == "teacher" else {}
-        run(f"recipes/tiny/{stage}.yaml", folder / stage, dataset=scenes, **extra)
+        run(f"tiny/{stage}", folder / stage, dataset=scenes, **extra)
     return folder
 
 
@@ -55,7 +55,7 @@ def test_latents_have_unit_variance(parts, scenes):
 
 
 def test_folding_statistics_keeps_reconstructions():
-    from vlv.stages.vae import fold_latent_statistics, tiny_vae
+    from vlv.tiny.vae import fold_latent_statistics, tiny_vae
 
     vae = tiny_vae(16, [16, 32, 64], latent_channels=4).eval()
     pixels = torch.randn(3, 3, 16, 16)
@@ -88,9 +88,9 @@ def test_record_of_a_run(parts):
 def test_resumed_run_has_the_losses_of_the_unbroken_one(stage, parts, scenes, tmp_path):
     settings = {"dataset": scenes, "save_total_limit": 3, **({"vae": parts / "vae"} if stage == "teacher" else {})}
     unbroken = losses(json.loads((parts / stage / "training.json").read_text()))
-    run(f"recipes/tiny/{stage}.yaml", tmp_path, **settings)
+    run(f"tiny/{stage}", tmp_path, **settings)
     shutil.rmtree(tmp_path / "checkpoint-4")
-    resumed = run(f"recipes/tiny/{stage}.yaml", tmp_path, resume=True, **settings)
+    resumed = run(f"tiny/{stage}", tmp_path, resume=True, **settings)
     assert resumed["resumed_from"] == "checkpoint-2"
     for step in (3, 4):
         assert losses(resumed)[step] == pytest.approx(unbroken[step], abs=1e-6)
@@ -109,7 +109,7 @@ def test_torso_of_a_checkpoint_is_passed_over(parts, tmp_path):
 
 def test_checkpoint_of_another_model_is_refused(parts, scenes, tmp_path, capsys):
     shutil.copytree(parts / "encoder" / "checkpoint-4", tmp_path / "checkpoint-4")
-    argv = arguments("recipes/tiny/language.yaml", tmp_path, dataset=scenes, resume=True)
+    argv = arguments("tiny/language", tmp_path, dataset=scenes, resume=True)
     assert vlv(["train", *argv]) == 2
     assert "checkpoint of another model" in capsys.readouterr().err
 
@@ -119,11 +119,11 @@ def test_checkpoint_of_another_model_is_refused(parts, scenes, tmp_path, capsys)
 
 def test_both_stages_from_the_parts(parts, scenes, tmp_path):
     starts = {"encoder": parts / "encoder", "decoder": parts / "teacher", "caption_head": parts / "language"}
-    first = run("recipes/tiny/autoencode.yaml", tmp_path / "one", dataset=scenes, **starts)
+    first = run("tiny/autoencode", tmp_path / "one", dataset=scenes, **starts)
     assert {"eval_loss", "denoising_loss", "denoising_loss_with_empty_context"} <= first["evaluation"].keys()
     assert first["evaluation"]["eval_loss"] == pytest.approx(first["evaluation"]["denoising_loss"], abs=1e-4)
 
-    second = run("recipes/tiny/caption.yaml", tmp_path / "two", dataset=scenes, model=tmp_path / "one")
+    second = run("tiny/caption", tmp_path / "two", dataset=scenes, model=tmp_path / "one")
     assert {"eval_loss", "exact_captions", "ended"} <= second["evaluation"].keys()
 
     one = dict(VLVModel.from_pretrained(tmp_path / "one", dtype=torch.float32).named_parameters())
@@ -162,6 +162,6 @@ def test_wrong_recipes_say_what_is_wrong(text, argv, message, tmp_path, capsys):
 
 
 def test_missing_column_is_named(scenes, tmp_path, capsys):
-    argv = arguments("recipes/tiny/language.yaml", tmp_path, dataset=scenes, caption_column="caption")
+    argv = arguments("tiny/language", tmp_path, dataset=scenes, caption_column="caption")
     assert vlv(["train", *argv]) == 2
     assert "no column 'caption', but image, text, short" in capsys.readouterr().err

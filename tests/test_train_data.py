@@ -16,11 +16,12 @@ from PIL import Image
 from training import arguments, losses, run
 
 from vlv.cli import main as vlv
-from vlv.data import Stream, draw_captions, load_rows, open_image
-from vlv.train import read_recipe
-from vlv.trainer import StageTrainer
+from vlv.data.rows import load_rows, open_image
+from vlv.training.examples import Stream, draw_captions
+from vlv.training.recipe import read_recipe
+from vlv.training.trainer import StageTrainer
 
-AUTOENCODE, CAPTION = "recipes/tiny/autoencode.yaml", "recipes/tiny/caption.yaml"
+AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
 COUNT = 16
 CAPTIONS = [f"picture {number}" for number in range(COUNT)]
 
@@ -80,7 +81,7 @@ def test_every_kind_of_data_set_has_the_same_rows(kind, streaming, kinds, pictur
     if kind == "hub":
         folder, image, text = kinds["parquet"]
         on_disk = functools.partial(load_dataset, "parquet", data_dir=str(folder))
-        monkeypatch.setattr("vlv.data.load_dataset", lambda name, **kw: {"ada/pictures": on_disk}[name](**kw))
+        monkeypatch.setattr("vlv.data.rows.load_dataset", lambda name, **kw: {"ada/pictures": on_disk}[name](**kw))
         dataset = "ada/pictures"
     else:
         dataset, image, text = kinds[kind]

@@ -12,9 +12,9 @@ from training import arguments, losses, run
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from vlv import tiny_checkpoint
 from vlv.cli import main
-from vlv.loading import load_autoencoder
+from vlv.models.loading import load_autoencoder
 
-CAPTION, AUTOENCODE = "recipes/tiny/caption.yaml", "recipes/tiny/autoencode.yaml"
+CAPTION, AUTOENCODE = "tiny/caption", "tiny/autoencode"
 # An epoch of plain gradient descent: what changes in the weights is the sum of its gradients.
 ONE_EPOCH = {
     "max_steps": -1,
@@ -36,7 +36,7 @@ def launch(config, processes, recipe, output_dir, program=("-m", "vlv.train"), e
         "-m",
         "accelerate.commands.launch",
         "--config_file",
-        f"recipes/accelerate/{config}.yaml",
+        f"vlv/training/accelerate/{config}.yaml",
     ]
     launcher += ["--num_processes", str(processes), "--main_process_port", "0", *program]
     return subprocess.run(

@@ -13,10 +13,10 @@ from PIL import Image
 from training import arguments, losses, run
 
 from modeling_vlv import STAGES
-from vlv.train import read_recipe
-from vlv.trainer import StageTrainer
+from vlv.training.recipe import read_recipe
+from vlv.training.trainer import StageTrainer
 
-AUTOENCODE, CAPTION = "recipes/tiny/autoencode.yaml", "recipes/tiny/caption.yaml"
+AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
 
 
 # ---- frozen and trained ----------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from training import arguments, losses, run
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from vlv.cli import main as vlv
-from vlv.lora import target_layers
+from vlv.training.lora import target_layers
 
-RECIPE = "recipes/tiny/caption.yaml"
+RECIPE = "tiny/caption"
 LORA = {"lora_rank": 4, "lora_alpha": 32, "learning_rate": 0.01, "save_dtype": "float32"}
 
 

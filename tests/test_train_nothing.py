@@ -12,10 +12,10 @@ from training import arguments, losses, run
 from vlv.cli import main as vlv
 from vlv.files import locked
 from vlv.scenes import write_scenes
-from vlv.stages.caching import Cost, choose
-from vlv.train import read_recipe
+from vlv.training.caching import Cost, choose
+from vlv.training.recipe import read_recipe
 
-AUTOENCODE, CAPTION, LANGUAGE = (f"recipes/tiny/{stage}.yaml" for stage in ("autoencode", "caption", "language"))
+AUTOENCODE, CAPTION, LANGUAGE = (f"tiny/{stage}" for stage in ("autoencode", "caption", "language"))
 
 
 def error_of(capsys, recipe, output_dir, **settings):
@@ -116,7 +116,7 @@ def test_metadata_that_teaches_nothing(rows, message, tiny_repo, tmp_path, capsy
         (CAPTION, "caption_head", "/nowhere"),
         (AUTOENCODE, "encoder", "nowhere"),
         (AUTOENCODE, "decoder", "some/where/else"),
-        ("recipes/tiny/teacher.yaml", "vae", "nowhere"),
+        ("tiny/teacher", "vae", "nowhere"),
     ],
 )
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(
@@ -346,7 +346,7 @@ def test_a_run_says_which_caches_it_makes_and_why(common, tmp_path, capsys, monk
     reasons, _ = told("often", max_steps=1)
     assert set(reasons.values()) == {"on, because it is on the disk already."}
 
-    monkeypatch.setattr("vlv.stages.vlv.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("vlv.training.vlv_stage.free_bytes", lambda folder: 1000)
     reasons, _ = told("full", max_steps=20)
     assert all("would take" in reason and reason.startswith("off") for reason in reasons.values())
 

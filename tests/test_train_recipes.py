@@ -12,9 +12,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, pa
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 import vlv
-from vlv.train import changed_arguments, read_recipe
+from vlv.training.recipe import changed_arguments, read_recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+TRAINING = Path(__file__).parents[1] / "vlv" / "training"
+RECIPES, ACCELERATE = TRAINING / "recipes", TRAINING / "accelerate"
 
 
 def read(name, *argv):
@@ -41,7 +42,7 @@ def test_paper_stage_1_is_the_published_recipe():
     assert (args.max_grad_norm, args.lr_scheduler_type, args.warmup_steps) == (1.0, "cosine", 0)
     assert (8 * args.per_device_train_batch_size * args.gradient_accumulation_steps, args.max_steps) == (512, 200_000)
     assert not args.bf16 and not args.fp16
-    zero = load_config_from_file(str(RECIPES / "accelerate" / "deepspeed_zero2.yaml"))
+    zero = load_config_from_file(str(ACCELERATE / "deepspeed_zero2.yaml"))
     assert (zero.num_processes, zero.deepspeed_config["zero_stage"]) == (8, 2)
 
 
@@ -93,7 +94,7 @@ def launch(monkeypatch):
         monkeypatch.setattr(f"accelerate.commands.launch.{launcher}", launched.append)
 
     def launch(name):
-        file = str(RECIPES / "accelerate" / f"{name}.yaml")
+        file = str(ACCELERATE / f"{name}.yaml")
         argv = ["--config_file", file, "--main_process_port", "0", "-m", "vlv.train", "RECIPE.yaml"]
         launch_command(launch_command_parser().parse_args(argv))
         return launched.pop()
@@ -110,14 +111,12 @@ def launch(monkeypatch):
     ],
 )
 def test_accelerate_knows_every_key(name, kind, launch):
-    config = load_config_from_file(
-        str(RECIPES / "accelerate" / f"{name}.yaml")
-    )  # raises for keys that it does not know
+    config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))  # raises for keys that it does not know
     assert config.distributed_type == kind and config.num_processes == 8
     assert config.mixed_precision == "no"  # which leaves precision to the recipe
     args = launch(name)
     for group in ("fsdp_config", "deepspeed_config"):
-        for key in yaml.safe_load((RECIPES / "accelerate" / f"{name}.yaml").read_text()).get(group, {}):
+        for key in yaml.safe_load((ACCELERATE / f"{name}.yaml").read_text()).get(group, {}):
             assert hasattr(args, key), key
 
 

@@ -28,9 +28,9 @@ def test_200_scenes_through_both_stages(tmp_path):
     starts = [f"--{name}={parts}/{name}" for name in ("encoder", "decoder", "caption_head")]
     common = ["--dataset", scenes, *HELD_OUT.split()]
 
-    stage1 = ["recipes/tiny/autoencode.yaml", "--output_dir", one, "--max_steps", "60", *starts, *common]
+    stage1 = ["tiny/autoencode", "--output_dir", one, "--max_steps", "60", *starts, *common]
     assert vlv(["train", *stage1, "--per_device_train_batch_size", "32"]) == 0
-    stage2 = ["recipes/tiny/caption.yaml", "--output_dir", two, "--max_steps", "60", "--model", one, *common]
+    stage2 = ["tiny/caption", "--output_dir", two, "--max_steps", "60", "--model", one, *common]
     assert vlv(["train", *stage2, "--per_device_train_batch_size", "32"]) == 0
 
     for folder in (one, two):

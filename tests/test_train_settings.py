@@ -8,10 +8,10 @@ from transformers.utils import is_liger_kernel_available
 
 from modeling_vlv import VLVModel
 from vlv.cli import main as vlv
-from vlv.train import read_recipe
-from vlv.trainer import StageTrainer, last_whole_checkpoint
+from vlv.training.recipe import read_recipe
+from vlv.training.trainer import StageTrainer, last_whole_checkpoint
 
-AUTOENCODE, CAPTION = "recipes/tiny/autoencode.yaml", "recipes/tiny/caption.yaml"
+AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from training import arguments, run
 
 from vlv.cli import main as vlv
 
-AUTOENCODE, CAPTION = "recipes/tiny/autoencode.yaml", "recipes/tiny/caption.yaml"
+AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
 
 
 def error_of(capsys, recipe, output_dir, **settings):

@@ -2,7 +2,7 @@
 
 import json
 
-from vlv import train
+from vlv.commands import train
 
 FAST = {
     "max_steps": 4,

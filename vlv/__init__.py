@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from configuration_vlv import VLVConfig
     from modeling_vlv import VLVForConditionalGeneration, VLVModel
     from processing_vlv import VLVProcessor
-    from vlv.loading import load_autoencoder, load_captioner
+    from vlv.models.loading import load_autoencoder, load_captioner
 
 __version__ = "0.2.0"
 
@@ -34,8 +34,8 @@ _MODULES = {
     "VLVForConditionalGeneration": "modeling_vlv",
     "VLVModel": "modeling_vlv",
     "VLVProcessor": "processing_vlv",
-    "load_autoencoder": "vlv.loading",
-    "load_captioner": "vlv.loading",
+    "load_autoencoder": "vlv.models.loading",
+    "load_captioner": "vlv.models.loading",
 }
 
 

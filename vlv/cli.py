@@ -19,7 +19,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "caption": Command("vlv.commands.caption", "write a caption for each image", in_parts=True),
     "reconstruct": Command("vlv.commands.reconstruct", "rebuild images from what their captions are made of"),
-    "train": Command("vlv.train", "train or fine-tune with a recipe", in_parts=True),
+    "train": Command("vlv.commands.train", "train or fine-tune with a recipe", in_parts=True),
     "assemble": Command("vlv.commands.assemble", "put a new model together from pretrained parts"),
     "convert": Command("vlv.commands.convert", "bring a checkpoint of the paper's code over"),
     "export": Command("vlv.commands.export", "take a model apart, each part in its own library's format"),

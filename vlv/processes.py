@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
-from vlv.loading import find_device
+from vlv.models.loading import find_device
 
 
 def join_processes(device: str) -> PartialState:

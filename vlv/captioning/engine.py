@@ -14,7 +14,7 @@ from vlv.captioning.settings import Decoding, ModelOptions
 from vlv.captioning.sink import Row
 from vlv.captioning.sources import Picture, Source
 from vlv.images import read_image
-from vlv.loading import load_captioner
+from vlv.models.loading import load_captioner
 from vlv.reading import read_ahead
 
 FEW = 8  # images for which one process reads

@@ -13,7 +13,7 @@ from vlv.captioning.captioner import Captioner, largest_batch
 from vlv.captioning.engine import Prepared, caption_batch, prepare
 from vlv.captioning.sink import Row
 from vlv.captioning.sources import Source
-from vlv.loading import find_captioner
+from vlv.models.loading import find_captioner
 
 PARTS_PER_PROCESSOR = 4  # of the input: small enough that no processor waits long for the last one
 

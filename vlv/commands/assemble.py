@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vlv.commands.parser import CommandParser
+from vlv.arguments import CommandParser
 from vlv.files import atomic_folder, check_source
 
 

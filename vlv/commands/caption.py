@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from vlv import tiny_checkpoint
+from vlv.arguments import CommandParser
 from vlv.captioning.journal import Row
 from vlv.captioning.outputs import EXISTING, FORMATS, Output, is_suffix, open_output
 from vlv.captioning.settings import Decoding, ModelOptions, RowOptions, option
 from vlv.captioning.sink import Printer, Sink
 from vlv.captioning.sources import Source, open_source
-from vlv.commands.parser import CommandParser
 from vlv.files import locked
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int | None:
 def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions) -> None:
     # Imported only now: torch would keep --help and wrong arguments waiting.
     from vlv.captioning.engine import caption_locally, make_captioner
-    from vlv.loading import find_captioner
+    from vlv.models.loading import find_captioner
     from vlv.processes import join_processes
 
     processes = join_processes(model.device)  # each takes a part

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from vlv.commands.parser import CommandParser
+from vlv.arguments import CommandParser
 from vlv.files import atomic_folder, check_source
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         check_source(getattr(arguments, option), option)
     with atomic_folder(arguments.output) as folder:
         # Imported only now: torch would keep --help and wrong arguments waiting.
-        from vlv.convert import convert_checkpoint
+        from vlv.models.convert import convert_checkpoint
 
         model, processor, report = convert_checkpoint(
             inputs.checkpoint,

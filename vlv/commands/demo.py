@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from vlv.commands.parser import CommandParser
+from vlv.arguments import CommandParser
 from vlv.files import atomic_writer, locked, writing_to
 from vlv.scenes import write_scenes
 from vlv.sheets import Pair, contact_sheet
@@ -48,7 +48,7 @@ def _run(arguments: DemoArguments, folder: Path) -> None:
     # Imported only now: torch would keep --help and wrong arguments waiting.
     from processing_vlv import load_image
     from vlv.inference import caption_images, reconstruct_images
-    from vlv.loading import load_autoencoder
+    from vlv.models.loading import load_autoencoder
 
     model, processor = load_autoencoder(arguments.model, arguments.device)
     scenes = write_scenes(folder / "scenes", NUM_SCENES, arguments.seed, split="test")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlv import tiny_checkpoint
-from vlv.commands.parser import CommandParser
+from vlv.arguments import CommandParser
 from vlv.evaluation.scores import FAMILIES, SCENES, check_options, find_scores
 from vlv.files import check_source, locked, writing_to
 
@@ -177,7 +177,7 @@ def _measure(arguments: EvaluateArguments) -> "dict[str, Measurement]":
 
 def measure_scenes(arguments: EvaluateArguments) -> "dict[str, Measurement]":
     """Ceilings, reconstructions, floors and captions on drawn scenes."""
-    from vlv.loading import load_autoencoder
+    from vlv.models.loading import load_autoencoder
     from vlv.scenes.scorer import SceneScorer, mirror
 
     arguments.num = arguments.num or NUM_SCENES
@@ -233,8 +233,8 @@ def measure_dataset(arguments: EvaluateArguments) -> "dict[str, Measurement]":
         raise ValueError(
             f"--metrics {arguments.metrics} needs {', '.join(missing)}, which is not here: pip install 'vlv[evaluate]'"
         )
-    from vlv.evaluation.data import EvaluationData
-    from vlv.evaluation.dataset import DatasetScorer
+    from vlv.evaluation.images import EvaluationData
+    from vlv.evaluation.scorer import DatasetScorer
     from vlv.evaluation.work import Work
 
     data = EvaluationData(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from vlv.commands.parser import CommandParser
+from vlv.arguments import CommandParser
 from vlv.files import atomic_folder, check_source
 
 
@@ -24,8 +24,8 @@ def main(argv: list[str]) -> None:
     check_source(inputs.model)
     with atomic_folder(arguments.output) as folder:
         # Imported only now: torch would keep --help and wrong arguments waiting.
-        from vlv.export import export_parts
-        from vlv.loading import load_whole
+        from vlv.models.export import export_parts
+        from vlv.models.loading import load_whole
 
         parts = export_parts(*load_whole(inputs.model), folder)
     print(f"In {arguments.output}: {', '.join(parts)}.")

@@ -1,6 +1,6 @@
 """`vlv info`: what a VLV is made of."""
 
-from vlv.commands.parser import CommandParser
+from vlv.arguments import CommandParser
 
 
 def main(argv: list[str]) -> None:
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
 
     # Imported only now: torch would keep --help and wrong arguments waiting.
     from vlv import tiny_checkpoint
-    from vlv.info import count_parts, format_parts
-    from vlv.loading import read_config
+    from vlv.models.info import count_parts, format_parts
+    from vlv.models.loading import read_config
 
     print(format_parts(count_parts(read_config(inputs.model or tiny_checkpoint()))))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from vlv.commands.parser import CommandParser
+from vlv.arguments import CommandParser
 from vlv.files import locked
 
 EXAMPLES = Path(__file__).parents[1] / "publish" / "examples"
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
 def publish(model: str, folder: Path, arguments: PublishArguments) -> None:
     # Imported only now: torch would keep --help and wrong arguments waiting.
     from vlv.images import find_images
-    from vlv.loading import read_config
+    from vlv.models.loading import read_config
     from vlv.publish.card import weights_license
     from vlv.publish.proof import prove
     from vlv.publish.push import check_token, push

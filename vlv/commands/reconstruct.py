@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from vlv.commands.parser import CommandParser
+from vlv.arguments import CommandParser
 from vlv.files import locked, writing_to
 from vlv.images import ImageFile, find_images, read_images
 from vlv.sheets import Pair, contact_sheet, side_by_side
@@ -67,7 +67,7 @@ def _rebuild(
 ) -> None:
     # Imported only now: torch would keep --help and wrong arguments waiting.
     from vlv.inference import reconstruct_images
-    from vlv.loading import load_autoencoder
+    from vlv.models.loading import load_autoencoder
 
     model, processor = load_autoencoder(arguments.model, arguments.device, caption_config=None)
     pairs = []

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from modeling_vlv import reading_part
-from vlv.data import open_image
+from vlv.data.rows import open_image
 
 
 def is_clip(config) -> bool:

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from configuration_vlv import VLVConfig
 from modeling_vlv import VLVModel
 from vlv.publish.samples import Sample
-from vlv.stages import STAGES
+from vlv.training.registry import STAGE_CLASSES
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
@@ -181,7 +181,7 @@ def _trainings(folder):
             name: value for name, value in record["recipe"].items() if value is not None and name != "output_dir"
         }
         record["yaml"] = yaml.safe_dump(recipe, sort_keys=False).strip()
-    stages = list(STAGES)
+    stages = list(STAGE_CLASSES)
     return sorted(records, key=lambda record: stages.index(record["recipe"]["stage"]))
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from processing_vlv import load_image
 from vlv.images import ImageFile
 from vlv.inference import caption_images, reconstruct_images
-from vlv.loading import load_autoencoder, load_captioner, read_config
+from vlv.models.loading import load_autoencoder, load_captioner, read_config
 
 PIXELS = 512  # of the longer side of a sample picture
 

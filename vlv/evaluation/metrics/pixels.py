@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from vlv.data import open_image
+from vlv.data.rows import open_image
 
 IDENTICAL = 100.0  # dB, in place of infinity
 SMALLEST = 11  # pixels of a side, the width of SSIM's window

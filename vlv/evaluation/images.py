@@ -1,0 +1,97 @@
+"""The images, and reference captions, that a model is measured on."""
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+
+from vlv.data.rows import load_rows, local_path, open_image, require_column
+from vlv.evaluation.words import words
+from vlv.evaluation.work import fingerprint_images
+from vlv.images import name_of
+from vlv.reading import Reader
+
+
+class EvaluationData:
+    """
+    Args:
+        dataset: as [`load_rows`] reads it.
+        split: of it.
+        image_column, caption_column: of its rows; captions are one string or a list of them per image.
+        num: how many of its first images are used; all by default.
+
+    Raises:
+        OSError, ValueError: when there is no such data set, split or column, or no image in it.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        split: str | None = None,
+        image_column: str = "image",
+        caption_column: str = "text",
+        num: int | None = None,
+    ):
+        self.name = Path(dataset).absolute().name
+        rows = load_rows(dataset, split)
+        require_column(rows, image_column, "--image_column")
+        if len(rows) == 0:
+            raise ValueError(f"There are no images in {dataset}.")
+        root = Path(name_of(os.path.abspath(os.path.expanduser(dataset))))
+        paths = rows.select_columns([image_column]).flatten()[f"{image_column}.path"]
+        self.all_names = [_name(path, root) for path in paths]
+        rows = rows.select(range(min(num or len(rows), len(rows))))
+        self.images = rows[image_column]  # bytes and path of each, undecoded, read when asked for
+        self._read = Reader(open_image)  # in a process of its own: a damaged image must not end this one
+        self._captions = rows[caption_column] if caption_column in rows.column_names else None
+        self._caption_column = caption_column
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def names(self) -> list[str]:
+        """Each image's path below the data set's folder; two rows may share one."""
+        return self.all_names[: len(self)]
+
+    def load(self, number: int) -> Image.Image:
+        """Image `number` in RGB; raises ValueError where it cannot be read."""
+        return self._read(self.images[number])
+
+    @cached_property
+    def references(self) -> list[list[str]]:
+        """
+        The captions of each image.
+
+        Raises:
+            ValueError: when the data set has none, or an image has none with a word in it.
+        """
+        if self._captions is None:
+            raise ValueError(
+                f"The data set {self.name} has no captions to compare with: no column {self._caption_column!r}. "
+                "Choose one with --caption_column, or metrics that need none."
+            )
+        references = []
+        for name, captions in zip(self.names, self._captions, strict=True):
+            captions = [captions] if isinstance(captions, str) else captions or []
+            captions = [caption for caption in captions if caption and words(caption)]
+            if not captions:
+                raise ValueError(f"The image {name} has no caption in the column {self._caption_column!r}.")
+            references.append(captions)
+        return references
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any image, and with their order."""
+        return fingerprint_images(
+            image["bytes"] if image["bytes"] is not None else Path(local_path(image["path"])).read_bytes()
+            for image in self.images
+        )
+
+
+def _name(path: str | None, root: Path) -> str:
+    if path is None:
+        return ""
+    path = Path(path)
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()

@@ -1,0 +1,246 @@
+"""Stage `teacher`: a small text-to-image diffusion model, UNet and text encoder, learns to draw from captions."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import make_image_grid
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, TrainingArguments
+
+from vlv.data.rows import captions_of, open_image, read_captions
+from vlv.tiny.average import MovingAverage
+from vlv.tiny.tokenization import train_tokenizer
+from vlv.training.cache import as_tensors
+from vlv.training.examples import Examples, Table, draw_captions, fixed_noise, squeeze, to_unit_range, tokenize
+from vlv.training.stage import Settings, Stage
+
+
+@dataclass
+class TeacherSettings(Settings):
+    vae: str | None = field(default=None, metadata={"help": "Folder of the AutoencoderKL, which stays frozen."})
+    max_length: int = field(default=24, metadata={"help": "Caption length in tokens, padding included."})
+    vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
+    unet_widths: list[int] = field(
+        default_factory=lambda: [64, 96, 96], metadata={"help": "Channels of the UNet's levels, multiples of 16."}
+    )
+    text_width: int = field(default=128, metadata={"help": "Width of the text encoder."})
+    text_layers: int = field(default=3, metadata={"help": "Layers of the text encoder."})
+    caption_dropout: float = field(
+        default=0.1, metadata={"help": "Share of captions replaced by the empty one, for classifier-free guidance."}
+    )
+    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the moving average of the weights."})
+    sample_guidance_scale: float = field(default=2.5, metadata={"help": "Guidance of the sample grid."})
+
+
+def tiny_unet(vae: AutoencoderKL, latent_size: int, widths: Sequence[int], text_width: int) -> UNet2DConditionModel:
+    """A randomly initialised UNet, of whose levels all but the first read the caption."""
+    lower = len(widths) - 1
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        block_out_channels=tuple(widths),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * lower),
+        up_block_types=(*("CrossAttnUpBlock2D",) * lower, "UpBlock2D"),
+        cross_attention_dim=text_width,
+        attention_head_dim=4,  # in this class: the number of heads
+        norm_num_groups=16,
+    )
+
+
+def tiny_text_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int, width: int, layers: int) -> CLIPTextModel:
+    """A randomly initialised CLIP text encoder."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=max_length,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def v_prediction_scheduler() -> DDIMScheduler:
+    """The noise schedule: v-prediction down to zero signal, so that sampling may start from pure noise."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,  # of no effect with trailing spacing, but Stable Diffusion's pipeline asks for it
+    )
+
+
+class TeacherTraining(nn.Module):
+    """The denoising loss on latents, given captions."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        scheduler: DDIMScheduler,
+        empty_ids: torch.Tensor,
+        caption_dropout: float,
+    ):
+        super().__init__()
+        self.denoiser = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+        self.average = deepcopy(self.denoiser).requires_grad_(False)
+        self.scheduler = scheduler
+        self.caption_dropout = caption_dropout
+        self.register_buffer("empty_ids", empty_ids)
+
+    def forward(
+        self,
+        latent_mean: torch.Tensor,
+        latent_std: torch.Tensor,
+        input_ids: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """latent_mean, latent_std, noise: (B, 4, h, w); input_ids: (B, L); timesteps: (B,).
+
+        Evaluation, which gives noise and timesteps, uses the average weights and drops no caption.
+        """
+        denoiser, latents = self.average, latent_mean
+        if self.training:
+            denoiser, latents = self.denoiser, latent_mean + latent_std * torch.randn_like(latent_mean)
+            dropped = torch.rand(len(input_ids), 1, device=input_ids.device) < self.caption_dropout
+            input_ids = torch.where(dropped, self.empty_ids, input_ids)
+        if noise is None:
+            noise = torch.randn_like(latents)
+        if timesteps is None:
+            timesteps = torch.randint(
+                self.scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device
+            )
+
+        context = denoiser["text_encoder"](input_ids).last_hidden_state  # (B, L, E)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        target = self.scheduler.get_velocity(latents, noise, timesteps)
+        prediction = denoiser["unet"](noisy, timesteps, context).sample
+        return {"loss": nn.functional.mse_loss(prediction.float(), target)}
+
+
+class TeacherStage(Stage):
+    Settings = TeacherSettings
+
+    def __init__(self, settings: TeacherSettings, args: TrainingArguments):
+        super().__init__(settings, args)
+        if settings.vae is None:
+            raise ValueError("The teacher draws in the latents of a VAE: give its folder with --vae.")
+        train, evaluation = map(self.captioned, self.load_data())
+        self.vae = AutoencoderKL.from_pretrained(settings.vae).eval().requires_grad_(False)
+        captions = [caption for value in train[settings.caption_column][:] for caption in captions_of(value)]
+        self.tokenizer = train_tokenizer(
+            captions,
+            settings.vocab_size,
+            bos_token="<|startoftext|>",
+            eos_token="<|endoftext|>",
+            model_max_length=settings.max_length,
+        )
+        tokenize(self.tokenizer, captions, settings.max_length)  # says which is too long, before hours have gone by
+        scheduler = v_prediction_scheduler()
+        _, self.train_dataset = self.examples(train)
+        self.eval_rows, self.eval_dataset = self.examples(evaluation)
+        latent_shape = self.eval_dataset[0]["latent_mean"].shape
+        noise = fixed_noise(len(self.eval_rows), latent_shape, scheduler.config.num_train_timesteps)
+        self.eval_dataset.cached.append(Table(**noise))
+
+        text_encoder = tiny_text_encoder(
+            self.tokenizer, settings.max_length, settings.text_width, settings.text_layers
+        )
+        self.model = TeacherTraining(
+            tiny_unet(self.vae, latent_shape[-1], settings.unet_widths, settings.text_width),
+            text_encoder,
+            scheduler,
+            tokenize(self.tokenizer, [""], settings.max_length),
+            settings.caption_dropout,
+        )
+
+    def examples(self, rows: Dataset) -> tuple[Dataset, Examples]:
+        """Rows with their latent distributions; the VAE is frozen, so each image is encoded once."""
+        read, column = partial(squeeze, size=self.vae.config.sample_size), self.settings.caption_column
+        rows, latents = self.read_once(rows, read, self.encode, [self.vae.config, self.vae], "Encoding images")
+        self.vae.cpu()
+        captions, read = rows.select_columns([column]), partial(read_captions, column=column)
+        return rows, Examples(captions, read, [as_tensors(latents)], self.args.seed, self.left_out.add)
+
+    @torch.inference_mode()
+    def encode(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        vae = self.vae.to(self.args.device)
+        posterior = vae.encode(to_unit_range(batch["images"].to(vae.device))).latent_dist
+        scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+        return {"latent_mean": (posterior.mean - shift) * scale, "latent_std": posterior.std * scale}
+
+    def collate(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        inputs = {name: values for name, values in batch.items() if isinstance(values, torch.Tensor)}
+        return inputs | {"input_ids": tokenize(self.tokenizer, draw_captions(batch), self.settings.max_length)}
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {**self.model.denoiser, "average": self.model.average, "vae": self.vae}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        average = self.model.average.named_parameters(prefix="average")
+        return super().state() | dict(average)
+
+    def callbacks(self) -> list:
+        return [MovingAverage(self.model.denoiser, self.model.average, self.settings.ema_decay)]
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline(
+            **self.model.average.eval(),
+            vae=self.vae.to(self.args.device),
+            tokenizer=self.tokenizer,
+            scheduler=self.model.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def save(self, folder: Path) -> None:
+        pipeline = self.pipeline()
+        pipeline.save_pretrained(folder)
+
+        # Pictures say at a glance what the loss cannot: originals above, drawings from their captions below.
+        shown = self.eval_rows[:8]
+        pipeline.set_progress_bar_config(disable=True)
+        size = self.vae.config.sample_size
+        drawn = pipeline(
+            [captions_of(value)[0] for value in shown[self.settings.caption_column]],
+            height=size,
+            width=size,
+            num_inference_steps=20,
+            guidance_scale=self.settings.sample_guidance_scale,
+            generator=torch.Generator().manual_seed(self.args.seed),
+        ).images
+        originals = [open_image(source).resize((size, size)) for source in shown[self.settings.image_column]]
+        make_image_grid(originals + drawn, rows=2, cols=len(drawn)).save(folder / "samples.png")
+
+    def evaluate(self) -> dict[str, float]:
+        """Denoising losses on the evaluation rows: with their captions, and with none, which is the floor."""
+        model, columns = self.model.eval(), self.collate(self.eval_dataset[:])
+        floor = {**columns, "input_ids": self.model.empty_ids.cpu().expand_as(columns["input_ids"])}
+
+        def loss(inputs: dict[str, torch.Tensor]) -> float:
+            with torch.inference_mode():
+                return model(**{name: tensor.to(self.args.device) for name, tensor in inputs.items()})["loss"].item()
+
+        return {"denoising_loss": loss(columns), "denoising_loss_without_caption": loss(floor)}

@@ -1,0 +1,28 @@
+"""What a training is about to do, printed before any long work."""
+
+from torch import nn
+from transformers import TrainingArguments
+
+from vlv.training.stage import Stage
+
+
+def overview(stage: Stage, args: TrainingArguments) -> str:
+    """What trains and what is frozen, part by part, and the memory that this takes."""
+    lines = [f"{'part':<24} {'trains':>12} {'frozen':>12} {'weights':>10}"]
+    for name, part in stage.parts().items():
+        lines.append(part_line(name, part))
+    lines.append(part_line("all", stage.model))
+    gradients = sum(p.numel() * p.element_size() for p in stage.model.parameters() if p.requires_grad)
+    lines.append(f"On top of the weights: gradients {gradients / 2**20:.1f} MiB,")
+    if args.optim in ("adamw_torch", "adamw_torch_fused"):
+        lines[-1] += f" AdamW's two moments {2 * gradients / 2**20:.1f} MiB,"
+    lines[-1] += " activations, cached inputs."
+    return "\n".join(lines)
+
+
+def part_line(name: str, part: nn.Module) -> str:
+    parameters = list(part.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    return f"{name:<24} {trained:>12,} {total - trained:>12,} {size / 2**20:>7.1f} MiB"

@@ -1,0 +1,48 @@
+"""What `vlv train` can train: the stages by name, or a class of one's own."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlv.training.stage import Stage
+
+# Where the class of each stage is. A stage is imported when it runs, so that none pays for the others' libraries.
+STAGE_CLASSES = {
+    "vae": "vlv.tiny.vae:VAEStage",
+    "teacher": "vlv.tiny.teacher:TeacherStage",
+    "encoder": "vlv.tiny.encoder:EncoderStage",
+    "language": "vlv.tiny.language:LanguageStage",
+    "autoencode": "vlv.training.autoencode:AutoencodeStage",
+    "caption": "vlv.training.caption:CaptionStage",
+}
+
+
+def stage_class(name: str) -> type["Stage"]:
+    """
+    The class of a stage.
+
+    Args:
+        name: one of `STAGE_CLASSES`, or `package.module:Class` for a subclass of `Stage` of one's own.
+
+    Raises:
+        ValueError: when there is no such stage.
+    """
+    place = STAGE_CLASSES.get(name, name)
+    module, colon, attribute = place.partition(":")
+    if not colon:
+        raise ValueError(
+            f"There is no stage '{name}'; a recipe's stage is one of {', '.join(STAGE_CLASSES)}, or a class of your"
+            " own as package.module:Class."
+        )
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"The stage '{name}' cannot be imported: {error}.") from error
+
+    from vlv.training.stage import Stage
+
+    if not (isinstance(found, type) and issubclass(found, Stage)):
+        raise ValueError(f"The stage '{name}' is not a subclass of vlv.training.stage.Stage.")
+    return found

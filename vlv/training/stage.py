@@ -1,0 +1,221 @@
+"""The shape that all stages share."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from PIL.Image import Image
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from vlv.data.rows import captions_of, load_rows, reading, require_column, require_text, row_number
+from vlv.training.cache import as_tensors, compute_once
+from vlv.training.checks import require_separate, require_sources
+from vlv.training.examples import squeeze
+from vlv.training.failures import LeftOut
+from vlv.training.samples import Samples
+
+
+@dataclass
+class Settings:
+    """What every stage needs to know besides the Trainer's own arguments."""
+
+    stage: str | None = field(default=None, metadata={"help": "Which stage the recipe trains."})
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of images (ImageFolder; captions in its metadata.jsonl), of parquet files or WebDataset"
+            " tars, or one that save_to_disk wrote; or a data set on the Hub."
+        },
+    )
+    train_split: str | None = field(
+        default=None, metadata={"help": "Split of `dataset` to train on (default: train)."}
+    )
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Folder or data set to evaluate on; without it, rows of `dataset` are held out."},
+    )
+    eval_split: str | None = field(default=None, metadata={"help": "Split of `eval_dataset` to evaluate on."})
+    eval_size: int = field(default=500, metadata={"help": "How many images to evaluate on."})
+    image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
+    caption_column: str = field(
+        default="text", metadata={"help": "Column that holds the captions: one, or a list, per image."}
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where to keep what is computed of each image once, before training (default: cache in"
+            " output_dir). Runs that name the same folder share it."
+        },
+    )
+
+
+class Stage:
+    """One training run: its data, its model, what of it trains, what it leaves behind.
+
+    A subclass loads everything in `__init__` and sets `model`, `train_dataset` and `eval_dataset`. `model(**batch)`
+    returns at least `{"loss": ...}`, so that the stock Trainer can train it.
+    """
+
+    Settings = Settings
+    smooths_labels = False  # whether label_smoothing_factor means anything to the loss
+
+    model: nn.Module
+    train_dataset: torch.utils.data.Dataset
+    eval_dataset: torch.utils.data.Dataset
+
+    def __init__(self, settings: Settings, args: TrainingArguments):
+        self.settings, self.args = settings, args
+        require_sources(settings)
+        roots = [folder for folder in (settings.dataset, settings.eval_dataset) if folder and os.path.isdir(folder)]
+        self.left_out = LeftOut(Path(args.output_dir), settings.image_column, roots)
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.settings.cache_dir or Path(self.args.output_dir) / "cache")
+
+    def tell(self, line: str) -> None:
+        """Prints a line about the run, once for all processes."""
+        if self.args.process_index == 0:
+            print(line, flush=True)
+
+    def learning_rates(self) -> dict[nn.Parameter, float]:
+        """Of the parameters that have one of their own, in place of the Trainer's `learning_rate`."""
+        return {}
+
+    def load_data(self, streaming: bool = False) -> tuple[Dataset | IterableDataset, Dataset]:
+        """The rows to train on and the rows to evaluate on, which are never the same.
+
+        Streamed rows to train on still hold those to evaluate on, where these come from the same split.
+        """
+        settings = self.settings
+        if settings.dataset is None:
+            raise ValueError("Nothing to train on: give the folder of images with --dataset.")
+        if settings.eval_size < 1:
+            raise ValueError(f"eval_size is {settings.eval_size}: evaluate on at least 1 image.")
+        if self.args.process_index == 0 and not self.args.resume:
+            self.left_out.clear()
+        train, evaluation = self.load_rows(settings.dataset, settings.train_split, streaming), None
+        if settings.eval_dataset or settings.eval_split:
+            evaluation = self.load_rows(settings.eval_dataset or settings.dataset, settings.eval_split, streaming)
+            require_separate(settings, train, evaluation)
+        if streaming:
+            source = train if evaluation is None else evaluation
+            with reading(settings.dataset if evaluation is None else settings.eval_dataset or settings.dataset):
+                first = list(source.take(settings.eval_size + 1))  # one more, to know whether any row is left
+            if evaluation is None:
+                self.require_rest(len(first))
+            evaluation = Dataset.from_list(first[: settings.eval_size], features=source.features)
+        elif evaluation is not None:
+            evaluation = evaluation.select(range(min(settings.eval_size, len(evaluation))))
+        else:
+            self.require_rest(len(train))
+            split = train.train_test_split(test_size=settings.eval_size, seed=self.args.seed)
+            train, evaluation = split["train"], split["test"]
+        for name, rows in (("dataset", train), ("eval_dataset", evaluation)):
+            if isinstance(rows, Dataset) and len(rows) == 0:
+                raise ValueError(f"There are no rows in {getattr(settings, name) or settings.dataset}.")
+        return train, evaluation
+
+    def load_rows(self, dataset: str, split: str | None, streaming: bool) -> Dataset | IterableDataset:
+        with reading(dataset):
+            return load_rows(dataset, split, streaming)
+
+    def require_rest(self, count: int) -> None:
+        """Raises ValueError when of `count` rows none is left beside those to evaluate on."""
+        settings = self.settings
+        if count <= settings.eval_size:
+            raise ValueError(
+                f"{settings.dataset} has {count} rows, of which eval_size={settings.eval_size} are to be held out:"
+                " make eval_size smaller, or give another eval_dataset."
+            )
+
+    def read_once(
+        self,
+        rows: Dataset,
+        read: Callable[[Image], dict[str, torch.Tensor]],
+        compute: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+        key: Sequence[Any],
+        description: str,
+    ) -> tuple[Dataset, Dataset]:
+        """The rows whose images can be read, and what `compute` makes of each: see `compute_once`."""
+        column = self.settings.image_column
+        require_column(rows, column, "image_column")
+        cached = compute_once(rows, column, read, compute, key, self.cache_folder, self.args, description)
+        reasons = {number: reason for number, reason in enumerate(cached["unreadable"][:]) if reason}
+        return self.leave_out(reasons, rows, cached)
+
+    def read_images(self, rows: Dataset, size: int) -> tuple[Dataset, torch.Tensor]:
+        """The rows whose images can be read, and the images: uint8 (N, 3, size, size), in memory."""
+        rows, cached = self.read_once(rows, partial(squeeze, size=size), _images, [size], "Reading images")
+        return rows, as_tensors(cached, torch.uint8)[:]["images"]
+
+    def captioned(self, rows: Dataset) -> Dataset:
+        """The rows that have a caption."""
+        require_column(rows, self.settings.caption_column, "caption_column")
+        require_text(rows, self.settings.caption_column)
+        captions = enumerate(rows[self.settings.caption_column][:])
+        reasons = {number: "there is no caption." for number, value in captions if not captions_of(value)}
+        return self.leave_out(reasons, rows)[0]
+
+    def leave_out(self, reasons: dict[int, str], *datasets: Dataset) -> Sequence[Dataset]:
+        """
+        Datasets of the same rows without those that there is a reason to leave out. Each reason is written down.
+
+        Raises:
+            ValueError: when no row is left.
+        """
+        if not reasons:
+            return datasets
+        rows = datasets[0]
+        if len(reasons) == len(rows):
+            raise ValueError(f"None of the {len(rows)} rows can be used; the first: {reasons[0]}")
+        if self.args.process_index == 0:
+            for number, reason in reasons.items():
+                self.left_out.add(rows[number], row_number(rows, number), reason)
+        kept = [number for number in range(len(rows)) if number not in reasons]
+        return [dataset.select(kept) for dataset in datasets]
+
+    def lengths(self) -> list[int]:
+        """How long each sample to train on is, for batches of about one length."""
+        raise ValueError(f"group_by_length: the samples of stage '{self.settings.stage}' are all of one length.")
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts of the model by name, for the overview at the start."""
+        return {type(self.model).__name__: self.model}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a training checkpoint holds of the model, by name: what trains. The rest lies where it came from."""
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    def collate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the data set gives for a batch, as the model's inputs."""
+        return batch
+
+    def loss_function(self) -> Callable[..., torch.Tensor] | None:
+        """What the Trainer computes the loss with, as its `compute_loss_func`; `None` where the model does it."""
+        return None
+
+    def callbacks(self) -> list[TrainerCallback]:
+        return []
+
+    def samples(self) -> Samples | None:
+        """What the model makes of a few evaluation rows, for people to look at after each evaluation."""
+        return None
+
+    def save(self, folder: Path) -> None:
+        """Writes the trained model in its native format."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, float]:
+        """Measures the trained model against this stage's own target, on the evaluation rows."""
+        return {}
+
+
+def _images(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"images": batch["images"]}

@@ -1,0 +1,380 @@
+"""What the two stages that train a VLV share: its settings, its cached inputs, and how it is saved whole."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+from PIL.Image import Image
+from torch import nn
+from transformers import TrainingArguments
+
+from modeling_vlv import STAGES, VLVModel
+from processing_vlv import VLVProcessor
+from vlv import tiny_checkpoint
+from vlv.data.rows import image_digest, open_image, read_captions, require_column
+from vlv.models.loading import read_config
+from vlv.reading import Reader
+from vlv.training.cache import Images, as_tensors, cache_files, compute_blank, free_bytes, missing_bytes
+from vlv.training.caching import AUTO, Cost, choose, parse_switch, times_seen
+from vlv.training.checks import require_a_batch
+from vlv.training.examples import Examples, Stream, merge
+from vlv.training.stage import Settings, Stage
+
+VISION_PARTS = ("vision_tower", "image_projection")
+FLORENCES_PARTS = (*VISION_PARTS, "language_model", "word_embeddings")
+ENCODER_PARTS = (*FLORENCES_PARTS, "queries", "projection")
+# What frozen parts can compute of an image once, and what of the processor's it is computed from.
+COMPUTED_FROM = {
+    "image_features": "pixel_values",
+    "caption_embeds": "pixel_values",
+    "latents": "decoder_pixel_values",
+    "latent_mean": "decoder_pixel_values",
+    "latent_std": "decoder_pixel_values",
+}
+
+
+@dataclass
+class VLVSettings(Settings):
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the VLV to go on from; vlv-tiny is the bundled one."}
+    )
+    train_parts: list[str] | None = field(
+        default=None, metadata={"help": "Parts to train in place of the stage's own (see VLVModel.set_stage)."}
+    )
+    encoder_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of Florence-2's own parts (language_model, ...) where they train: at the pace of"
+            " new parts, what they brought along is soon forgotten (default: learning_rate)."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ... (default: the best that is installed)."}
+    )
+    gradient_checkpointing_parts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parts that save memory by a second forward pass: encoder, unet, caption_head"
+            " (--gradient_checkpointing: all of them)."
+        },
+    )
+    cache_features: str = field(
+        default=AUTO,
+        metadata={
+            "help": "Run the frozen vision tower (and what else of the encoder is frozen) over each image once, before"
+            " training, and keep the outcome on disk: true, false, or auto, which does it where the images are used"
+            " more than once and the cache takes at most half of the free room. At the published size it takes 1.2 MB"
+            " per image in bf16 training.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the data set from where it lies, while training, for more data than the disk holds. Needs"
+            " max_steps, as its length is not known; nothing is kept on disk of the images to train on."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=1000,
+        metadata={
+            "help": "With streaming: how many rows to read ahead, and draw the next one from. Files are shuffled too."
+        },
+    )
+    save_dtype: str | None = field(
+        default=None, metadata={"help": "Precision of the final weights, e.g. float16 (default: as trained)."}
+    )
+
+    def __post_init__(self):
+        self.cache_features = parse_switch("cache_features", self.cache_features)
+
+
+def process(image: Image, processor: VLVProcessor, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """What the processor makes of one image, as far as it is among `names`."""
+    if not names:
+        return {}
+    inputs = processor(images=image, return_decoder_pixel_values="decoder_pixel_values" in names)
+    return {name: inputs[name][0] for name in names}
+
+
+def read_tensors(source: Any, processor: VLVProcessor, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """The image of a row as the tensors called `names`."""
+    return process(open_image(source), processor, names)
+
+
+def read_row(
+    row: dict[str, Any], read: Callable[[Any], dict[str, torch.Tensor]], image_column: str, caption_column: str | None
+) -> dict[str, Any]:
+    """One row as a sample: its captions if there is a column of them, and what `read` makes of its image."""
+    captions = {} if caption_column is None else read_captions(row, caption_column)
+    return {**captions, **read(row.get(image_column))}
+
+
+def _read_nothing(source: Any) -> dict[str, torch.Tensor]:
+    return {}
+
+
+class VLVStage(Stage):
+    """A stage of a VLV. What frozen parts make of an image can be computed once and kept on disk.
+
+    A subclass loads `model` and `processor`, then calls `choose_parts`, then `prepare_data`.
+    """
+
+    stage: str
+    image_inputs: tuple[str, ...]  # what the model needs of an image, of what the processor makes
+    reads_captions = False
+    eval_rows: Dataset
+    model: VLVModel
+    processor: VLVProcessor
+
+    def __init__(self, settings: VLVSettings, args: TrainingArguments):
+        super().__init__(settings, args)
+        if settings.save_dtype is not None and not isinstance(getattr(torch, settings.save_dtype, None), torch.dtype):
+            raise ValueError(f"save_dtype is {settings.save_dtype!r}: name a torch dtype, e.g. float16.")
+        bundled = settings.model == "vlv-tiny" and not Path(settings.model).is_dir()
+        self.source = tiny_checkpoint() if bundled else settings.model
+
+    def load_model(self, model_class: type[VLVModel], **kwargs) -> VLVModel:
+        """The model to go on from, in fp32: what trains must not be held in less."""
+        read_config(self.source)  # says in one sentence why it is no VLV
+        return model_class.from_pretrained(
+            self.source, dtype=torch.float32, attn_implementation=self.settings.attn_implementation, **kwargs
+        )
+
+    def choose_parts(self) -> None:
+        """Freezes and thaws, in the one place that does."""
+        settings = self.settings
+        if settings.train_parts == []:
+            raise ValueError("train_parts is empty, so nothing would train: name parts, or leave it out.")
+        self.train_parts = set(settings.train_parts or STAGES[self.stage])
+        try:
+            self.model.set_stage(self.stage, train=tuple(self.train_parts))
+        except ValueError as error:
+            raise ValueError(f"{self.source or 'The model'}: {error}") from error
+        if settings.encoder_learning_rate is not None and not self.trains(FLORENCES_PARTS):
+            raise ValueError(
+                f"encoder_learning_rate: of Florence-2 nothing trains, but {', '.join(sorted(self.train_parts))}; name"
+                " language_model or another of its parts in train_parts."
+            )
+        if settings.gradient_checkpointing_parts is not None:
+            known = [name for name in ("encoder", "unet", "caption_head") if getattr(self.model, name) is not None]
+            if unknown := set(settings.gradient_checkpointing_parts) - set(known):
+                raise ValueError(
+                    f"gradient_checkpointing_parts can be {', '.join(known)} in this stage, not {', '.join(unknown)}."
+                )
+            self.model.gradient_checkpointing_enable(parts=settings.gradient_checkpointing_parts)
+
+    def learning_rates(self) -> dict[nn.Parameter, float]:
+        rate = self.settings.encoder_learning_rate
+        return {} if rate is None else dict.fromkeys(self.model.encoder.parameters(), rate)
+
+    def prepare_data(
+        self,
+        train: Mapping[str, Collection[str]],
+        evaluation: Mapping[str, Collection[str]],
+        besides: Collection[str] = (),
+    ) -> None:
+        """
+        Loads the data.
+
+        Args:
+            train, evaluation: for each setting that switches a cache, what it keeps of an image (see COMPUTED_FROM),
+                the smallest first; nothing where the parts train that would compute it.
+            besides: what is kept of the images to evaluate on in any case.
+        """
+        settings, args = self.settings, self.args
+        if settings.streaming and args.max_steps <= 0:
+            raise ValueError("streaming needs max_steps: where the data ends is not known beforehand.")
+        train_rows, eval_rows = self.load_data(settings.streaming)
+        require_column(eval_rows, settings.image_column, "image_column")
+        if self.reads_captions:
+            eval_rows = self.captioned(eval_rows)
+            train_rows = train_rows if settings.streaming else self.captioned(train_rows)
+        if not settings.streaming:
+            require_column(train_rows, settings.image_column, "image_column")
+            require_a_batch(len(train_rows), settings, args)
+        for name, tensors in train.items():
+            if getattr(settings, name) and (settings.streaming or not tensors):
+                reason = "the rows are streamed" if settings.streaming else "the parts that would compute it train"
+                self.tell(f"{name}: off, because {reason}.")
+
+        computed = [*self.choose_cached(eval_rows, evaluation, besides), *besides]
+        self.eval_rows, self.eval_dataset = self.examples(eval_rows, computed, "Encoding evaluation images", True)
+        if settings.streaming:
+            self.train_dataset = self.stream(train_rows)
+        else:
+            computed = self.choose_cached(train_rows, train, seen=times_seen(len(train_rows), args))
+            _, self.train_dataset = self.examples(train_rows, computed, "Encoding images", bool(computed))
+
+    def choose_cached(
+        self,
+        rows: Dataset,
+        cacheable: Mapping[str, Collection[str]],
+        besides: Collection[str] = (),
+        seen: float | None = None,
+    ) -> list[str]:
+        """
+        What to compute once of the images in `rows`, `besides` what is computed in any case. Evaluation images, of
+        which `seen` is not given, are used at least twice.
+        """
+
+        def cost(names: tuple[str, ...]) -> Cost:
+            computed = [*(tensor for name in names for tensor in cacheable[name]), *besides]
+            read, compute, key = self.once(computed)
+            files = cache_files(rows, self.settings.image_column, key, self.cache_folder)
+            blank = compute_blank(Images(rows, self.settings.image_column, read), compute)
+            return Cost(missing_bytes(len(rows), files, blank), free_bytes(self.cache_folder))
+
+        switches = {name: getattr(self.settings, name) for name, tensors in cacheable.items() if tensors}
+        chosen = [choose(switches, 2 if seen is None else seen, cost)]
+        broadcast_object_list(chosen)  # the free room may change while the processes look at it
+        for name, (on, reason) in chosen[0].items():
+            if reason and seen is not None:
+                self.tell(f"{name}: {'on' if on else 'off'}, because {reason}.")
+        return [tensor for name, (on, _) in chosen[0].items() if on for tensor in cacheable[name]]
+
+    def once(self, computed: Collection[str]) -> tuple[Callable, Callable, list[Any]]:
+        """How to compute tensors of an image once: `read`, `compute` and `key` of `compute_once`."""
+        sources = sorted({COMPUTED_FROM[name] for name in computed})
+        read = partial(process, processor=self.processor, names=sources)
+        return read, partial(self.compute, names=computed), self.cache_key(computed)
+
+    def examples(
+        self, rows: Dataset, computed: Collection[str], description: str, read_first: bool
+    ) -> tuple[Dataset, Examples]:
+        """
+        The rows that can be used, and the same as samples, of which what is `computed` is computed here. Where images
+        are not `read_first`, those that cannot be read are left out while training.
+        """
+        if read_first:
+            rows, cached = self.read_once(rows, *self.once(computed), description)
+        sources = {COMPUTED_FROM[name] for name in computed}
+        names = [name for name in self.image_inputs if name not in sources]
+        columns = [
+            *([self.settings.image_column] if names else []),
+            *([self.settings.caption_column] if self.reads_captions else []),
+        ]
+        return rows, Examples(
+            rows.select_columns(columns) if columns else rows,  # without columns it would have no length
+            self.reader(names) if columns else None,
+            [as_tensors(cached)] if computed else [],
+            self.args.seed,
+            self.left_out.add,
+        )
+
+    def stream(self, rows: IterableDataset) -> Stream:
+        """Rows that are read as they come, but those that evaluation took from the same split."""
+        settings = self.settings
+        require_column(rows, settings.image_column, "image_column")
+        if self.reads_captions:
+            require_column(rows, settings.caption_column, "caption_column")
+        same = not (settings.eval_dataset or settings.eval_split)
+        return Stream(
+            rows,
+            self.reader(self.image_inputs),
+            self.left_out.add,
+            settings.image_column,
+            {image_digest(source) for source in self.eval_rows[settings.image_column]} if same else set(),
+            self.args.seed,
+            settings.shuffle_buffer_size,
+            self.args.process_index,
+            self.args.world_size,
+        )
+
+    def reader(self, names: Collection[str]) -> partial:
+        """
+        Makes samples of rows: see `read_row`. Images are read in a process of its own for each process that asks: a
+        damaged one must not end the training.
+        """
+        read = partial(read_tensors, processor=self.processor, names=names)
+        return partial(
+            read_row,
+            read=Reader(read) if names else _read_nothing,
+            image_column=self.settings.image_column,
+            caption_column=self.settings.caption_column if self.reads_captions else None,
+        )
+
+    def features(self) -> tuple[str, ...]:
+        """As far as the frozen parts of the encoder can take an image: what of it can be computed once."""
+        if self.trains(VISION_PARTS):
+            return ()
+        return ("image_features",) if self.trains(ENCODER_PARTS) else ("caption_embeds",)
+
+    def trains(self, names: Collection[str]) -> bool:
+        """Whether any of the parts has something to train, be it adapters."""
+        parts = self.parts()
+        return any(weight.requires_grad for name in names for weight in parts[name].parameters())
+
+    @torch.inference_mode()
+    def compute(self, batch: dict[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
+        """
+        Of `pixel_values` and `decoder_pixel_values`, those of the tensors called `names`. Training in half precision
+        would compute them in that; they are kept in fp16 then, whose 11 bits say all that bf16's 8 do.
+        """
+        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        model, found = self.model.eval(), {}
+        for part in filter(None, (model.encoder, model.projection, model.vae)):
+            part.to(self.args.device)  # the others, which FSDP shards later, may not fit on one device
+        with torch.autocast(self.args.device.type, half, enabled=half is not None):
+            if "image_features" in names:
+                found["image_features"] = model.get_image_features(batch["pixel_values"])
+            if "caption_embeds" in names:
+                found["caption_embeds"] = model.encode(batch["pixel_values"])
+            if "decoder_pixel_values" in batch:
+                found |= dict(zip(("latent_mean", "latent_std"), self.latents(batch), strict=True))
+                found["latents"] = found["latent_mean"]
+        return {name: found[name].to(torch.float32 if half is None else torch.float16) for name in names}
+
+    def latents(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the images' latents, (B, C, h/f, w/f) each, in the UNet's scale."""
+        vae = self.model.vae
+        posterior = vae.encode(batch["decoder_pixel_values"].to(vae.device, vae.dtype)).latent_dist
+        scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+        return (posterior.mean - shift) * scale, posterior.std * scale
+
+    def cache_key(self, computed: Collection[str]) -> list[Any]:
+        """All that decides what `compute` makes of an image: settings, and the weights of the parts that it uses."""
+        config, parts = self.model.config, self.parts()
+        sources = {COMPUTED_FROM[name] for name in computed}
+        key = [sorted(computed), self.processor.to_dict(), self.args.bf16, self.args.fp16]
+        if "pixel_values" in sources:
+            names = ENCODER_PARTS if "caption_embeds" in computed else VISION_PARTS
+            key += [config.encoder_config.to_dict(), config.prompt_ids, *(parts[name] for name in names)]
+        if "decoder_pixel_values" in sources:
+            key += [config.decoder_config["vae"], parts["vae"]]
+        return key
+
+    def collate(self, batch: dict[str, Any] | list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The tensors of a batch; a stream brings its samples one by one."""
+        batch = batch if isinstance(batch, dict) else merge(batch)
+        return {name: values for name, values in batch.items() if isinstance(values, torch.Tensor)}
+
+    def parts(self) -> dict[str, nn.Module]:
+        parts = {name: part for name, part in self.model.named_parts() if part is not None}
+        return {
+            name: nn.ParameterList([part]) if isinstance(part, nn.Parameter) else part for name, part in parts.items()
+        }
+
+    def sample_rows(self, count: int = 12) -> tuple[list[dict], list[Image], torch.Tensor]:
+        """A few evaluation rows, what the model sees of their images, and that as its `pixel_values`."""
+        rows = list(islice(self.eval_rows, count))
+        images = [self.processor.preprocess_image(open_image(row[self.settings.image_column])) for row in rows]
+        return rows, images, self.processor(images=images)["pixel_values"]
+
+    def whole(self) -> VLVModel:
+        """The model with the parts that this stage did not load."""
+        return self.model
+
+    def save(self, folder: Path) -> None:
+        model = self.whole()
+        if self.settings.save_dtype is not None:
+            model = model.to(getattr(torch, self.settings.save_dtype))
+        model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
