@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     targets = _targets(files, folder)
 
     # Imported only now: torch would keep --help and wrong arguments waiting.
-    from vlv.inference import reconstruct_images
+    from vlv.inference import reconstruct_images, see
     from vlv.loading import load_autoencoder
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +70,7 @@ def main(argv: list[str]) -> None:
 
         rebuilt = reconstruct_images(
             model,
-            processor,
-            read_images(files, report),
+            read_images(files, report, partial(see, processor)),
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             num_inference_steps=arguments.num_inference_steps,
