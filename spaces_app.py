@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 
 import gradio as gr
 import torch
@@ -55,6 +56,7 @@ class Studio:
         self.name = Path(model).name if Path(model).is_dir() else model
         self.model = AutoModel.from_pretrained(model, trust_remote_code=True, dtype=dtype).to(device).eval()
         self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
+        self.reading = Lock()  # one image at a time: a large one takes a gigabyte while it is read
 
     def caption(self, image: str, max_new_tokens: int = 300, num_beams: int = 1) -> Iterator[str]:
         """Write a caption for an image.
@@ -65,7 +67,7 @@ class Studio:
             num_beams: beams of the search; 1 is greedy, and streams the caption as it is written.
         """
         settings = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
-        caption_embeds = self._encode(self._read(image))
+        _, caption_embeds = self._see(image)
         if num_beams > 1:  # a beam search settles its first word last: there is nothing to stream
             yield self._write(caption_embeds, **settings)
             return
@@ -95,15 +97,13 @@ class Studio:
             guidance_scale: how closely the decoder follows the embeddings; 1 switches guidance off.
             seed: another seed starts from other noise.
         """
-        original = self._read(image)
-        caption_embeds = self._encode(original)
+        original, caption_embeds = self._see(image)
         rebuilt = self._sample(caption_embeds, num_inference_steps, guidance_scale, seed, progress)
         caption = (
             self._write(caption_embeds, max_new_tokens=300, do_sample=False)
             if self.model.caption_head is not None
             else ""
         )
-        original.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
         return original, rebuilt, caption
 
     def compose(
@@ -126,26 +126,27 @@ class Studio:
             guidance_scale: how closely the decoder follows the embeddings; 1 switches guidance off.
             seed: another seed starts from other noise.
         """
-        first_embeds, second_embeds = self._encode(self._read(first)), self._encode(self._read(second))
+        (_, first_embeds), (_, second_embeds) = self._see(first), self._see(second)
         length = first_embeds.shape[1]
         kept = round(share * length)
         joined = torch.cat([first_embeds[:, :kept], second_embeds[:, : length - kept]], dim=1)
         return self._sample(joined, num_inference_steps, guidance_scale, seed, progress)
 
-    def _read(self, file):
+    def _see(self, file):
+        """What the model sees of an image, small enough for the page, and its caption embeddings."""
         if not file:
             raise gr.Error("Choose an image first.", title="No image", print_exception=False)
         try:
-            return self.processor.preprocess_image(file)
+            with self.reading:
+                image = self.processor.preprocess_image(file)
+                pixel_values = self.processor(images=image)["pixel_values"]
         except (OSError, ValueError) as error:
             # The file's name is the user's; the folder in front of it is the server's.
             sentence = str(error).replace(file, Path(file).name)
             raise gr.Error(sentence, title="This image cannot be read", print_exception=False) from error
-
-    @torch.no_grad()
-    def _encode(self, image):
-        pixel_values = self.processor(images=image)["pixel_values"]
-        return self.model.encode(pixel_values.to(self.model.device))
+        image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+        with torch.no_grad():
+            return image, self.model.encode(pixel_values.to(self.model.device))
 
     def _write(self, caption_embeds, **settings):
         ids = self.model.generate(caption_embeds=caption_embeds, **settings)

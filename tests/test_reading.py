@@ -2,18 +2,25 @@
 
 import faulthandler
 import os
+import re
 import signal
 import time
+from functools import partial
 
+import datasets
 import pytest
 import tiny
 import torch
 from PIL import Image
 
 from vlv import reading
+from vlv.cache import Images
 from vlv.captioning import engine
 from vlv.cli import main
+from vlv.data import open_image
+from vlv.images import ImageFile, read_images
 from vlv.reading import Reader, read_ahead
+from vlv.stages.vlv import read_row
 
 
 def _numbered(count):
@@ -135,6 +142,38 @@ def test_readers_end_with_their_parent(ended):
     os.waitpid(child, 0)
     assert os.read(alive, 1) == b""
     os.close(alive)
+
+
+def test_other_readers_of_pictures_pass_one_that_crashes(tmp_path):
+    """What `vlv reconstruct` reads, what training computes once, what it reads as it goes, and what is evaluated."""
+    paths = [tmp_path / f"{number}.png" for number in range(4)]
+    for path, image in zip(paths, tiny.images(4), strict=True):
+        image.save(path)
+    bad = Image.open(paths[2]).convert("RGB").tobytes()
+
+    def crash(image):
+        if image.tobytes() == bad:
+            _crash()
+        return {"size": torch.tensor(image.size)}
+
+    sentence = f"{paths[2]}: the process that read it crashed (SIGSEGV)."
+    problems = []
+    read = list(read_images([ImageFile(path, path.name) for path in paths], problems.append, crash))
+    assert [file.name for file, _ in read] == ["0.png", "1.png", "3.png"]
+    assert len(problems) == 1 and sentence in problems[0]
+
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(path)} for path in paths]})
+    first, second = Images(rows, "image", crash).batches(range(4), 3, 0)
+    assert [reason and reason[: len(sentence)] for reason in first["unreadable"] + second["unreadable"]] == [
+        *("", "", sentence, "")
+    ]
+    assert first["size"].tolist() == [[40, 30], [40, 30], [8, 8]]
+
+    with Reader(lambda row: crash(open_image(row))) as reader:
+        row = partial(read_row, read=reader, image_column="image", caption_column=None)
+        assert row(rows[1])["size"].tolist() == [40, 30]
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            row(rows[2])
 
 
 def test_caption_passes_a_picture_that_crashes_its_decoder(tiny_repo, tmp_path, monkeypatch, capsys):

@@ -157,10 +157,8 @@ def test_a_caption_that_fails_midway_ends_in_its_error(tiny_processor):
         def __init__(self):
             self.processor = tiny_processor
 
-        def _read(self, file):
-            return None
-
-        _encode = _read
+        def _see(self, file):
+            return None, None
 
         def _write(self, caption_embeds, streamer, **settings):
             streamer.put(torch.zeros(1, 0, dtype=torch.long))

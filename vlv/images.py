@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fsspec.utils import glob_translate
 from PIL import Image
@@ -291,10 +291,16 @@ def read_image(path: Path) -> Image.Image:
     return load_image(path)
 
 
-def read_images(files: Iterable[ImageFile], report: Callable[[str], None]) -> Iterator[tuple[ImageFile, Image.Image]]:
+def read_images(
+    files: Iterable[ImageFile], report: Callable[[str], None], make: Callable[[Image.Image], Any] | None = None
+) -> Iterator[tuple[ImageFile, Any]]:
     """
     Read the files as upright RGB images, in their order. One that cannot be read is left out and `report` is told
     why.
+
+    Args:
+        make: what is wanted of an image, in place of the image itself, which may be large. It is called in the process
+            that reads.
 
     Raises:
         ValueError: at the end, when there were files and none of them could be read.
@@ -302,8 +308,13 @@ def read_images(files: Iterable[ImageFile], report: Callable[[str], None]) -> It
     from vlv.reading import read_ahead  # imported only when needed: torch comes with it
 
     readable = unreadable = 0
+
+    def read(path: Path) -> Any:
+        image = read_image(path)
+        return image if make is None else make(image)
+
     items = ((file, file.path) for file in files)
-    for file, image, error in read_ahead(items, read_image, num_workers=1, number=2):
+    for file, image, error in read_ahead(items, read, num_workers=1, number=2):
         if error is not None:
             unreadable += 1
             report(f"left out: {error}")

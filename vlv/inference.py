@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -13,6 +13,23 @@ from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
 
 Key = TypeVar("Key")
+Item = TypeVar("Item")
+SHOWN_PIXELS = 2048  # of the longer side of an image that is shown to people
+
+
+class Seen(NamedTuple):
+    """An image as the model reads it, and as it is shown to people: both small, however large the image is."""
+
+    pixel_values: torch.Tensor  # (3, H, W)
+    shown: Image.Image  # the part of it that the model sees
+
+
+def see(processor: VLVProcessor, image: Image.Image) -> Seen:
+    """What is kept of an image to rebuild it."""
+    shown = processor.preprocess_image(image)
+    pixel_values = processor(images=shown)["pixel_values"][0]
+    shown.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+    return Seen(pixel_values, shown)
 
 
 def caption_images(
@@ -31,12 +48,7 @@ def caption_images(
 
 @torch.inference_mode()
 def reconstruct_images(
-    model: VLVModel,
-    processor: VLVProcessor,
-    images: Iterable[tuple[Key, Image.Image]],
-    batch_size: int = 8,
-    seed: int = 0,
-    **sampling,
+    model: VLVModel, images: Iterable[tuple[Key, Seen]], batch_size: int = 8, seed: int = 0, **sampling
 ) -> Iterator[tuple[Key, Image.Image, Image.Image]]:
     """
     Rebuild each image, in order: its key, the part of the image that the model sees, and the reconstruction.
@@ -44,18 +56,16 @@ def reconstruct_images(
     `sampling` goes to `model.reconstruct`. Every image starts from the noise of `seed`, so that its reconstruction
     depends on no other image of the run.
     """
-    for keys, pictures in _batches(images, batch_size):
-        pictures = [processor.preprocess_image(picture) for picture in pictures]
-        inputs = processor(images=pictures, return_tensors="pt").to(model.device)
-        generators = [torch.Generator().manual_seed(seed) for _ in pictures]
-        rebuilt = model.reconstruct(pixel_values=inputs["pixel_values"], generator=generators, **sampling)
-        yield from zip(keys, pictures, rebuilt, strict=True)
+    for keys, seen in _batches(images, batch_size):
+        pixel_values, shown = zip(*seen, strict=True)
+        generators = [torch.Generator().manual_seed(seed) for _ in shown]
+        pixel_values = torch.stack(pixel_values).to(model.device)
+        rebuilt = model.reconstruct(pixel_values=pixel_values, generator=generators, **sampling)
+        yield from zip(keys, shown, rebuilt, strict=True)
 
 
-def _batches(
-    images: Iterable[tuple[Key, Image.Image]], size: int
-) -> Iterator[tuple[tuple[Key, ...], list[Image.Image]]]:
-    images = iter(images)
-    while batch := list(islice(images, size)):
-        keys, pictures = zip(*batch, strict=True)
-        yield keys, list(pictures)
+def _batches(items: Iterable[tuple[Key, Item]], size: int) -> Iterator[tuple[tuple[Key, ...], list[Item]]]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        keys, values = zip(*batch, strict=True)
+        yield keys, list(values)

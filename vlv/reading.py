@@ -331,6 +331,10 @@ def _count_pixels(source: Any) -> int:
 
 
 def _name(source: Any) -> str:
+    """What messages call a picture: its path, bytes that are not UTF-8 escaped, but never a whole image in base64."""
     if isinstance(source, dict):
         source = source.get("path")
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else "image"
+    if not isinstance(source, (str, os.PathLike)):
+        return "image"
+    name = os.fspath(source).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return name if len(name) <= 500 else f"{name[:80]}…{name[-80:]}"

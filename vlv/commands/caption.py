@@ -54,7 +54,9 @@ class CaptionArguments:
         metavar="N",
     )
     num_workers: int | None = option(
-        None, "Processes that read images ahead of the model; 0 for none (default: as many as fit this machine)."
+        None,
+        "Processes that read images ahead of the model (default: as many as fit this machine). With 0 the main "
+        "process reads them, and an image that crashes its decoder ends the run.",
     )
     engine: str = option(
         "local",

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
 def _run(arguments: DemoArguments, folder: Path) -> None:
     # Imported only now: torch would keep --help and wrong arguments waiting.
     from processing_vlv import load_image
-    from vlv.inference import caption_images, reconstruct_images
+    from vlv.inference import caption_images, reconstruct_images, see
     from vlv.models.loading import load_autoencoder
 
     model, processor = load_autoencoder(arguments.model, arguments.device)
@@ -57,7 +57,8 @@ def _run(arguments: DemoArguments, folder: Path) -> None:
     images = [(name, load_image(scenes / name)) for name in truths]
     progress = tqdm(caption_images(model, processor, images), desc="Captioning", total=NUM_SCENES, unit="image")
     captions = dict(progress)
-    progress = tqdm(reconstruct_images(model, processor, images), desc="Rebuilding", total=NUM_SCENES, unit="image")
+    seen = ((name, see(processor, image)) for name, image in images)
+    progress = tqdm(reconstruct_images(model, seen), desc="Rebuilding", total=NUM_SCENES, unit="image")
     pairs = [
         Pair(image, reconstruction, captions[name], captions[name] == truths[name])
         for name, image, reconstruction in progress

@@ -4,6 +4,7 @@ import errno
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -66,7 +67,7 @@ def _rebuild(
     files: list[ImageFile], targets: dict[ImageFile, Path], folder: Path, arguments: ReconstructArguments
 ) -> None:
     # Imported only now: torch would keep --help and wrong arguments waiting.
-    from vlv.inference import reconstruct_images
+    from vlv.inference import reconstruct_images, see
     from vlv.models.loading import load_autoencoder
 
     model, processor = load_autoencoder(arguments.model, arguments.device, caption_config=None)
@@ -79,8 +80,7 @@ def _rebuild(
 
         rebuilt = reconstruct_images(
             model,
-            processor,
-            read_images(files, report),
+            read_images(files, report, partial(see, processor)),
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             num_inference_steps=arguments.num_inference_steps,

@@ -8,7 +8,7 @@ from PIL import Image
 
 from processing_vlv import load_image
 from vlv.images import ImageFile
-from vlv.inference import caption_images, reconstruct_images
+from vlv.inference import caption_images, reconstruct_images, see
 from vlv.models.loading import load_autoencoder, load_captioner, read_config
 
 PIXELS = 512  # of the longer side of a sample picture
@@ -39,7 +39,8 @@ def make_samples(source: str, files: Sequence[ImageFile], captioner_only: bool =
     if captioner_only or read_config(source).decoder_config is None:
         return [Sample(name, image, captions[name]) for name, image in pictures]
     model, processor = load_autoencoder(source, caption_config=None)
+    seen = ((name, see(processor, image)) for name, image in pictures)
     return [
         Sample(name, image, captions[name], reconstruction)
-        for name, image, reconstruction in reconstruct_images(model, processor, pictures)
+        for name, image, reconstruction in reconstruct_images(model, seen)
     ]
