@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -43,15 +43,15 @@ def _cell(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def gather(experiment: Experiment, folder: Path) -> list[dict[str, Any]]:
-    """One row for each of the experiment's, of those of its runs whose JSON is in `folder`."""
+def gather(experiment: Experiment, folder: Path, columns: Mapping[str, str] = SCORES) -> list[dict[str, Any]]:
+    """One row for each of the experiment's, of those of its runs whose JSON is in `folder`: scores by their column."""
     rows = []
     for row in experiment.rows:
         files = [folder / f"{run.name}.json" for run in row.runs]
         records = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
         parameters = records[0]["parameters"] if records else None
         scores = {
-            column: spread([record["scores"].get(name) for record in records]) for column, name in SCORES.items()
+            column: spread([record["scores"].get(name) for record in records]) for column, name in columns.items()
         }
         rows.append({**row.settings, "parameters": parameters, "seeds": f"{len(records)} of {len(files)}", **scores})
     return rows

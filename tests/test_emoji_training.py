@@ -16,7 +16,7 @@ def outputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emoji")
     # So many that the tokenizers know every word.
     write_scenes(folder / "scenes", 600, split="train", world=EMOJI)
-    common = {"dataset": folder / "scenes", "bf16": False}
+    common = {"dataset": folder / "scenes"}
     starts = {
         "vae": {},
         "teacher": {"vae": folder / "vae"},

@@ -198,8 +198,11 @@ def measure_scenes(arguments: EvaluateArguments) -> "dict[str, Measurement]":
         for split in drawn.unseen
     }
     metrics = scorer.ceilings(pictures["test"], "test")
-    for split in pictures:
-        metrics |= scorer.reconstructions(pictures[split], split)
+    for split, images in pictures.items():
+        if split != "test":
+            metrics |= scorer.drawings(images, split)
+    for split, images in pictures.items():
+        metrics |= scorer.reconstructions(images, split)
     metrics |= scorer.floors(pictures["test"], "test")
     if model.caption_head is not None:
         for name, images in {"test": pictures["test"], "mirrored": mirror(pictures["test"]), **pictures}.items():

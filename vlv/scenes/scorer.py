@@ -68,14 +68,18 @@ class SceneScorer:
         painted = self._draw(lambda batch: self._encode([image for image, _ in batch]), pictures)
         return self._read(pictures, f"reconstruction/{name}", painted, scores_of(self.world))
 
+    def drawings(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
+        """What the scene reader, a classifier that knows nothing of the model, reads in the pictures themselves."""
+        images = (image for image, _ in pictures)
+        return self._read(pictures, f"reader on drawings/{name}", images, scores_of(self.world))
+
     def ceilings(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
         """What no reconstruction can be expected to pass: reader alone, VAE alone, and the teacher."""
-        drawings = (image for image, _ in pictures)
         taught = self._draw(
             lambda batch: embed_captions(self.model, self.processor, [truth.caption for _, truth in batch]), pictures
         )
         return {
-            **self._read(pictures, f"reader on drawings/{name}", drawings, scores_of(self.world)),
+            **self.drawings(pictures, name),
             **self._read(pictures, f"VAE alone/{name}", self._through_vae(pictures)),
             **self._read(pictures, f"teacher from true captions/{name}", taught),
         }

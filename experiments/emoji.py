@@ -1,0 +1,98 @@
+"""Does the diffusion teacher help to read a hand that no training saw? vlv-emoji's captions against its peers'.
+
+    python -m experiments.emoji           measures what docs/results/emoji lacks, then prints the table
+
+Every captioner learns from the same captions of the same pictures. VLV continues from vlv-emoji's stage 1; Florence-2
+and LLaVA from the encoder as it was before stage 1. The parts come from the folder that `make emoji` trained into.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import __main__ as command
+from experiments.making import Bundled, Scenes, Training
+from experiments.report import gather, table
+from experiments.trained import Experiment, Row, Run
+from vlv.scenes.emoji import EmojiWorld
+
+COLUMNS = {
+    "captions exact": "captions/test/exact",
+    "things right": "captions/test/objects_right",
+    "never-seen combinations": "captions/novel/objects_right",
+    "names, unseen artist": "captions/artist/name_right",
+}
+LLAVAS = {"hidden_size": 320, "num_hidden_layers": 5}  # gives LLaVA about as many parameters as the VLV
+
+
+@dataclass(frozen=True)
+class EmojiPlan:
+    """
+    The size of everything that is trained; what a test makes small.
+
+    Args:
+        parts: where `make emoji` left the encoder and the language model.
+        captions: scenes to learn captions from.
+        steps: of learning captions.
+        language: steps of LLaVA's language model, on text alone.
+    """
+
+    parts: str = "outputs-emoji"
+    captions: int = 60_000
+    steps: int = 3000
+    language: int = 1500
+    batch: int = 64
+    seeds: Sequence[int] = (0, 1, 2)
+
+    def experiments(self) -> list[Experiment]:
+        arms = {"VLV": self.vlv, "Florence-2": self.florence, "LLaVA": self.llava}
+        rows = [
+            Row(
+                {"captioner": name},
+                [
+                    Run(f"emoji/{name.lower()}-seed{seed}", make(seed), "emoji", EmojiWorld.unseen)
+                    for seed in self.seeds
+                ],
+            )
+            for name, make in arms.items()
+        ]
+        return [Experiment("emoji", rows, x="captioner")]
+
+    def runs(self) -> list[Run]:
+        (experiment,) = self.experiments()
+        return [row.runs[number] for number in range(len(self.seeds)) for row in experiment.rows]
+
+    def vlv(self, seed: int) -> Training:
+        parts = {"model": Bundled("vlv-emoji"), "caption_head": f"{self.parts}/language"}
+        return self.training("recipes/emoji/caption.yaml", self.steps, seed, **parts)
+
+    def florence(self, seed: int) -> Training:
+        settings = {"encoder": f"{self.parts}/encoder", "caption_column": "text", "max_length": 32}
+        return self.training("recipes/emoji/encoder.yaml", self.steps, seed, **settings)
+
+    def llava(self, seed: int) -> Training:
+        language = self.training("recipes/emoji/language.yaml", self.language, 0, **LLAVAS)
+        parts = {"encoder": f"{self.parts}/encoder", "language": language, "bf16": True}
+        return self.training("experiments/recipes/llava.yaml", self.steps, seed, **parts)
+
+    def training(self, recipe: str, steps: int, seed: int, **settings) -> Training:
+        common = {
+            "dataset": Scenes(self.captions, "train", "emoji", {"varied": 0.5}),
+            "eval_dataset": Scenes(200, "validation", "emoji"),
+            "max_steps": steps,
+            "per_device_train_batch_size": self.batch,
+            "seed": seed,
+        }
+        return Training(recipe, common | settings)
+
+
+def main(argv: list[str], plan: EmojiPlan | None = None, output: Path = Path("docs/results")) -> None:
+    plan = plan or EmojiPlan()
+    command.main(["emoji", "--output", str(output), *argv], plan)
+    (experiment,) = plan.experiments()
+    print(table(gather(experiment, output, COLUMNS)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
