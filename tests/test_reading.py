@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from vlv import reading
-from vlv.cache import Images
 from vlv.captioning import engine
 from vlv.cli import main
-from vlv.data import open_image
+from vlv.data.rows import open_image
 from vlv.images import ImageFile, read_images
 from vlv.reading import Reader, read_ahead
-from vlv.stages.vlv import read_row
+from vlv.training.cache import Images
+from vlv.training.vlv_stage import read_row
 
 
 def _numbered(count):
