@@ -2,11 +2,8 @@
 
 import ast
 import re
-import shutil
-import subprocess
 import sys
 import tomllib
-import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -14,8 +11,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-
-from vlv import tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,28 +74,3 @@ def test_every_imported_package_is_declared(project):
 def test_published_files_do_not_import_the_workbench():
     for path in ROOT.glob("*_vlv.py"):
         assert not re.search(r"^\s*(from|import) vlv\b", path.read_text(), re.MULTILINE), path.name
-
-
-@pytest.mark.slow
-def test_wheel_holds_code_and_checkpoint(tmp_path):
-    # From a copy: building leaves its own folder behind, whose contents would get into the next wheel.
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "demo", "outputs", "*.egg-info", "__pycache__")
-    source = shutil.copytree(ROOT, tmp_path / "source", symlinks=True, ignore=ignored)
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source], check=True
-    )
-    (path,) = tmp_path.glob("vlv-*.whl")
-    assert path.stat().st_size < 30e6
-    with zipfile.ZipFile(path) as wheel:
-        names = set(wheel.namelist())
-        published = {file.name for file in ROOT.glob("*_vlv.py")}
-        assert len(published) == 5 and published <= names
-        workbench = {file.relative_to(ROOT).as_posix() for file in (ROOT / "vlv").rglob("*.py")}
-        assert workbench <= names
-        # The checkpoint is whole, and its code files are files, equal to the published ones, not links to them.
-        for file in Path(tiny_checkpoint()).rglob("*"):
-            if file.is_file():
-                assert wheel.read(file.relative_to(ROOT).as_posix()) == file.read_bytes()
-        for name in published:
-            assert wheel.read(f"vlv/checkpoints/vlv-tiny/{name}") == (ROOT / name).read_bytes()
-        assert "vlv/checkpoints/vlv-tiny/config.json" in names
