@@ -19,6 +19,14 @@ from vlv.scenes import write_scenes
 logging.disable_progress_bar()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Workers send what a test printed and logged as UTF-8, also where it names a file whose name is not."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
