@@ -100,9 +100,14 @@ def _interrupt(*_) -> None:
     Ctrl-C. From now on threads may lose what they work with, so what they say of it is of no use. A second Ctrl-C ends
     the process at once.
     """
-    threading.excepthook = sys.unraisablehook = lambda _: None
+    threading.excepthook = _say_nothing
+    sys.unraisablehook = _say_nothing
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     raise KeyboardInterrupt
+
+
+def _say_nothing(_: object) -> None:
+    pass
 
 
 def one_line(error: Exception) -> str:

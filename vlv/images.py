@@ -75,7 +75,8 @@ def list_folder(folder: str | os.PathLike) -> Folder:
     """
     folder = os.fspath(folder)
     contents = Folder([], [], 0, [])
-    hidden, pending, links = 0, [""], []
+    hidden, pending = 0, [""]
+    links: list[str] = []
     # A link to a folder that holds this one leads round in a circle.
     seen = {_identity(parent) for parent in Path(folder).resolve().parents}
     while pending or links:
@@ -160,7 +161,7 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[ImageFile]:
     parents = {os.path.dirname(place) for place in places if place not in folders}
     root = os.path.commonpath([os.path.abspath(folder) for folder in folders | parents])
     prefixes = {folder: _prefix(folder, root) for folder in folders | parents}
-    found = {}
+    found: dict[str, ImageFile] = {}
     for place in places:
         if place in folders:
             files = [(os.path.join(place, inside), prefixes[place] + inside) for inside in _images_in(place)]

@@ -51,7 +51,7 @@ class Sink:
         header = self.journal.header()
         if header is None:
             self._check_finished(resume, overwrite)
-            header = {"settings": settings | output.options, "keeps": resume or not overwrite}
+            header = Row(settings=settings | output.options, keeps=resume or not overwrite)
         else:
             self._check_interrupted(header["settings"], resume)
         self._header = header

@@ -106,7 +106,8 @@ class Source:
     @property
     def files(self) -> list[ImageFile] | None:
         """The image files, or `None` where some pictures are rows of tables and have no place on disk."""
-        return list(self.shards) if all(isinstance(shard, ImageFile) for shard in self.shards) else None
+        files = [shard for shard in self.shards if isinstance(shard, ImageFile)]
+        return files if len(files) == len(self.shards) else None
 
 
 def open_source(paths: Sequence[str], options: RowOptions = RowOptions()) -> Source:

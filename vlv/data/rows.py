@@ -94,7 +94,7 @@ def reading(dataset: str) -> Iterator[None]:
 def split_tables(folder: Path, files: Sequence[str]) -> dict[str, list[str]]:
     """The files of each split: they are one, `train`, unless every one of them is named after its split."""
     named = [re.fullmatch(SPLIT_OF_TABLE, file) for file in files]
-    splits = {}
+    splits: dict[str, list[str]] = {}
     for file, match in zip(files, named, strict=True):
         split = next(filter(None, match.groups())) if all(named) else "train"
         splits.setdefault(split, []).append(glob.escape(str(folder / file)))
@@ -135,7 +135,7 @@ def captions_of(value: str | Sequence[str] | None) -> list[str]:
     Raises:
         ValueError: when a caption is not text.
     """
-    captions = list(value) if isinstance(value, list | tuple) else [value]
+    captions: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
     for caption in captions:
         if caption is not None and not isinstance(caption, str):
             raise ValueError(f"the caption {caption!r} is not text.")

@@ -23,7 +23,7 @@ def count_parts(config: VLVConfig, dtypes: tuple[torch.dtype, ...] = (torch.floa
     with torch.device("meta"):
         model = VLVModel(config)
     model.tie_weights()
-    parameters = Counter()
+    parameters: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         parameters[_part_name(name)] += parameter.numel()
     return [

@@ -9,7 +9,7 @@ from vlv.captioning.journal import Row
 from vlv.captioning.outputs.base import CaptionFile
 
 if TYPE_CHECKING:  # a quarter of a second: --help does not wait for it
-    from pyarrow import Schema
+    from pyarrow import Schema, Table
     from pyarrow.parquet import ParquetFile
 
 ROWS_AT_ONCE = 10_000
@@ -55,7 +55,7 @@ class Parquet(CaptionFile):
         text = pyarrow.list_(pyarrow.string()) if self.several else pyarrow.string()
         return pyarrow.schema({"file_name": pyarrow.string(), "text": text})
 
-    def _kept(self, kept: set[str], schema: "Schema") -> "Iterator[pyarrow.Table]":  # noqa: F821
+    def _kept(self, kept: set[str], schema: "Schema") -> "Iterator[Table]":
         import pyarrow
 
         if not kept:

@@ -110,7 +110,8 @@ class Sidecars(Output):
 
     def _check_places(self) -> None:
         """See that every sidecar has a place of its own, before any work is done."""
-        owners, images = {}, set(self.images.values())
+        owners: dict[str, str] = {}
+        images = set(self.images.values())
         for image in images:
             path = self._sidecar(image)
             if path in images:
