@@ -287,8 +287,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     if mode == "CMYK":
         return transform
     # Most profiles are sRGB under one of its many names: such pictures keep their pixels.
-    steps = np.arange(0, 256, 15, dtype=np.uint8)
-    probe = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+    probe = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), axis=-1).reshape(1, -1, 3)
     probe = Image.fromarray(probe if mode == "RGB" else np.arange(256, dtype=np.uint8)[None])
     change = np.asarray(transform.apply(probe), int) - np.asarray(probe.convert("RGB"), int)
     return transform if np.abs(change).max() > 2 else None

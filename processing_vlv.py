@@ -168,7 +168,8 @@ class VLVProcessor(ProcessorMixin):
 
     def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> list[str]:
         """Token ids (B, T) from `model.generate` -> B captions."""
-        return [self.decode(caption, skip_special_tokens, **kwargs) for caption in ids]
+        captions: list[Any] = [self.decode(caption, skip_special_tokens, **kwargs) for caption in ids]
+        return captions
 
     def decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> str | list[str]:
         """Token ids (T,) of one caption -> the caption; (B, T) of several -> a list, as the tokenizers do."""

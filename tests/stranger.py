@@ -19,7 +19,7 @@ import threading
 import traceback
 from pathlib import Path
 
-HIDDEN = {"configuration_vlv", "modeling_vlv", "processing_vlv", "images_vlv", "pipeline_vlv", "vlv"}
+HIDDEN = {"vlv", *(file.stem for file in Path(__file__).parents[1].glob("*_vlv.py"))}
 
 
 class NotInstalled(importlib.abc.MetaPathFinder):

@@ -26,7 +26,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from modeling_vlv import VLVModel, load_florence_config
+from components_vlv import load_florence_config
+from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.cli import main
 
@@ -304,7 +305,7 @@ def test_an_id_without_network(tiny_components):
 
 def test_another_architecture_as_encoder(tiny_components, tmp_path):
     parts = spoil(tiny_components, tmp_path, "encoder/config.json", model_type="bart")
-    with pytest.raises(ValueError, match="no Florence-2, its config.json names the model type 'bart'"):
+    with pytest.raises(ValueError, match="not a Florence-2: its config.json names the model type 'bart'"):
         assemble(parts)
 
 

@@ -11,6 +11,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from modeling_vlv import CODE_FILES
+from vlv import tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,6 +75,29 @@ def test_every_imported_package_is_declared(project):
                 assert packages & declared, f"{file.name} imports {name}"
 
 
-def test_published_files_do_not_import_the_workbench():
-    for path in ROOT.glob("*_vlv.py"):
-        assert not re.search(r"^\s*(from|import) vlv\b", path.read_text(), re.MULTILINE), path.name
+def test_every_list_names_the_published_files():
+    """One that is missing from a list would be missing from the wheel, a saved repo or the bundled checkpoint."""
+    published = {file.name for file in ROOT.glob("*_vlv.py")}
+    assert set(CODE_FILES) == published
+    assert {file.name for file in Path(tiny_checkpoint()).glob("*.py")} == published
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    modules = {Path(name).stem for name in published}
+    assert modules | {"hub_upload", "spaces_app"} == set(settings["setuptools"]["py-modules"])
+    assert modules < set(settings["ruff"]["lint"]["isort"]["known-first-party"])
+    assert published <= set(re.findall(r"`(\w+\.py)`", (ROOT / "docs" / "architecture.md").read_text()))
+
+
+def test_the_model_imports_all_published_files():
+    """transformers copies from a Hub repo what it finds by following the relative imports of the model's file."""
+    found = {Path(file).name for file in get_relative_import_files(ROOT / "modeling_vlv.py")}
+    assert found | {"modeling_vlv.py"} == set(CODE_FILES)
+
+
+def test_published_files_import_only_what_a_hub_user_has():
+    allowed = {"transformers", "diffusers", "torch", "safetensors", "PIL", "numpy"} | sys.stdlib_module_names
+    allowed |= {Path(name).stem for name in CODE_FILES}
+    for name in CODE_FILES:
+        for node in ast.walk(ast.parse((ROOT / name).read_text())):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {module.partition(".")[0] for module in imported} <= allowed, name

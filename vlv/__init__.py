@@ -2,8 +2,8 @@
 VLV, the Vision-Language-Vision auto-encoder (arXiv 2507.07104): images to captions and back.
 
 Importing `vlv` is cheap: each public name below is imported, and PyTorch with it, when it is first used. The model
-itself is in the top-level modules `configuration_vlv`, `modeling_vlv`, `processing_vlv` and `pipeline_vlv`, which a
-Hub repo carries too; this package is what surrounds it.
+itself is in the top-level modules whose names end in `_vlv`, which every Hub repo also holds. This package holds the
+tools around the model.
 """
 
 from importlib import import_module

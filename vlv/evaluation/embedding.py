@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, AutoImageProcessor, AutoModel, AutoTokenizer
 
-from modeling_vlv import reading_part
+from components_vlv import reading_part
 from vlv.data.rows import open_image
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_vlv import reading_part
+from components_vlv import reading_part
 from vlv.evaluation.vqa import normalise
 
 MAX_NEW_TOKENS = 16  # of a short answer

@@ -12,7 +12,8 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from PIL import Image
 from transformers import AutoConfig
 
-from modeling_vlv import VLVModel, reading_part
+from components_vlv import reading_part
+from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
 from vlv.evaluation.captions import write_captions

@@ -23,10 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, CLIPTextConfig, GenerationConfig
 
-from configuration_vlv import VLVConfig
-from modeling_vlv import (
+from components_vlv import (
     FLORENCE_EMBEDDINGS,
-    VLVModel,
     fit_florence_config,
     load_florence_config,
     load_part,
@@ -36,6 +34,8 @@ from modeling_vlv import (
     tokenize_empty_prompt,
     tokenize_prompt,
 )
+from configuration_vlv import VLVConfig
+from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 
 CHECKPOINT_NAMES = (

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, Florence2ForConditionalGeneration
 
-from modeling_vlv import VLVModel, module_weights
+from components_vlv import module_weights
+from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 
 ADAPTERS = ("queries", "projection", "prefix_projection")  # what a VLV has of its own

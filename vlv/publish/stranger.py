@@ -3,21 +3,20 @@ What a Hub user has: transformers, diffusers and torch, but not this package. Ru
 
     python -P stranger.py FOLDER REPORT.json
 
-It loads the repo in FOLDER through every documented door and writes what comes out of each to REPORT.json.
+It loads the repo in FOLDER in every documented way and writes what each gives to REPORT.json.
 """
 
 import json
 import sys
 from pathlib import Path
 
-OURS = ("configuration_vlv", "images_vlv", "modeling_vlv", "pipeline_vlv", "processing_vlv", "vlv")
-
 
 class Absent:
-    """An import hook for a Python in which the package may be installed, but must not be found."""
+    """An import hook that hides the package and its top-level modules, which may be installed in this Python."""
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in OURS:
+        module = name.partition(".")[0]
+        if module == "vlv" or module.endswith("_vlv"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
