@@ -98,6 +98,7 @@ class Side:
                 argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         stage_class, stage_settings, args = read_recipe(argv)
         self.stage = stage_class(stage_settings, args)
+        self.stage.prepare()
         if PADDED in settings:
             pad_to_max_length(self.stage)
         self.trainer, self.watch = StageTrainer(self.stage, args), Stopwatch(args.device)

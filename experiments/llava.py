@@ -104,6 +104,8 @@ class LlavaStage(Stage):
         self.tokenizer = AutoTokenizer.from_pretrained(settings.language)
         self.tokenizer.add_tokens(IMAGE_TOKEN, special_tokens=True)
         self.image_tokens = image_tokens(self.model)
+
+    def prepare(self) -> None:
         self.train_dataset, self.eval_dataset = (
             self.table(*self.read_images(self.captioned(rows), image_size(self.model))) for rows in self.load_data()
         )

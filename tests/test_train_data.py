@@ -28,7 +28,9 @@ CAPTIONS = [f"picture {number}" for number in range(COUNT)]
 
 def make_stage(recipe, output_dir, **settings):
     stage_type, settings, args = read_recipe(arguments(recipe, output_dir, **settings))
-    return stage_type(settings, args)
+    stage = stage_type(settings, args)
+    stage.prepare()
+    return stage
 
 
 def captions_in(stage, batch):

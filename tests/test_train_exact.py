@@ -37,6 +37,7 @@ def test_five_steps_change_what_trains_and_no_other_byte(recipe, settings, train
     settings = {"dataset": scenes, "model": tiny_repo, "max_steps": 5, "warmup_steps": 0, **settings}
     stage_type, settings, args = read_recipe(arguments(recipe, tmp_path, **settings))
     stage = stage_type(settings, args)
+    stage.prepare()
     model = stage.model
     if trained is None:
         expected = {

@@ -227,6 +227,7 @@ def test_label_smoothing_of_stage_2(common, tmp_path):
     record = run(CAPTION, tmp_path / "out", **settings)
     stage_type, own, args = read_recipe(arguments(CAPTION, tmp_path / "stage", **settings))
     stage = stage_type(own, args)
+    stage.prepare()
     for name, data in (("loss", stage.train_dataset), ("eval_loss", stage.eval_dataset)):
         inputs = stage.collate(data[:])
         with torch.no_grad():

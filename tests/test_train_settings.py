@@ -121,7 +121,9 @@ def test_evaluation_losses_of_stage_1_can_be_compared(tiny_repo, scenes, tmp_pat
 
 def test_evaluation_gathers_no_logits(tiny_repo, scenes, tmp_path):
     stage_type, settings, args = read_recipe(arguments(CAPTION, tmp_path, dataset=scenes, model=tiny_repo))
-    trainer = StageTrainer(stage_type(settings, args), args)
+    stage = stage_type(settings, args)
+    stage.prepare()
+    trainer = StageTrainer(stage, args)
     output = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation")
     assert output.predictions is None and output.metrics["eval_loss"] > 0
 

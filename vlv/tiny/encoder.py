@@ -146,14 +146,12 @@ class EncoderStage(Stage):
 
     def __init__(self, settings: EncoderSettings, args: TrainingArguments):
         super().__init__(settings, args)
-        (train, images), (self.eval_rows, eval_images) = (
-            self.read_images(self.captioned(rows), settings.image_size) for rows in self.load_data()
-        )
+        self.rows = tuple(map(self.captioned, self.load_data()))  # the captions make the vocabulary
         if settings.encoder is not None:
             florence = Florence2ForConditionalGeneration.from_pretrained(settings.encoder, dtype=torch.float32)
             self.tokenizer = AutoTokenizer.from_pretrained(settings.encoder)
         else:
-            self.tokenizer = self.train_tokenizer(train)
+            self.tokenizer = self.train_tokenizer(self.rows[0])
             florence = tiny_florence2(
                 self.tokenizer,
                 settings.image_size,
@@ -168,6 +166,11 @@ class EncoderStage(Stage):
             image_mean=list(IMAGE_MEAN),
             image_std=list(IMAGE_STD),
             image_seq_length=(settings.image_size // math.prod(settings.vision_strides)) ** 2 + 1,
+        )
+
+    def prepare(self) -> None:
+        (train, images), (self.eval_rows, eval_images) = (
+            self.read_images(rows, self.settings.image_size) for rows in self.rows
         )
         self.train_dataset, self.eval_dataset = self.table(train, images), self.table(self.eval_rows, eval_images)
 

@@ -63,16 +63,20 @@ class LanguageStage(Stage):
     def __init__(self, settings: LanguageSettings, args: TrainingArguments):
         super().__init__(settings, args)
         self.world = world(settings.world) if settings.world else None
-        train, evaluation = (
+        self.captions = tuple(
             [caption for value in self.captioned(rows)[settings.caption_column][:] for caption in captions_of(value)]
             for rows in self.load_data()
         )
         # Qwen2's own tokenizer class, with a vocabulary learned from these captions.
-        self.tokenizer = Qwen2Tokenizer().train_new_from_iterator(train, settings.vocab_size, show_progress=False)
-        self.train_dataset, self.eval_dataset = (
-            causal_table(self.tokenizer, captions, settings.max_length) for captions in (train, evaluation)
+        self.tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+            self.captions[0], settings.vocab_size, show_progress=False
         )
         self.model = tiny_language_model(self.tokenizer, settings.hidden_size, settings.num_hidden_layers)
+
+    def prepare(self) -> None:
+        self.train_dataset, self.eval_dataset = (
+            causal_table(self.tokenizer, captions, self.settings.max_length) for captions in self.captions
+        )
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

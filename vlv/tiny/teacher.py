@@ -39,11 +39,12 @@ class TeacherSettings(Settings):
     sample_guidance_scale: float = field(default=2.5, metadata={"help": "Guidance of the sample grid."})
 
 
-def tiny_unet(vae: AutoencoderKL, latent_size: int, widths: Sequence[int], text_width: int) -> UNet2DConditionModel:
+def tiny_unet(vae: AutoencoderKL, widths: Sequence[int], text_width: int) -> UNet2DConditionModel:
     """A randomly initialised UNet, of whose levels all but the first read the caption."""
     lower = len(widths) - 1
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
     return UNet2DConditionModel(
-        sample_size=latent_size,
+        sample_size=vae.config.sample_size // factor,
         in_channels=vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
         block_out_channels=tuple(widths),
@@ -146,9 +147,9 @@ class TeacherStage(Stage):
         super().__init__(settings, args)
         if settings.vae is None:
             raise ValueError("The teacher draws in the latents of a VAE: give its folder with --vae.")
-        train, evaluation = map(self.captioned, self.load_data())
+        self.rows = tuple(map(self.captioned, self.load_data()))  # the captions make the vocabulary
         self.vae = AutoencoderKL.from_pretrained(settings.vae).eval().requires_grad_(False)
-        captions = [caption for value in train[settings.caption_column][:] for caption in captions_of(value)]
+        captions = [caption for value in self.rows[0][settings.caption_column][:] for caption in captions_of(value)]
         self.tokenizer = train_tokenizer(
             captions,
             settings.vocab_size,
@@ -157,23 +158,24 @@ class TeacherStage(Stage):
             model_max_length=settings.max_length,
         )
         tokenize(self.tokenizer, captions, settings.max_length)  # says which is too long, before hours have gone by
-        scheduler = v_prediction_scheduler()
-        _, self.train_dataset = self.examples(train)
-        self.eval_rows, self.eval_dataset = self.examples(evaluation)
-        latent_shape = self.eval_dataset[0]["latent_mean"].shape
-        noise = fixed_noise(len(self.eval_rows), latent_shape, scheduler.config.num_train_timesteps)
-        self.eval_dataset.cached.append(Table(**noise))
-
         text_encoder = tiny_text_encoder(
             self.tokenizer, settings.max_length, settings.text_width, settings.text_layers
         )
         self.model = TeacherTraining(
-            tiny_unet(self.vae, latent_shape[-1], settings.unet_widths, settings.text_width),
+            tiny_unet(self.vae, settings.unet_widths, settings.text_width),
             text_encoder,
-            scheduler,
+            v_prediction_scheduler(),
             tokenize(self.tokenizer, [""], settings.max_length),
             settings.caption_dropout,
         )
+
+    def prepare(self) -> None:
+        train, evaluation = self.rows
+        _, self.train_dataset = self.examples(train)
+        self.eval_rows, self.eval_dataset = self.examples(evaluation)
+        shape = self.eval_dataset[0]["latent_mean"].shape
+        timesteps = self.model.scheduler.config.num_train_timesteps
+        self.eval_dataset.cached.append(Table(**fixed_noise(len(self.eval_rows), shape, timesteps)))
 
     def examples(self, rows: Dataset) -> tuple[Dataset, Examples]:
         """Rows with their latent distributions; the VAE is frozen, so each image is encoded once."""

@@ -95,11 +95,13 @@ class VAEStage(Stage):
 
     def __init__(self, settings: VAESettings, args: TrainingArguments):
         super().__init__(settings, args)
-        self.train_dataset, self.eval_dataset = (
-            Table(images=self.read_images(rows, settings.image_size)[1]) for rows in self.load_data()
-        )
         vae = tiny_vae(settings.image_size, settings.widths, settings.latent_channels)
         self.model = VAETraining(vae, settings.foreground_weight, settings.kl_weight)
+
+    def prepare(self) -> None:
+        self.train_dataset, self.eval_dataset = (
+            Table(images=self.read_images(rows, self.settings.image_size)[1]) for rows in self.load_data()
+        )
 
     def parts(self) -> dict[str, nn.Module]:
         return {"vae": self.model.vae, "average": self.model.average}

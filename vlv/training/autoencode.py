@@ -76,7 +76,9 @@ class AutoencodeStage(VLVStage):
         for name in ("sample_latents", "denoising_loss", "min_snr_gamma", "context_dropout"):
             setattr(self.model.config, name, getattr(settings, name))
         self.choose_parts()
-        latents = ("latent_mean", "latent_std") if settings.sample_latents else ("latents",)
+
+    def prepare(self) -> None:
+        latents = ("latent_mean", "latent_std") if self.settings.sample_latents else ("latents",)
         # Evaluation takes the mean and brings its noise along, so that its losses can be compared.
         features = {"cache_features": self.features()}
         self.prepare_data({"cache_latents": latents, **features}, features, besides=("latents",))

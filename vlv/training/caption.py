@@ -38,7 +38,7 @@ class CaptionStage(VLVStage):
     def __init__(self, settings: CaptionSettings, args: TrainingArguments):
         super().__init__(settings, args)
         if settings.model is None:
-            raise ValueError("Stage 2 goes on from a stage-1 model: give its folder with --model.")
+            raise ValueError("Stage 2 starts from a stage-1 model: give its folder with --model.")
         if settings.caption_head is None and read_config(self.source).caption_config is None:
             raise ValueError(f"{self.source} has no caption head yet: name a language model with --caption_head.")
         self.model, self.processor = self.load(VLVForConditionalGeneration)
@@ -47,6 +47,8 @@ class CaptionStage(VLVStage):
             add_adapters(self.model, self.train_parts, settings)
         if args.use_liger_kernel:
             self.use_liger_kernels()
+
+    def prepare(self) -> None:
         features = {"cache_features": self.features()}
         self.prepare_data(train=features, evaluation=features)
 

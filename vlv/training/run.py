@@ -24,10 +24,11 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
     output_dir = Path(args.output_dir)
     set_seed(args.seed)
     stage = stage_type(settings, args)
+    stage.tell(overview(stage, args))  # before the long work
+    stage.prepare()
     if not isinstance(stage.train_dataset, IterableDataset):
         require_a_batch(len(stage.train_dataset), settings, args)
     trainer = StageTrainer(stage, args)
-    stage.tell(overview(stage, args))
 
     if args.world_size > 1:
         set_seed(args.seed + args.process_index)  # each process draws noise of its own

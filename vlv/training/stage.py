@@ -58,8 +58,9 @@ class Settings:
 class Stage:
     """One training run: its data, its model, what of it trains, what it leaves behind.
 
-    A subclass loads everything in `__init__` and sets `model`, `train_dataset` and `eval_dataset`. `model(**batch)`
-    returns at least `{"loss": ...}`, so that the stock Trainer can train it.
+    The constructor is cheap: it checks the settings and sets `model`, so that what trains can be shown. Then `prepare`
+    reads the data, which may take hours, and sets `train_dataset` and `eval_dataset`. `model(**batch)` returns at
+    least `{"loss": ...}`, so that the stock Trainer can train it.
     """
 
     Settings = Settings
@@ -74,6 +75,10 @@ class Stage:
         require_sources(settings)
         roots = [folder for folder in (settings.dataset, settings.eval_dataset) if folder and os.path.isdir(folder)]
         self.left_out = LeftOut(Path(args.output_dir), settings.image_column, roots)
+
+    def prepare(self) -> None:
+        """Reads the data and computes once what frozen parts make of it; sets `train_dataset` and `eval_dataset`."""
+        raise NotImplementedError
 
     @property
     def cache_folder(self) -> Path:
