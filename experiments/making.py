@@ -37,7 +37,7 @@ ENCODER = "experiments/parts/encoder"  # what tiny/encoder left, in half precisi
 def claimed(path: Path) -> Iterator[None]:
     """Keeps other processes from making `path`; raises BlockingIOError where one of them is at it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
+    with path.with_name(f".{path.name}.claim").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 

@@ -29,8 +29,8 @@ def command(monkeypatch, tmp_path):
 def test_overview_names_every_command(argv, capsys):
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name, (_, summary) in COMMANDS.items():
-        assert any(line.split()[:1] == [name] and line.endswith(summary) for line in lines)
+    for name, command in COMMANDS.items():
+        assert any(line.split()[:1] == [name] and line.endswith(command.summary) for line in lines)
 
 
 def test_overview_and_wrong_names_load_no_library():
@@ -197,5 +197,5 @@ def test_module_runs_as_the_command():
 
 
 def test_registry_names_importable_modules():
-    for name, (module, _) in COMMANDS.items():
-        assert callable(import_module(module).main), name
+    for name, command in COMMANDS.items():
+        assert callable(import_module(command.module).main), name

@@ -97,7 +97,7 @@ def test_what_trains_and_what_is_frozen_is_told_before_the_first_step(
     monkeypatch.setattr(StageTrainer, "train", interrupted)
     assert vlv(["train", *arguments(AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo)]) == 130
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    rows = {line[0]: [int(number.replace(",", "")) for number in line[1:3]] for line in lines if line[-1:] == ["MB"]}
+    rows = {line[0]: [int(number.replace(",", "")) for number in line[1:3]] for line in lines if line[-1:] == ["MiB"]}
     for name, part in tiny_model.named_parts():
         count = part.numel() if name == "queries" else sum(weight.numel() for weight in part.parameters())
         assert sum(rows[name]) == count, name

@@ -142,11 +142,11 @@ def decoder_config(prediction_type="v_prediction"):
     }
 
 
-def caption_config():
+def caption_config(hidden_size=40):
     tokenizer = caption_tokenizer()
     return Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=40,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
