@@ -35,13 +35,13 @@ def _arguments(inputs, repo, output):
 def local(inputs, tiny_repo, tmp_path_factory):
     output = tmp_path_factory.mktemp("local") / "captions.jsonl"
     assert main(["caption", *_arguments(inputs, tiny_repo, output)]) == 0
-    return output.read_bytes(), output.with_name("failures.jsonl").read_bytes()
+    return output.read_bytes(), output.with_name("captions.jsonl.failures.jsonl").read_bytes()
 
 
 def _check(output, local):
     assert output.read_bytes() == local[0]
-    assert output.with_name("failures.jsonl").read_bytes() == local[1]
-    assert len(list(output.parent.iterdir())) == 2
+    assert output.with_name("captions.jsonl.failures.jsonl").read_bytes() == local[1]
+    assert len(list(output.parent.iterdir())) == 3  # and .captions.jsonl.settings
 
 
 @pytest.mark.slow
