@@ -140,11 +140,11 @@ class Studio:
             with self.reading:
                 image = self.processor.preprocess_image(file)
                 pixel_values = self.processor(images=image)["pixel_values"]
+                image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
         except (OSError, ValueError) as error:
             # The file's name is the user's; the folder in front of it is the server's.
             sentence = str(error).replace(file, Path(file).name)
             raise gr.Error(sentence, title="This image cannot be read", print_exception=False) from error
-        image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
         with torch.no_grad():
             return image, self.model.encode(pixel_values.to(self.model.device))
 

@@ -10,11 +10,13 @@ does too, and it passes tensors through shared memory. pebble replaces processes
 /dev/shm, and none of them lets large pictures wait for each other.
 """
 
+import ctypes
 import gc
 import io
 import os
 import pickle
 import signal
+import sys
 import threading
 import warnings
 from collections import deque
@@ -35,6 +37,7 @@ SECONDS_PER_PICTURE = 60
 PIXELS_AT_ONCE = 100_000_000
 # Smaller pictures are not counted: asking for each would cost time.
 SMALL_PICTURE = 2_000_000
+PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread ends that forked it
 
 Key = TypeVar("Key")
 
@@ -274,6 +277,8 @@ def _serve(
     read: Callable[[Any], Any], seconds: float, requests: io.BufferedReader, answers: io.BufferedWriter
 ) -> None:
     """The life of a forked process: it ends when its parent does."""
+    if sys.platform == "linux":  # elsewhere, a process that hangs outlives a killed parent until its time is up
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
