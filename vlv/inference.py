@@ -46,7 +46,7 @@ def reconstruct_images(
     """
     for keys, pictures in _batches(images, batch_size):
         pictures = [processor.preprocess_image(picture) for picture in pictures]
-        inputs = processor(images=pictures, return_tensors="pt").to(model.device)
+        inputs = processor(images=pictures, return_tensors="pt")
         generators = [torch.Generator().manual_seed(seed) for _ in pictures]
         rebuilt = model.reconstruct(pixel_values=inputs["pixel_values"], generator=generators, **sampling)
         yield from zip(keys, pictures, rebuilt, strict=True)

@@ -98,8 +98,8 @@ class Captioner:
 
     @torch.inference_mode()
     def _caption(self, names, pixel_values):
-        caption_embeds = self.model.encode(pixel_values.to(self.device))
-        prefix_ids = torch.tensor(self.prefix_ids, dtype=torch.long, device=self.device).expand(len(names), -1)
+        caption_embeds = self.model.encode(pixel_values)
+        prefix_ids = torch.tensor(self.prefix_ids, dtype=torch.long).expand(len(names), -1)
         arguments = self.generation_arguments(names)
         with warnings.catch_warnings():
             # That what was not written is not counted as repeated: here, that is as it should be.
