@@ -10,6 +10,7 @@ import accelerate
 import pytest
 import tiny
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -153,6 +154,9 @@ def test_reconstruct(model, pictures):
 
 
 @torch.no_grad()
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."), reason="transformers 5.0 cannot offload its own models"
+)
 def test_a_model_whose_weights_stay_on_the_cpu_until_they_are_used(pictures, captions):
     fixed = {"noise": torch.ones(3, 4, 8, 8), "timesteps": torch.tensor([10, 500, 900])}
     expected = tiny.model(sample_latents=False)(**pictures, **captions, **fixed).loss

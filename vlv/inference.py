@@ -59,7 +59,7 @@ def reconstruct_images(
     for keys, seen in _batches(images, batch_size):
         pixel_values, shown = zip(*seen, strict=True)
         generators = [torch.Generator().manual_seed(seed) for _ in shown]
-        pixel_values = torch.stack(pixel_values).to(model.device)
+        pixel_values = torch.stack(pixel_values)
         rebuilt = model.reconstruct(pixel_values=pixel_values, generator=generators, **sampling)
         yield from zip(keys, shown, rebuilt, strict=True)
 

@@ -96,9 +96,9 @@ class Captioner:
 
     @torch.inference_mode()
     def _caption(self, names, pixel_values):
-        caption_embeds = self.model.encode(pixel_values.to(self.device))
+        caption_embeds = self.model.encode(pixel_values)
         spelling = Spelling(self.decoding, self.processor.tokenizer, self.eos_token_ids)
-        prefix_ids = torch.tensor(spelling.prefix_ids, dtype=torch.long, device=self.device).expand(len(names), -1)
+        prefix_ids = torch.tensor(spelling.prefix_ids, dtype=torch.long).expand(len(names), -1)
         arguments = self.generation_arguments(names, spelling)
         with warnings.catch_warnings():
             # That what was not written is not counted as repeated: here, that is as it should be.
