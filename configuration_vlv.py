@@ -8,7 +8,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_vlv.VLVModel",
     "AutoModelForImageTextToText": "modeling_vlv.VLVForConditionalGeneration",
 }
-# transformers 5 dropped its own image-to-text task; the repo brings it along, and reconstruction with it.
+# transformers 5 has no image-to-text task of its own, so every repo carries the pipelines for it and the other tasks.
 CUSTOM_PIPELINES = {
     "image-to-text": {"impl": "pipeline_vlv.VLVImageToTextPipeline", "pt": ["AutoModelForImageTextToText"]},
     "image-text-to-text": {"impl": "pipeline_vlv.VLVImageTextToTextPipeline", "pt": ["AutoModelForImageTextToText"]},
@@ -32,30 +32,31 @@ class VLVConfig(PreTrainedConfig):
         caption_config (`PreTrainedConfig` or `dict`, *optional*):
             The decoder-only language model that writes the caption. `None`: the model has none and cannot caption.
         num_queries (`int`, defaults to 77):
-            Number Q of learned queries, hence of caption embeddings per image; at most the text encoder's positions.
+            Number Q of learned queries, and so of caption embeddings per image; at most the text encoder's positions.
         image_size (`int`, *optional*):
-            Height and width, in pixels, of the images the decoder rebuilds (384 in the paper). Defaults to the
+            Height and width, in pixels, of the images that the decoder rebuilds (384 in the paper). Defaults to the
             size that the UNet was trained at.
         prompt_ids (`list[int]`):
-            The task prompt that follows the image tokens into the encoder, in the encoder's own token ids.
+            The task prompt, in the encoder's own token ids. It follows the image tokens into the encoder.
         empty_prompt_ids (`list[int]`):
-            The empty prompt in the text encoder's token ids, padded to its positions: the unconditional context.
+            The empty prompt, in the text encoder's token ids, padded to its positions. It gives the unconditional
+            context.
         denoising_loss (`str`, defaults to `"mse"`):
             `"mse"` or `"l1"`, between the UNet's prediction and the scheduler's target.
         min_snr_gamma (`float`, *optional*):
-            Weights the denoising loss by min(SNR, gamma) (arXiv 2303.09556); `None` weights every timestep alike.
+            Weights the denoising loss by min(SNR, gamma) (arXiv 2303.09556). `None` weights all timesteps equally.
         context_dropout (`float`, defaults to 0.0):
             Share of training images whose context is replaced by the empty prompt's.
         sample_latents (`bool`, defaults to `True`):
-            Whether latents are sampled from the VAE's posterior, as in the paper, or are its mean.
+            Whether latents are sampled from the VAE's posterior, as in the paper. Otherwise they are its mean.
         bypass_text_encoder (`bool`, defaults to `False`):
-            Whether the caption embeddings are the context themselves, rather than the text encoder's reading of them:
-            the paper's ablation. The unconditional context is the text encoder's either way.
+            Whether the caption embeddings are used as the context directly, without the text encoder (the paper's
+            ablation). The unconditional context always comes from the text encoder.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of new queries and projections.
 
     Raises:
-        ValueError: when the parts do not fit together; the sentence names both sizes.
+        ValueError: the parts do not fit together; the sentence names both sizes.
     """
 
     model_type = "vlv"
@@ -97,10 +98,10 @@ class VLVConfig(PreTrainedConfig):
         self.sample_latents = sample_latents
         self.bypass_text_encoder = bypass_text_encoder
         self.initializer_range = initializer_range
-        # Each part ties its own embeddings, or not, by its own config.
+        # Each part's own config says whether it ties its embeddings.
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
-        # Set last and always, so that every saved config names the code of this repo, whatever it was loaded from.
+        # Set last and always, so that every saved config names the code that is saved beside it.
         self.auto_map = dict(AUTO_MAP)
         self.custom_pipelines = {task: dict(options) for task, options in CUSTOM_PIPELINES.items()}
         self._check()
@@ -117,7 +118,7 @@ class VLVConfig(PreTrainedConfig):
         if image != language:
             raise ValueError(
                 f"The encoder's image tokens are {image} wide, but its language model is {language} wide: "
-                "set its vision_config.projection_dim to the latter."
+                f"set its vision_config.projection_dim to {language}."
             )
         if self.denoising_loss not in ("mse", "l1"):
             raise ValueError(f"denoising_loss is {self.denoising_loss!r}: choose 'mse' or 'l1'.")
@@ -132,10 +133,8 @@ class VLVConfig(PreTrainedConfig):
                 f"The text encoder is {width} wide, but the UNet attends to a context of width {cross}: "
                 "take both from the same diffusion model."
             )
-        channels, latent = (
-            self.decoder_config["unet"].get("in_channels", 4),
-            self.decoder_config["vae"].get("latent_channels", 4),
-        )
+        channels = self.decoder_config["unet"].get("in_channels", 4)
+        latent = self.decoder_config["vae"].get("latent_channels", 4)
         if channels != latent:
             raise ValueError(
                 f"The VAE's latents have {latent} channels, but the UNet reads {channels}: "
@@ -149,8 +148,8 @@ class VLVConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder=None, encoder=None):
         """
-        The config that sizes vocabulary, cache and generation: the caption head's, or without one that of Florence-2's
-        language model.
+        The config that sets the sizes for vocabulary, cache and generation: the caption head's, or without a caption
+        head that of Florence-2's language model.
         """
         return self.encoder_config.text_config if self.caption_config is None else self.caption_config
 
@@ -166,7 +165,7 @@ def _as_config(config, config_class=None):
 
 
 def _plain(value):
-    """Plain dicts and lists: diffusers' FrozenDicts do not survive a JSON round trip unchanged."""
+    """Plain dicts and lists, because a JSON round trip changes diffusers' FrozenDicts."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -175,8 +174,8 @@ def _plain(value):
 
 
 if __name__ == "configuration_vlv":
-    # Installed, not loaded as a repo's code: AutoTokenizer asks for a repo's config before it loads the tokenizer, and
-    # would ask the user whether to trust the repo's code where the same code is at hand.
+    # This is the installed module, not code of a repo. AutoTokenizer reads a repo's config before the tokenizer. With
+    # the class registered, it does not ask the user to trust the repo's copy of this code.
     AutoConfig.register("vlv", VLVConfig, exist_ok=True)
 
 __all__ = ["VLVConfig"]

@@ -1,4 +1,4 @@
-"""Reading images, from any source that people have, as they expect to see them."""
+"""Reads an image from any source into RGB, the way people expect to see it."""
 
 import base64
 import binascii
@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-# What is opened, whatever a file is called. PIL knows more, but EPS starts Ghostscript, and the rest (WMF, HDF5, MPEG,
-# ...) are stubs that decode nothing. TGA comes last: it has no signature.
+# The formats that are opened, regardless of a file's name. PIL knows more: EPS is left out because it starts
+# Ghostscript, and the others (WMF, HDF5, MPEG, ...) because they decode nothing. TGA comes last: it has no signature.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF", "JXL", "JPEG2000", "PPM", "ICO", "PSD", "QOI"),
     *("BLP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "ICNS", "IM", "MSP", "PCD", "PCX", "PIXAR"),
     *("SGI", "SPIDER", "SUN", "XBM", "XPM", "TGA"),
 )
-# Formats that PIL reads through a plugin, where it is installed.
+# Formats that PIL reads only with a plugin installed.
 PLUGINS = {
     **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), "pillow-heif"),
     **dict.fromkeys((".avif", ".avifs"), "pillow-avif-plugin"),
@@ -35,7 +35,7 @@ PLUGINS = {
 }
 USER_AGENT = "vlv (Vision-Language-Vision; +https://arxiv.org/abs/2507.07104)"
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]{40,}={0,2}\s*")
-TURNS = {  # what makes a picture upright, by its EXIF orientation
+TURNS = {  # EXIF orientation: the operation that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -44,8 +44,8 @@ TURNS = {  # what makes a picture upright, by its EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-COLOUR_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # of an ICC profile that fits the mode
-BAND = 2**22  # pixels that are converted at once, so that a large picture is not held several times
+COLOUR_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # PIL mode: the colour space of a fitting ICC profile
+BAND = 2**22  # pixels that are converted at once, so that memory does not hold several copies of a large image
 
 for _name in ("pillow_heif", "pillow_avif", "pillow_jxl"):
     with suppress(ImportError):
@@ -56,9 +56,9 @@ for _name in ("pillow_heif", "pillow_avif", "pillow_jxl"):
 
 def load_image(source: Any) -> Image.Image:
     """
-    Any image, as people expect to see it, in RGB: EXIF orientation applied, transparency over white, colours of an ICC
-    profile converted to sRGB, 16-bit and float scaled to 8 bits, CMYK and palettes converted, the first frame of an
-    animation.
+    Any image in RGB, as people expect to see it. EXIF orientation is applied, transparency is drawn over white, and
+    the colours of an ICC profile are converted to sRGB. 16-bit and float values are scaled to 8 bits, CMYK and
+    palettes are converted. An animation gives its first frame.
 
     Args:
         source: a path, an http(s) or `data:` URL, a base64 string, the bytes of a file, a file object, a PIL image, an
@@ -71,7 +71,7 @@ def load_image(source: Any) -> Image.Image:
     name, source = _find(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large pictures and odd metadata are fine; only a bomb is refused
+            warnings.simplefilter("ignore")  # large images and odd metadata are fine; a decompression bomb is an error
             opened = isinstance(source, Image.Image)
             with nullcontext(source) if opened else Image.open(source, formats=_formats()) as image:
                 return _to_rgb(image, copy=opened)
@@ -86,8 +86,8 @@ def load_image(source: Any) -> Image.Image:
         ) from error
     except MemoryError as error:
         raise ValueError(f"{name}: the image does not fit into memory; make it smaller first.") from error
-    except Exception as error:  # PIL's decoders and their libraries raise nearly everything on damaged data
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the system's, not a decoder's
+    except Exception as error:  # on damaged data, PIL's decoders and their libraries raise errors of almost any class
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # from the system, not a decoder
             raise OSError(f"{name}: it cannot be read ({error.strerror}).") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         problem = "cannot be decoded" if isinstance(error, NotImplementedError) else "is damaged or cut short"
@@ -98,7 +98,7 @@ def load_image(source: Any) -> Image.Image:
 
 
 def _find(source):
-    """The name for messages, and what PIL opens or has opened."""
+    """The name for messages, and what PIL can open (or a PIL image)."""
     if isinstance(source, dict) and "bytes" in source:
         if source["bytes"] is None:
             return _find(source.get("path"))
@@ -128,7 +128,7 @@ def _find_file(path):
     name = _printable(path)
     try:
         status = os.stat(path)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: not a possible file name
         if isinstance(error, PermissionError):
             raise PermissionError(f"{name}: it may not be read ({error.strerror}).") from error
         content = _from_base64(path) if isinstance(path, str) else None
@@ -150,16 +150,16 @@ def _is_link(path):
 
 
 def _from_base64(text):
-    """The image that the text is in base64, or `None`."""
+    """The bytes of the image that the text encodes, or `None`."""
     if not BASE64.fullmatch(text):
         return None
     try:
         content = base64.b64decode("".join(text.split()), validate=True)
-        with Image.open(io.BytesIO(content), formats=_formats()[:-1]):  # all but TGA, for which any bytes may pass
+        with Image.open(io.BytesIO(content), formats=_formats()[:-1]):  # without TGA, which takes almost any bytes
             return content
     except (binascii.Error, UnidentifiedImageError):
         return None
-    except Exception:  # an image, if a damaged one: opening it again says what is wrong with it
+    except Exception:  # a damaged image: the caller opens it again and reports what is wrong
         return content
 
 
@@ -176,7 +176,7 @@ def _fetch(url):
 
 
 def _quoted(url):
-    """A URL as browsers take it, with spaces and any letters, as servers take it."""
+    """Escapes spaces and non-ASCII letters, as browsers do, so that servers accept the URL."""
     if url.startswith("data:"):
         return url
     parts = urllib.parse.urlsplit(url)
@@ -189,7 +189,7 @@ def _quoted(url):
 
 
 def _printable(name):
-    """A file's name for messages: bytes that are not UTF-8 as `\\xe9`, and never a whole image in base64."""
+    """A file's name for messages. Bytes that are not UTF-8 become `\\xe9`. Long names, such as base64, are cut."""
     name = os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else str(name)
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return name if len(name) <= 500 else f"{name[:80]}…{name[-80:]}"
@@ -205,10 +205,10 @@ def _formats():
 
 
 def _to_rgb(image, copy):
-    """The picture in RGB, upright. `copy`: it is the caller's, and stays as it is."""
+    """The image in RGB and upright. `copy`: it belongs to the caller and must not change."""
     _load(image)
     profile = image.info.get("icc_profile") or b""
-    # Older releases of PIL open a PNG of 16 bits in the mode of 32.
+    # Older releases of PIL open a 16-bit PNG in the 32-bit mode.
     is_16_bits = image.mode.startswith("I;16") or image.format == "PNG"
     turned = _upright(image)
     if turned.mode == "RGB" and not turned.has_transparency_data and _to_srgb(profile, "RGB") is None:
@@ -220,7 +220,7 @@ def _to_rgb(image, copy):
         for start in range(0, turned.height, height):
             band = turned.crop((0, start, turned.width, min(start + height, turned.height)))
             rgb.paste(_opaque(band if scale is None else _to_grey(band, scale), profile), (0, start))
-    rgb.info = {}  # the profile and the orientation are applied: nobody shall apply them again
+    rgb.info = {}  # profile and orientation are applied and must not be applied again
     return rgb
 
 
@@ -228,7 +228,8 @@ def _load(image):
     try:
         image.load()
     except (struct.error, TypeError, ValueError):
-        # PIL turns a TIFF upright while loading it, and writes its other metadata anew, which may be too odd for that.
+        # PIL turns a TIFF upright while it loads it, and rewrites the other metadata. That fails where they are
+        # damaged, but by then the pixels are complete.
         if image.format != "TIFF" or image.tile or image.im.size != image.size:
             raise
 
@@ -236,14 +237,14 @@ def _load(image):
 def _upright(image):
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever odd metadata make PIL do: such a picture lies as it lies
+    except Exception:  # damaged metadata can raise any error in PIL: such an image is not turned
         return image
     turn = TURNS.get(orientation[0] if isinstance(orientation, tuple) and orientation else orientation)
     return image if turn is None else image.transpose(turn)
 
 
 def _scale(image, is_16_bits):
-    """What brings the values of 16 bits, 32 bits or floats to 0..255; `None` for modes of 8 bits."""
+    """The factor that scales 16-bit, 32-bit or float values to 0..255. `None` for 8-bit modes."""
     if image.mode.startswith("I;16"):
         return 1 / 257
     if image.mode not in ("I", "F"):
@@ -258,7 +259,7 @@ def _to_grey(band, scale):
 
 
 def _opaque(band, profile):
-    """RGB, its colours converted to sRGB, transparency over white."""
+    """Converts to RGB: colours to sRGB, transparency over white."""
     alpha = band.convert("RGBA").getchannel("A") if band.has_transparency_data else None
     if band.mode == "LA":
         band = band.getchannel("L")
@@ -272,9 +273,9 @@ def _opaque(band, profile):
     return Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
 
 
-@functools.lru_cache(maxsize=16)  # the pictures of one camera or program share a profile
+@functools.lru_cache(maxsize=16)  # images from one camera or program share a profile
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile's colours to sRGB; `None` where it changes nothing, is broken, or is of other colours."""
+    """Converts a profile's colours to sRGB. `None` where that changes nothing, or the profile does not fit."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if not profile or source.profile.xcolor_space.strip() != COLOUR_SPACES[mode]:
@@ -286,7 +287,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
     if mode == "CMYK":
         return transform
-    # Most profiles are sRGB under one of its many names: such pictures keep their pixels.
+    # Most profiles are sRGB under one of its many names. Such images keep their pixels.
     probe = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), axis=-1).reshape(1, -1, 3)
     probe = Image.fromarray(probe if mode == "RGB" else np.arange(256, dtype=np.uint8)[None])
     change = np.asarray(transform.apply(probe), int) - np.asarray(probe.convert("RGB"), int)

@@ -1,4 +1,4 @@
-"""The pipelines that a VLV repo brings along: image-to-text, image-text-to-text and image-to-image."""
+"""The pipelines of a VLV repo: image-to-text, image-text-to-text and image-to-image."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 class _ProcessorReadsImages:
-    """The library's batching and `save_pretrained` know no processor, but ask for the image processor within it."""
+    """transformers' batching and `save_pretrained` ask for an image processor. They get the whole processor."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -28,8 +28,8 @@ class _ProcessorReadsImages:
 
 class _ImagePipeline(_ProcessorReadsImages, Pipeline):
     """
-    Images in, one result each: a single image gives its result or raises; of several, an unreadable one gives a row
-    `{..., "error": sentence}` in its place, so that the others are not lost.
+    Gives one result per image. A single image that cannot be read raises an error. Among several images it gives a row
+    `{..., "error": sentence}` in its place, so that the results of the others are kept.
     """
 
     _load_processor = True
@@ -41,7 +41,7 @@ class _ImagePipeline(_ProcessorReadsImages, Pipeline):
         """
         Args:
             inputs: a path, URL, bytes, PIL image or array; or a list, generator, `datasets` column or torch dataset of
-                them. Generators and datasets are answered by an iterator, anything else by a list.
+                them. Generators and torch datasets give an iterator, everything else gives a list.
         """
         if isinstance(inputs, Dataset):
             return super().__call__(inputs, **kwargs)
@@ -59,13 +59,13 @@ class _ImagePipeline(_ProcessorReadsImages, Pipeline):
             image = load_image(image)
         except (ValueError, OSError) as reason:
             logger.warning(f"Left out: {reason}")
-            # A blank keeps the batch in shape; what is made of it is thrown away again.
+            # A blank image keeps the batch's shape. postprocess() discards its result.
             image, error = Image.new("RGB", (self.processor.image_width, self.processor.image_height)), str(reason)
         return {"pixel_values": self.processor(images=image, crop=crop)["pixel_values"], "error": error}
 
 
 class VLVImageToTextPipeline(_ImagePipeline):
-    """`pipeline("image-to-text")`: each image gives `[{"generated_text": caption}]`, or n of them when asked for n."""
+    """`pipeline("image-to-text")`: each image gives `[{"generated_text": caption}]`, a row per returned sequence."""
 
     def _sanitize_parameters(self, crop=None, generate_kwargs=None, **generation_arguments):
         return {"crop": crop}, {**(generate_kwargs or {}), **generation_arguments}, {}
@@ -83,14 +83,14 @@ class VLVImageToTextPipeline(_ImagePipeline):
 
 
 class VLVReconstructionPipeline(_ImagePipeline):
-    """`pipeline("image-to-image")`: each image gives the image that the decoder makes of its caption embeddings."""
+    """`pipeline("image-to-image")`: each image gives its reconstruction from its caption embeddings."""
 
     def _sanitize_parameters(self, crop=None, seed=None, **sampling_arguments):
         return {"crop": crop}, {"seed": seed, **sampling_arguments}, {}
 
     def _forward(self, model_inputs, seed=None, **sampling_arguments):
         pixel_values = model_inputs["pixel_values"]
-        if seed is not None:  # one generator each, so that an image does not depend on the batch it is drawn in
+        if seed is not None:  # one generator per image, so that an image does not depend on the others in its batch
             sampling_arguments["generator"] = [torch.Generator().manual_seed(seed) for _ in pixel_values]
         return {
             "images": self.model.reconstruct(pixel_values=pixel_values, output_type="pt", **sampling_arguments),
@@ -105,13 +105,13 @@ class VLVReconstructionPipeline(_ImagePipeline):
 
 
 class VLVImageTextToTextPipeline(_ProcessorReadsImages, ImageTextToTextPipeline):
-    """The stock `pipeline("image-text-to-text")`; `text` is the caption's beginning, which the model continues."""
+    """The stock `pipeline("image-text-to-text")`. `text` is the beginning of the caption; the model continues it."""
 
     def check_model_type(self, supported_models):
-        """The stock list holds only the library's own classes and would log an error for any other."""
+        """Does nothing: the stock check logs an error for every class that is not part of transformers."""
 
     def preprocess(self, inputs=None, **kwargs):
-        if isinstance(inputs, dict):  # read as everywhere else: transparency over white, clear errors
+        if isinstance(inputs, dict):  # read with our own reader: transparency over white, clear errors
             images = inputs["images"]
             images = [load_image(image) for image in images] if isinstance(images, list) else load_image(images)
             inputs = {**inputs, "images": images}
@@ -119,7 +119,7 @@ class VLVImageTextToTextPipeline(_ProcessorReadsImages, ImageTextToTextPipeline)
 
     def _forward(self, model_inputs, generate_kwargs=None):
         output = super()._forward(model_inputs, generate_kwargs)
-        # generate() returns only what is new. The stock postprocess() looks for the text at its beginning, to cut it
-        # off, and would find the "a" of "a" + " large square" in " large": there is nothing for it to find.
+        # The stock postprocess() removes the given text from the output, which here holds new tokens only. Given "a",
+        # it would cut at the "a" of " large square". It gets an empty text, so that it removes nothing.
         output["input_ids"] = output["input_ids"][:, :0]
         return output

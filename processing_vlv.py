@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
-# VLVConfig: AutoTokenizer reads a repo's config.json. Where the class is registered, it has no code of the repo to ask
-# about.
+# VLVConfig is imported to register it. AutoTokenizer reads a repo's config.json, and asks the user to trust the repo's
+# code where the class is not registered.
 try:
     from .configuration_vlv import VLVConfig  # noqa: F401
     from .images_vlv import load_image
@@ -21,25 +21,23 @@ except ImportError:
     from configuration_vlv import VLVConfig  # noqa: F401
     from images_vlv import load_image
 
-# Tokenizers of the parts, kept so that a checkpoint can be taken apart again; each is absent where its part came
-# without one.
+# The parts' own tokenizers. They are kept so that `vlv export` can write the parts again. A part may come without one.
 PART_TOKENIZERS = ("encoder_tokenizer", "decoder_tokenizer")
-STRIP = 16  # an image so many times longer than wide is a strip
+STRIP = 16  # an image that is this many times longer than wide is a strip
 
 
 class VLVProcessor(ProcessorMixin):
     r"""
-    Prepares images and captions for [`VLVModel`], with PIL throughout, so that the pixels do not depend on what else
-    is installed.
+    Prepares images and captions for [`VLVModel`]. It always uses PIL, so that the pixels do not depend on which other
+    libraries are installed.
 
     Args:
         tokenizer: the caption head's tokenizer (the decoder's, in a checkpoint without a caption head).
         image_height, image_width (`int`): pixels that the encoder reads; the whole image is resized to them.
         image_mean, image_std (`list[float]`): the encoder's normalisation of values in 0..1.
         decoder_image_size (`int`): pixels of a side of the square image that the decoder rebuilds.
-        crop (`str`, *optional*): `None` reads the whole image, its sides stretched to the encoder's as Florence-2
-            does; `"center"` first resizes the shorter side to `decoder_image_size` and cuts out the centre, as the
-            paper does.
+        crop (`str`, *optional*): `None` reads the whole image, stretched to the encoder's size as in Florence-2.
+            `"center"` first resizes the shorter side to `decoder_image_size` and cuts out the centre, as in the paper.
         encoder_tokenizer, decoder_tokenizer (*optional*): the Florence-2's and the text-to-image model's own.
     """
 
@@ -100,13 +98,13 @@ class VLVProcessor(ProcessorMixin):
         """
         Args:
             images: one image or several, each anything that `load_image` reads.
-            text: one caption or several. Without `return_labels` they are beginnings to be continued, padded on the
-                left; with it they are whole captions: the end-of-text token is added, padding is on the right.
-            crop (`str`, *optional*): `"center"` in place of the whole image.
+            text: one caption or several. Without `return_labels` they are beginnings for the model to continue, padded
+                on the left. With it they are whole captions: the end-of-text token is added, padding is on the right.
+            crop (`str`, *optional*): `"center"` instead of the whole image.
             return_decoder_pixel_values (`bool`): also the images as the decoder rebuilds them.
             return_labels (`bool`): also `labels`, the captions' ids with -100 on the padding.
-            return_tensors (`str`): `"pt"` is the only one.
-            max_length (`int`, *optional*): cuts longer captions (their end-of-text with them).
+            return_tensors (`str`): only `"pt"` is supported.
+            max_length (`int`, *optional*): cuts longer captions, including their end-of-text token.
 
         Returns:
             [`BatchFeature`] with, of shapes and in the order (batch, ...):
@@ -136,7 +134,7 @@ class VLVProcessor(ProcessorMixin):
         size = (self.image_width, self.image_height)
         pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
         mean, std = np.float32(self.image_mean), np.float32(self.image_std)
-        # Rescaled in double precision, as Florence-2's own image processor does: equal to it in the last bit.
+        # Florence-2's own image processor also rescales in double precision. The result equals its to the last bit.
         pixels = ((pixels * (1 / 255)).astype(np.float32) - mean) / std  # (B, H, W, 3)
         return torch.from_numpy(pixels.transpose(0, 3, 1, 2)).contiguous()
 
@@ -148,7 +146,7 @@ class VLVProcessor(ProcessorMixin):
     # ---- text ----------------------------------------------------------------------------------------------
 
     def _tokenize(self, text, return_labels, max_length):
-        # No special tokens: a caption begins right behind the image's prefix, where another beginning would be noise.
+        # No special tokens: a caption follows the image's prefix directly, without a begin-of-text token.
         ids = [self.tokenizer(caption, add_special_tokens=False).input_ids for caption in text]
         if return_labels:
             ids = [caption + [self.tokenizer.eos_token_id] for caption in ids]
@@ -189,7 +187,7 @@ class VLVProcessor(ProcessorMixin):
         return output
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As `ProcessorMixin.save_pretrained`; the parts' tokenizers go into folders of their own names."""
+        """As `ProcessorMixin.save_pretrained`. Each part's tokenizer is saved in a subfolder of its own name."""
         saved = super().save_pretrained(save_directory, **kwargs)
         for name, tokenizer in self._part_tokenizers.items():
             tokenizer.save_pretrained(Path(save_directory) / name)
@@ -204,7 +202,7 @@ class VLVProcessor(ProcessorMixin):
         }
         settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
         processor._part_tokenizers = {
-            # With a config at hand none is looked for, which these folders lack: offline, that is an error.
+            # These folders have no config.json. Without `config=`, AutoTokenizer would look for it, and fail offline.
             name: AutoTokenizer.from_pretrained(
                 pretrained_model_name_or_path, subfolder=name, config=PreTrainedConfig(), **hub_kwargs
             )
@@ -228,10 +226,10 @@ class VLVProcessor(ProcessorMixin):
 
         Args:
             encoder: id or folder of a Florence-2: its image size, normalisation and tokenizer.
-            decoder (*optional*): id or folder of a Stable Diffusion 1.x or 2.x in diffusers' layout: its tokenizer. A
-                captioner that never had one gives `image_size`.
-            caption_head (*optional*): id or folder of a decoder-only language model: the captions' tokenizer; the
-                decoder's in a model without a caption head.
+            decoder (*optional*): id or folder of a Stable Diffusion 1.x or 2.x in diffusers' layout: its tokenizer.
+                Without a decoder, give `image_size`.
+            caption_head (*optional*): id or folder of a decoder-only language model: the captions' tokenizer. Without
+                a caption head, the decoder's tokenizer takes its place.
             image_size (`int`, *optional*): pixels of a reconstruction's side; the UNet's own by default.
             crop (`str`, *optional*): as above.
             hub_kwargs: `revision`, `token`, `local_files_only`, ... as every part's `from_pretrained` takes them.
@@ -270,7 +268,7 @@ def _centre(image, size):
     if max(resized) <= STRIP * size:
         image = image.resize(tuple(resized), Image.Resampling.BILINEAR)
         return image.crop((*corner, corner[0] + size, corner[1] + size))
-    # A long strip would grow to gigabytes: only what is kept of it is resized, and what the filter reads around that.
+    # A long strip would grow to gigabytes. Only the square and the pixels that the filter reads around it are resized.
     steps = [before / after for before, after in zip(image.size, resized, strict=True)]
     box = [place * step for place, step in zip((*corner, corner[0] + size, corner[1] + size), 2 * steps, strict=True)]
     left, top = (max(0, math.floor(place - step) - 1) for place, step in zip(box[:2], steps, strict=True))

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from experiments.llava import image_tokens
-from vlv.evaluation.captions import Caption
+from vlv.captioning.captioner import Caption
 from vlv.tiny.encoder import EncoderSettings, ShortCaptioning, normalise
 
 BATCH = 50

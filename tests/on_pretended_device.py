@@ -17,7 +17,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
-from vlv.inference import reconstruct_images
+from vlv.models.rebuilding import reconstruct_images
 
 _setup_privateuseone_for_python_backend("pretended")
 DEVICE = torch.device("pretended:0")

@@ -13,7 +13,7 @@ import transformers
 
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
-from vlv.inference import reconstruct_images
+from vlv.models.rebuilding import reconstruct_images
 
 no_offload_in_5_0 = pytest.mark.skipif(
     transformers.__version__.startswith("5.0."), reason="transformers 5.0 cannot offload its own models on a CPU"

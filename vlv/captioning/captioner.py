@@ -1,11 +1,13 @@
 """From pixels to captions, in batches that fit into memory."""
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from PIL import Image
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
@@ -25,10 +27,17 @@ def largest_batch(device_type: str) -> int:
     return LARGEST_BATCH.get(device_type, LARGEST_ON_ACCELERATOR)
 
 
+class Caption(NamedTuple):
+    text: str
+    ended: bool  # by its end-of-text token, not by the longest length allowed
+
+
 class Captioner:
     """
-    Writes captions, the same for an image whatever the batch (in fp32; lower precisions round differently in
-    different batches).
+    Writes captions: the one place that does, for the command, evaluation, a training's samples and publishing.
+
+    The captions of an image are the same whatever the batch (in fp32; lower precisions round differently in different
+    batches).
 
     Args:
         model, processor: from [`load_captioner`].
@@ -53,7 +62,7 @@ class Captioner:
         eos = model.generation_config.eos_token_id
         self.eos_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
 
-    def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[str]]:
+    def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[Caption]]:
         """
         Args:
             names: the images' names, which seed what is drawn for them.
@@ -65,7 +74,7 @@ class Captioner:
         Raises:
             ValueError: when not even one image fits into memory.
         """
-        captions = []
+        captions: list[list[Caption]] = []
         while len(captions) < len(names):
             batch = slice(len(captions), len(captions) + self.batch_size)
             before = memory_in_use(self.device)
@@ -76,6 +85,35 @@ class Captioner:
                 captions += written
                 self._grow(len(written), peak_memory(self.device) - before)
         return captions
+
+    def caption_images(self, images: Iterable[tuple[str, Image.Image]]) -> Iterator[tuple[str, list[Caption]]]:
+        """Captions of PIL images of any mode and size, each behind its name, in order."""
+        images = iter(images)
+        while batch := list(islice(images, self.largest)):
+            names = [name for name, _ in batch]
+            pixel_values = [self.processor(images=image)["pixel_values"][0] for _, image in batch]
+            yield from zip(names, self(names, pixel_values), strict=True)
+
+    @torch.inference_mode()
+    def write(self, names: Sequence[str], caption_embeds: torch.Tensor) -> list[list[Caption]]:
+        """
+        Captions of what has been encoded, in one batch.
+
+        Args:
+            caption_embeds: `(B, Q, E)`, from `model.encode`.
+        """
+        spelling = Spelling(self.decoding, self.processor.tokenizer, self.eos_token_ids)
+        prefix_ids = torch.tensor(spelling.prefix_ids, dtype=torch.long).expand(len(names), -1)
+        arguments = self.generation_arguments(names, spelling)
+        with warnings.catch_warnings():
+            # That what was not written is not counted as repeated: here, that is as it should be.
+            warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
+            ids = self.model.generate(caption_embeds=caption_embeds, input_ids=prefix_ids, **arguments).tolist()
+        captions = [
+            Caption(spelling.text(row).strip(), any(token in self.eos_token_ids for token in row)) for row in ids
+        ]
+        each = self.decoding.num_captions
+        return [captions[start : start + each] for start in range(0, len(captions), each)]
 
     def generation_arguments(self, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
         """What `model.generate` is told, for the images of these names."""
@@ -96,17 +134,7 @@ class Captioner:
 
     @torch.inference_mode()
     def _caption(self, names, pixel_values):
-        caption_embeds = self.model.encode(pixel_values)
-        spelling = Spelling(self.decoding, self.processor.tokenizer, self.eos_token_ids)
-        prefix_ids = torch.tensor(spelling.prefix_ids, dtype=torch.long).expand(len(names), -1)
-        arguments = self.generation_arguments(names, spelling)
-        with warnings.catch_warnings():
-            # That what was not written is not counted as repeated: here, that is as it should be.
-            warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
-            ids = self.model.generate(caption_embeds=caption_embeds, input_ids=prefix_ids, **arguments)
-        texts = [spelling.text(row).strip() for row in ids.tolist()]
-        each = self.decoding.num_captions
-        return [texts[start : start + each] for start in range(0, len(texts), each)]
+        return self.write(names, self.model.encode(pixel_values))
 
     def _shrink(self, failed):
         clear_device_cache(garbage_collection=True)

@@ -98,7 +98,7 @@ def caption_batch(captioner: Captioner, batch: Sequence[Prepared]) -> list[Row]:
     for order, name, _, error in batch:
         row = {"order": list(order), "file_name": name}
         if error is None:
-            texts = next(captions)
+            texts = [caption.text for caption in next(captions)]
             row["text"] = texts if captioner.decoding.num_captions > 1 else texts[0]
         else:
             row["error"] = error

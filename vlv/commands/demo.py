@@ -47,16 +47,19 @@ def main(argv: list[str]) -> None:
 def _run(arguments: DemoArguments, folder: Path) -> None:
     # Imported only now: torch would keep --help and wrong arguments waiting.
     from processing_vlv import load_image
-    from vlv.inference import caption_images, reconstruct_images, see
+    from vlv.captioning.captioner import Captioner
+    from vlv.captioning.settings import Decoding
     from vlv.models.loading import load_autoencoder
+    from vlv.models.rebuilding import reconstruct_images, see
 
     model, processor = load_autoencoder(arguments.model, arguments.device)
     scenes = write_scenes(folder / "scenes", NUM_SCENES, arguments.seed, split="test")
     rows = [json.loads(line) for line in (scenes / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     truths = {row["file_name"]: row["text"] for row in rows}
     images = [(name, load_image(scenes / name)) for name in truths]
-    progress = tqdm(caption_images(model, processor, images), desc="Captioning", total=NUM_SCENES, unit="image")
-    captions = dict(progress)
+    captioner = Captioner(model, processor, Decoding(), batch_size=8)
+    progress = tqdm(captioner.caption_images(images), desc="Captioning", total=NUM_SCENES, unit="image")
+    captions = {name: best.text for name, (best, *_) in progress}
     seen = ((name, see(processor, image)) for name, image in images)
     progress = tqdm(reconstruct_images(model, seen), desc="Rebuilding", total=NUM_SCENES, unit="image")
     pairs = [

@@ -67,8 +67,8 @@ def _rebuild(
     files: list[ImageFile], targets: dict[ImageFile, Path], folder: Path, arguments: ReconstructArguments
 ) -> None:
     # Imported only now: torch would keep --help and wrong arguments waiting.
-    from vlv.inference import reconstruct_images, see
     from vlv.models.loading import load_autoencoder
+    from vlv.models.rebuilding import reconstruct_images, see
 
     model, processor = load_autoencoder(arguments.model, arguments.device, caption_config=None)
     pairs = []

@@ -16,7 +16,8 @@ from components_vlv import reading_part
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
-from vlv.evaluation.captions import write_captions
+from vlv.captioning.captioner import Captioner
+from vlv.captioning.settings import Decoding
 from vlv.evaluation.embedding import is_clip
 from vlv.evaluation.images import EvaluationData
 from vlv.evaluation.metrics import compute
@@ -248,11 +249,11 @@ class DatasetScorer:
         }
 
         def write(start):
-            images = (self.data.load(number) for number in range(start, len(self.data)))
-            generation = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams}
-            captions = write_captions(*self._vlv, images, self.batch_size, **generation)
-            for name, caption in zip(self.data.names[start:], captions, strict=True):
-                yield {"file_name": name, "text": caption.text, "ended": caption.ended}
+            decoding = Decoding(max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
+            captioner = Captioner(*self._vlv, decoding, self.batch_size)
+            images = ((self.data.names[number], self.data.load(number)) for number in range(start, len(self.data)))
+            for name, (best, *_) in captioner.caption_images(images):
+                yield {"file_name": name, "text": best.text, "ended": best.ended}
 
         return self.work.rows("captions", settings, len(self.data), write)
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from PIL import Image
 
 from processing_vlv import load_image
+from vlv.captioning.captioner import Captioner
+from vlv.captioning.settings import Decoding
 from vlv.images import ImageFile
-from vlv.inference import caption_images, reconstruct_images, see
 from vlv.models.loading import load_autoencoder, load_captioner, read_config
+from vlv.models.rebuilding import reconstruct_images, see
 
 PIXELS = 512  # of the longer side of a sample picture
 
@@ -35,7 +37,8 @@ def make_samples(source: str, files: Sequence[ImageFile], captioner_only: bool =
         image.thumbnail((PIXELS, PIXELS))
         pictures.append((Path(file.name).stem, image))
     model, processor = load_captioner(source)
-    captions = dict(caption_images(model, processor, pictures))
+    captioner = Captioner(model, processor, Decoding(), batch_size=8)
+    captions = {name: best.text for name, (best, *_) in captioner.caption_images(pictures)}
     if captioner_only or read_config(source).decoder_config is None:
         return [Sample(name, image, captions[name]) for name, image in pictures]
     model, processor = load_autoencoder(source, caption_config=None)

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv.evaluation.captions import Caption, write_captions
+from vlv.captioning.captioner import Caption, Captioner
+from vlv.captioning.settings import Decoding
 from vlv.evaluation.pictures import draw, embed_captions, encode_images
 from vlv.evaluation.results import Measurement
 from vlv.scenes import WORLD, World, compare
@@ -59,8 +60,9 @@ class SceneScorer:
 
     def captions(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
         """Greedy captions of the pictures, parsed, and the share of them that ended by themselves."""
-        images = (image for image, _ in pictures)
-        captions = write_captions(self.model, self.processor, images, self.batch_size)
+        captioner = Captioner(self.model, self.processor, Decoding(), self.batch_size)
+        images = ((str(number), image) for number, (image, _) in enumerate(pictures))
+        captions = (best for _, (best, *_) in captioner.caption_images(images))
         return score_captions(_progress(captions, f"Captioning {name}", pictures), pictures, name, self.world)
 
     def reconstructions(self, pictures: Pictures, name: str) -> dict[str, Measurement]:

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel, VLVOutput
 from processing_vlv import VLVProcessor
+from vlv.captioning.captioner import Captioner
+from vlv.captioning.settings import Decoding
 from vlv.data.rows import captions_of
 from vlv.models.loading import read_config
 from vlv.training.examples import draw_captions, merge
@@ -105,8 +107,9 @@ class CaptionStage(VLVStage):
         rows, _, pixel_values = self.sample_rows()
         truths = [captions_of(row[self.settings.caption_column])[0] for row in rows]
         length = self.processor(text=truths)["input_ids"].shape[1] + 8
-        ids = self.model.eval().generate(pixel_values=pixel_values, max_new_tokens=length, do_sample=False)
-        return markdown_table(("written", "true"), list(zip(self.processor.batch_decode(ids), truths, strict=True)))
+        captioner = Captioner(self.model.eval(), self.processor, Decoding(max_new_tokens=length), len(rows))
+        written = [best.text for best, *_ in captioner(range(len(rows)), pixel_values)]
+        return markdown_table(("written", "true"), list(zip(written, truths, strict=True)))
 
     @torch.no_grad()
     def whole(self) -> VLVModel:
@@ -130,8 +133,7 @@ class CaptionStage(VLVStage):
     @torch.inference_mode()
     def evaluate(self, num: int = 500) -> dict[str, float]:
         """Share of the evaluation captions that greedy search gives back word for word, and that end by themselves."""
-        model, tokenizer = self.model.eval(), self.processor.tokenizer
-        right = ended = total = 0
+        model, right, ended, total = self.model.eval(), 0, 0, 0
         rows = Subset(self.eval_dataset, range(min(num, len(self.eval_dataset))))
         for batch in DataLoader(rows, batch_size=100, collate_fn=self.collate):
             truth = self.processor.batch_decode(batch["input_ids"])
@@ -139,8 +141,9 @@ class CaptionStage(VLVStage):
             if "caption_embeds" not in batch:
                 image = {name: batch[name] for name in ("pixel_values", "image_features") if name in batch}
                 batch["caption_embeds"] = model.encode(**image)
-            ids = model.generate(caption_embeds=batch["caption_embeds"], max_new_tokens=length, do_sample=False).cpu()
-            right += sum(said == true for said, true in zip(self.processor.batch_decode(ids), truth, strict=True))
-            ended += (ids == tokenizer.eos_token_id).any(1).sum().item()
-            total += len(ids)
+            captioner = Captioner(model, self.processor, Decoding(max_new_tokens=length), len(truth))
+            written = [best for best, *_ in captioner.write(truth, batch["caption_embeds"])]
+            right += sum(said.text == true for said, true in zip(written, truth, strict=True))
+            ended += sum(said.ended for said in written)
+            total += len(written)
         return {"exact_captions": right / total, "ended": ended / total}

@@ -1,4 +1,4 @@
-"""Captions and reconstructions of many images, in batches."""
+"""Images rebuilt from their caption embeddings, in batches: for the command, the demo and publishing."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -9,8 +9,6 @@ from PIL import Image
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv.captioning.captioner import Captioner
-from vlv.captioning.settings import Decoding
 
 Key = TypeVar("Key")
 Item = TypeVar("Item")
@@ -30,20 +28,6 @@ def see(processor: VLVProcessor, image: Image.Image) -> Seen:
     pixel_values = processor(images=shown)["pixel_values"][0]
     shown.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
     return Seen(pixel_values, shown)
-
-
-def caption_images(
-    model: VLVModel,
-    processor: VLVProcessor,
-    images: Iterable[tuple[Key, Image.Image]],
-    batch_size: int = 8,
-    decoding: Decoding | None = None,
-) -> Iterator[tuple[Key, str]]:
-    """Write a caption for each image, in order. Keys come back untouched."""
-    captioner = Captioner(model, processor, decoding or Decoding(), batch_size)
-    for keys, pictures in _batches(images, batch_size):
-        captions = captioner([str(key) for key in keys], processor(images=pictures)["pixel_values"])
-        yield from zip(keys, (best for best, *_ in captions), strict=True)
 
 
 @torch.inference_mode()
