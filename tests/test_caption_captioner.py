@@ -6,6 +6,7 @@ import re
 import pytest
 import tiny
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, StaticCache
 
@@ -32,8 +33,15 @@ def model(tiny_model):
     return model
 
 
+class _Texts(Captioner):
+    """Gives the texts of the captions alone."""
+
+    def __call__(self, *arguments):
+        return [[caption.text for caption in captions] for captions in super().__call__(*arguments)]
+
+
 def _captioner(model, batch_size=COUNT, **decoding):
-    return Captioner(model, tiny.processor(), Decoding(**{"max_new_tokens": LENGTH, **decoding}), batch_size)
+    return _Texts(model, tiny.processor(), Decoding(**{"max_new_tokens": LENGTH, **decoding}), batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +105,7 @@ def test_a_static_cache_changes_nothing(model, pixel_values, decoding):
     )
     settings = Decoding(max_new_tokens=LENGTH, **DECODINGS[decoding])
     try:
-        captions = Captioner(model, tiny.processor(), settings, COUNT, compile=True)(NAMES, pixel_values)
+        captions = _Texts(model, tiny.processor(), settings, COUNT, compile=True)(NAMES, pixel_values)
     finally:
         handle.remove()
     assert set(caches) == {StaticCache}
@@ -318,3 +326,26 @@ def test_draws_have_the_models_probabilities(model, pixel_values):
         expected = float(probabilities[token])
         error = (expected * (1 - expected) / draws) ** 0.5
         assert abs(texts.count(f"({letter}") / draws - expected) < 5 * error + 1e-9
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_caption_knows_whether_it_ended(model, pixel_values, num_beams):
+    """Each word is compared with what `generate` says of the image alone."""
+    for length in (3, LENGTH):
+        decoding = Decoding(max_new_tokens=length, num_beams=num_beams)
+        captions = Captioner(model, tiny.processor(), decoding, 5)(NAMES, pixel_values)
+        ends = set(model.generation_config.eos_token_id)
+        for pixels, (caption,) in zip(pixel_values, captions, strict=True):
+            ids = model.generate(pixels[None], max_new_tokens=length, num_beams=num_beams)[0].tolist()
+            assert caption.ended == bool(ends & set(ids))
+
+
+def test_images_are_captioned_as_their_pixels_are(model):
+    processor = tiny.processor()
+    images = [(f"{size}.png", Image.new("RGB", (size, 20), (size * 9, 90, 200))) for size in range(9, 16)]
+    captioner = Captioner(model, processor, Decoding(max_new_tokens=LENGTH), 3)
+    pixel_values = [processor(images=image)["pixel_values"][0] for _, image in images]
+    expected = captioner([name for name, _ in images], pixel_values)
+    assert list(captioner.caption_images(images)) == [
+        (name, captions) for (name, _), captions in zip(images, expected, strict=True)
+    ]
