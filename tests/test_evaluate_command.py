@@ -225,6 +225,21 @@ def test_an_interrupted_run_goes_on(photos, tiny_repo, tmp_path):
     assert before[length] != after[length]
 
 
+@pytest.mark.parametrize("num_beams", ["1", "3"])
+def test_what_is_measured_is_what_vlv_caption_writes(photos, tiny_repo, tmp_path, num_beams):
+    search = ["--model", tiny_repo, "--max_new_tokens", "12", "--num_beams", num_beams]
+    metrics = ["--metrics", "captions/length", "--output", tmp_path / "results.json"]
+    assert _main("--dataset", photos, *metrics, *search) == 0
+    (measured,) = tmp_path.glob("results.work/captions-*/captions.jsonl")
+    assert main(["caption", *map(str, [photos, "--output", tmp_path / "captions.jsonl", *search])]) == 0
+    written = {row["file_name"]: row["text"] for row in _rows(tmp_path / "captions.jsonl")}
+    assert {row["file_name"]: row["text"] for row in _rows(measured)} == written
+
+
+def _rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def test_other_settings_make_other_captions(photos, tiny_repo, tmp_path):
     arguments = ["--model", tiny_repo, "--dataset", photos, "--metrics", "captions/length"]
     arguments += ["--output", tmp_path / "results.json"]
