@@ -14,7 +14,7 @@ OLDEST_TESTS := $(wildcard tests/test_model*.py tests/test_doors*.py tests/test_
 	tests/test_hub_upload.py::test_the_proof_accepts_what_was_built \
 	'tests/test_hub_upload.py::test_from_a_checkpoint_to_a_strangers_cold_cache[captioner]'
 
-.PHONY: demo test test-oldest tiny emoji experiments results lint format clean
+.PHONY: demo test test-fast test-oldest tiny emoji experiments results lint format clean
 
 # Installs only what the demo needs, into the same .venv that the tests complete.
 demo: $(RUNNABLE)
@@ -23,6 +23,10 @@ demo: $(RUNNABLE)
 # Two workers with one thread each: torch's own threads would only get in each other's way.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Without the tests that take more than a few seconds.
+test-fast: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 # Trains the bundled checkpoint anew, part by part, and puts it into the package. Interrupted, it goes on where it was.
 OUT ?= outputs
@@ -91,6 +95,7 @@ test-oldest: $(OLDEST_INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
