@@ -5,8 +5,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUNNABLE := .venv/.runnable
 # On Linux, PyPI's build of PyTorch brings gigabytes of CUDA libraries. Where there is no NVIDIA GPU, PyTorch's own index
-# has a build without them; pip falls back to PyPI when the index cannot be reached.
-TORCH_INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
+# has a build without them; where that cannot be reached, the next step takes PyPI's.
+CPU_TORCH = $(if $(shell command -v nvidia-smi),,$(1) -m pip install --quiet --no-deps --retries 0 \
+	--index-url https://download.pytorch.org/whl/cpu $(shell grep '^torch==' constraints.txt) || true)
 OLDEST := .venv-oldest/bin
 OLDEST_INSTALLED := .venv-oldest/.installed
 OLDEST_TESTS := $(wildcard tests/test_model*.py tests/test_doors*.py tests/test_*loading.py) \
@@ -106,14 +107,16 @@ clean:
 
 $(RUNNABLE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(TORCH_INDEX) -c constraints.txt -e .
+	$(call CPU_TORCH,$(BIN)/python)
+	$(BIN)/python -m pip install -c constraints.txt -e .
 	touch $@
 
 $(INSTALLED): $(RUNNABLE)
-	$(BIN)/python -m pip install $(TORCH_INDEX) -c constraints.txt -e '.[all]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[all]'
 	touch $@
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	$(OLDEST)/python -m pip install $(TORCH_INDEX) -c constraints-oldest.txt -e . pytest pytest-timeout pytest-xdist
+	$(call CPU_TORCH,$(OLDEST)/python)
+	$(OLDEST)/python -m pip install -c constraints-oldest.txt -e . pytest pytest-timeout pytest-xdist
 	touch $@
