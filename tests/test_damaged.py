@@ -111,7 +111,7 @@ def test_train(damaged, tiny_repo, tmp_path):
     settings = ["--eval_size", 8, "--max_steps", 2, "--save_steps", 2, "--eval_strategy", "no"]
     settings += ["--per_device_train_batch_size", 8, "--model", tiny_repo, "--dataset", tmp_path / "data"]
     _run("train", "tiny/caption", *settings, "--output_dir", output)
-    left_out = _names(output / "unreadable.jsonl")
+    left_out = _names(output / "failures.jsonl")
     _count("train", names, set(names).difference(left_out), left_out)
 
 

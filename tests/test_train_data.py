@@ -158,9 +158,9 @@ def test_one_of_several_captions_is_drawn_per_epoch(pictures, tiny_repo, tmp_pat
         assert set(captions) == {f"{number} one", f"{number} two"}
     assert epoch(5) == drawn[5]
 
-    left_out = [json.loads(line) for line in (tmp_path / "out" / "unreadable.jsonl").read_text().splitlines()]
+    left_out = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
     assert sorted(entry["row"] for entry in left_out) == [13, 14, 15]
-    assert {entry["reason"] for entry in left_out} == {"there is no caption."}
+    assert {entry["error"] for entry in left_out} == {"there is no caption."}
 
 
 def test_captions_are_padded_to_the_longest_of_the_batch_and_grouped_by_length(pictures, tiny_repo, tmp_path):
@@ -221,9 +221,9 @@ BROKEN = {"cut.png", "empty.jpg", "page.jpg"}
 def test_broken_files_are_left_out_and_named(recipe, streaming, mixed, tiny_repo, tmp_path, capsys):
     settings = {"model": tiny_repo, "streaming": streaming, "eval_size": 2, "max_steps": 6}
     assert vlv(["train", *arguments(recipe, tmp_path, dataset=mixed, **settings)]) == 0
-    report = [json.loads(line) for line in (tmp_path / "unreadable.jsonl").read_text().splitlines()]
+    report = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
     assert {entry["file_name"] for entry in report} == BROKEN and len(report) == 3
-    assert all(entry["reason"] for entry in report)
+    assert all(entry["error"] for entry in report)
     assert "3 unusable rows were left out" in capsys.readouterr().out
 
 

@@ -275,7 +275,7 @@ def test_images_that_cannot_be_read_are_left_out_while_training(tiny_repo, tmp_p
     settings = {"dataset": folder, "model": tiny_repo, "per_device_train_batch_size": 1, "eval_size": 2}
     record = run(CAPTION, tmp_path / "out", cache_features=False, max_steps=10, **settings)
     assert record["steps"] == 10
-    lines = (tmp_path / "out" / "unreadable.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["file_name"] for line in lines) == broken
     assert "6 unusable rows were left out" in capsys.readouterr().out
 

@@ -29,7 +29,7 @@ def bundle(outputs: Path, checkpoint: Path, recipes: str) -> None:
             raise FileNotFoundError(f"{outputs / step} holds no finished training: run `make {recipes}` first.")
     root = Path(__file__).resolve().parents[2]
     shutil.rmtree(checkpoint, ignore_errors=True)
-    left_behind = ("checkpoint-*", "cache", "samples", "*.py", "training.json", "unreadable.jsonl")
+    left_behind = ("checkpoint-*", "cache", "samples", "*.py", "training.json", "failures.jsonl")
     shutil.copytree(outputs / "caption", checkpoint, ignore=shutil.ignore_patterns(*left_behind))
     for name in CODE_FILES:  # one copy of the code in the repository; a wheel holds the files themselves
         (checkpoint / name).symlink_to(os.path.relpath(root / name, checkpoint))

@@ -101,7 +101,7 @@ class Examples(torch.utils.data.Dataset):
                     break
                 samples = self.readable([index % count])
             if not samples:
-                raise ValueError(f"None of the {count} rows can be used: unreadable.jsonl says why.")
+                raise ValueError(f"None of the {count} rows can be used: failures.jsonl says why.")
             indices, batch = [index for index, _ in samples], merge([sample for _, sample in samples])
         for source in self.cached:
             batch |= source[indices]
@@ -168,7 +168,7 @@ class Stream(torch.utils.data.IterableDataset):
                 return  # there are more workers than shards of the data
             if not found:
                 raise ValueError(
-                    "None of the streamed rows can be trained on: they are unreadable (unreadable.jsonl says why) or"
+                    "None of the streamed rows can be trained on: they are unreadable (failures.jsonl says why) or"
                     " held out for evaluation (eval_size)."
                 )
 

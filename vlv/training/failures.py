@@ -9,8 +9,8 @@ from typing import Any
 
 class LeftOut:
     """
-    `unreadable.jsonl` in the output folder: a line for every row left out, with its `file_name`, or its number in the
-    data set where it has none, and the `reason`.
+    `failures.jsonl` in the output folder: a line for every row left out, with its `file_name`, or its number in the
+    dataset where it has none, and the `error`. `vlv caption` writes the same rows.
 
     Args:
         image_column: holds the images, which know their files.
@@ -18,7 +18,7 @@ class LeftOut:
     """
 
     def __init__(self, output_dir: Path, image_column: str, roots: Sequence[str] = ()):
-        self.file, self.image_column, self.roots = output_dir / "unreadable.jsonl", image_column, roots
+        self.file, self.image_column, self.roots = output_dir / "failures.jsonl", image_column, roots
 
     def add(self, row: dict[str, Any], number: int, reason: Exception | str) -> None:
         image = row.get(self.image_column)
@@ -26,7 +26,7 @@ class LeftOut:
         entry = {"file_name": self.name(path)} if path else {"row": number}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**entry, "reason": str(reason)}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({**entry, "error": str(reason)}, ensure_ascii=False) + "\n")
 
     def name(self, path: str) -> str:
         """Relative to the folder that it was found in, with forward slashes."""
