@@ -1,11 +1,13 @@
 """What a recipe may name as its stage, and when a run tells what it will train."""
 
+import json
 import textwrap
 
 import pytest
 from training import arguments, run
 
 from vlv.cli import main
+from vlv.publish.card import _trainings
 from vlv.training.recipe import read_recipe, recipe_names
 from vlv.training.registry import STAGE_CLASSES, stage_class
 
@@ -122,3 +124,16 @@ def test_a_configuration_of_accelerate_by_its_name(monkeypatch, capsys):
     assert "the package has ddp, deepspeed_zero2, fsdp2" in capsys.readouterr().err
     assert main(["train", "--accelerate_config", "ddp"]) == 2
     assert "name a recipe behind it" in capsys.readouterr().err
+
+
+def test_the_card_lists_a_training_after_those_that_it_starts_from(tmp_path):
+    recipes = {
+        "a": {"stage": "caption", "model": "runs/one", "output_dir": "runs/two"},
+        "b": {"stage": "own_stages:OwnStage", "encoder": "runs/zero", "output_dir": "runs/one"},
+        "c": {"stage": "encoder", "output_dir": "runs/zero"},
+    }
+    for name, recipe in recipes.items():
+        folder = tmp_path / "training" / name
+        folder.mkdir(parents=True)
+        (folder / "training.json").write_text(json.dumps({"recipe": recipe}))
+    assert [record["recipe"]["output_dir"] for record in _trainings(tmp_path)] == ["runs/zero", "runs/one", "runs/two"]

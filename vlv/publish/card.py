@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from configuration_vlv import VLVConfig
 from modeling_vlv import VLVModel
 from vlv.publish.samples import Sample
-from vlv.training.registry import STAGE_CLASSES
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
@@ -172,7 +172,7 @@ def _eval_result(metric, results):
 
 
 def _trainings(folder):
-    """What each training recorded, in the order in which the stages build on each other."""
+    """What each training recorded. A training comes after those whose output folders its recipe names."""
     files = [*folder.glob("training/*/training.json"), *folder.glob("training.json")]
     records = [{**_read(file), "file": file.relative_to(folder).as_posix()} for file in files]
     for record in records:
@@ -181,8 +181,13 @@ def _trainings(folder):
             name: value for name, value in record["recipe"].items() if value is not None and name != "output_dir"
         }
         record["yaml"] = yaml.safe_dump(recipe, sort_keys=False).strip()
-    stages = list(STAGE_CLASSES)
-    return sorted(records, key=lambda record: stages.index(record["recipe"]["stage"]))
+    records.sort(key=lambda record: record["file"])
+    made = {record["recipe"].get("output_dir"): number for number, record in enumerate(records)}
+    starts = {
+        number: {made[v] for v in record["recipe"].values() if isinstance(v, str) and made.get(v, number) != number}
+        for number, record in enumerate(records)
+    }
+    return [records[number] for number in TopologicalSorter(starts).static_order()]
 
 
 def _datasets(trainings):
