@@ -66,6 +66,9 @@ def test_a_stage_of_ones_own(own_stage, scenes, tiny_repo, tmp_path, capsys):
     [
         ("captions", "There is no stage 'captions'; a recipe's stage is one of vae, teacher"),
         ("nowhere.to_be:Found", "The stage 'nowhere.to_be:Found' cannot be imported: No module named 'nowhere'"),
+        (5, "There is no stage '5'"),
+        (":Shouting", "The stage ':Shouting' cannot be imported: name a class as package.module:Class"),
+        ("mine:", "The stage 'mine:' cannot be imported: name a class as package.module:Class"),
         ("mine:Whispering", "The stage 'mine:Whispering' cannot be imported: module 'mine' has no attribute"),
         ("mine:function", "The stage 'mine:function' is not a subclass of vlv.training.stage.Stage"),
     ],

@@ -27,18 +27,24 @@ def stage_class(name: str) -> type["Stage"]:
     Raises:
         ValueError: when there is no such stage.
     """
-    place = STAGE_CLASSES.get(name, name)
+    place = STAGE_CLASSES.get(name, str(name))
     module, colon, attribute = place.partition(":")
     if not colon:
         raise ValueError(
             f"There is no stage '{name}'; a recipe's stage is one of {', '.join(STAGE_CLASSES)}, or a class of your"
             " own as package.module:Class."
         )
+    if not attribute or not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"The stage '{name}' cannot be imported: name a class as package.module:Class.")
     try:
         found = getattr(import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
             raise
+        raise ValueError(
+            f"The stage '{name}' cannot be imported: {error}. Install its package, or put its folder on PYTHONPATH."
+        ) from error
+    except AttributeError as error:
         raise ValueError(f"The stage '{name}' cannot be imported: {error}.") from error
 
     from vlv.training.stage import Stage
