@@ -8,8 +8,8 @@ from PIL import Image
 
 from vlv.data.rows import load_rows, local_path, open_image, require_column
 from vlv.evaluation.words import words
-from vlv.evaluation.work import fingerprint_images
 from vlv.images import name_of
+from vlv.provenance import fingerprint_images
 from vlv.reading import Reader
 
 

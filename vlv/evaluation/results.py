@@ -1,7 +1,6 @@
 """What an evaluation leaves behind: values with their errors, and everything needed to get them again."""
 
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlv.files import atomic_writer
+from vlv.provenance import git_commit
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,3 @@ def write_results(
     }
     with atomic_writer(file) as output:
         output.write(json.dumps(record, indent=2) + "\n")
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this file lies in; `None` when it lies in none."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

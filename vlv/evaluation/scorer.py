@@ -25,8 +25,9 @@ from vlv.evaluation.pictures import decoder_tokenizer, draw, embed_captions, enc
 from vlv.evaluation.questions import Answerer, Question, most_shots, read_questions, write_prompts
 from vlv.evaluation.results import Measurement
 from vlv.evaluation.scores import FAMILIES, REFERENCED
-from vlv.evaluation.work import Work, digest, fingerprint
+from vlv.evaluation.work import Work
 from vlv.models.loading import find_device, load_autoencoder, load_captioner, read_config
+from vlv.provenance import digest, fingerprint
 
 
 @dataclass
