@@ -31,7 +31,7 @@ class CaptionArguments:
         None,
         "File to write: .jsonl or .parquet with a row for each image, file_name (its path below the folder given) and "
         "text. Written into that folder as metadata.jsonl, it makes it an ImageFolder. A suffix alone, .txt, writes "
-        "each caption into a file beside its image. Without --output, captions are printed, each behind its file's "
+        "each caption into a file beside its image. Without --output, captions are printed, each after its file's "
         "name and a tab. Images that could not be captioned are listed beside the output, in a file of its name that "
         "ends in .failures.jsonl.",
     )

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: values with their errors, and everything needed to get them again."""
+"""The results of an evaluation: values with their errors, and everything needed to measure them again."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ class Measurement:
         right = np.asarray(right, dtype=float)
         total = np.ones_like(right) if total is None else np.asarray(total, dtype=float)
         if total.sum() == 0:
-            raise ValueError("There is nothing to measure: the data set holds no images, or no objects in them.")
+            raise ValueError("There is nothing to measure: the dataset holds no images, or no objects in them.")
         value = right.sum() / total.sum()
         residuals = right - value * total  # of a ratio of sums, each image being one draw
         error = float(np.sqrt(np.square(residuals).sum()) / total.sum()) if len(right) > 1 else None

@@ -1,4 +1,4 @@
-"""What an evaluation has made so far, kept beside its results: an interrupted run goes on where it was."""
+"""What an evaluation has made so far, kept beside its results, so that an interrupted run can continue."""
 
 import json
 import os
