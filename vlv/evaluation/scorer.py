@@ -33,8 +33,8 @@ from vlv.provenance import digest, fingerprint
 @dataclass
 class DatasetScorer:
     """
-    Scores a VLV on the images of a dataset. Captions, pictures and answers, which take time, are kept in `work` and are
-    not made twice.
+    Scores a VLV on the images of a dataset. Captions, pictures and answers take time: they are kept in `work`
+    and not made twice.
 
     Args:
         data: images and their captions.
@@ -76,7 +76,8 @@ class DatasetScorer:
 
     def measure(self) -> dict[str, Measurement]:
         """
-        The scores, by `family/dataset/score`. For pictures drawn from captions, the guidance follows the dataset's name.
+        The scores, by `family/dataset/score`. Of pictures drawn from captions, the dataset's name is followed
+        by the guidance.
 
         Raises:
             OSError, ValueError: before any work, when something that a score needs is not there or does not fit.
