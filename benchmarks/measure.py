@@ -25,10 +25,10 @@ from configuration_vlv import VLVConfig
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
-from vlv.evaluation.results import git_commit
 from vlv.files import atomic_writer
 from vlv.models.loading import read_config
 from vlv.models.published import published_config
+from vlv.provenance import git_commit
 
 SIZES = ("tiny", "mid", "published")
 STAGES = ("stage 1", "stage 2")

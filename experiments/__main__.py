@@ -14,9 +14,9 @@ from experiments import MEASURED
 from experiments.making import claimed
 from experiments.trained import Plan
 from vlv.arguments import CommandParser
-from vlv.evaluation.results import git_commit
 from vlv.files import atomic_writer
 from vlv.models.loading import load_whole
+from vlv.provenance import git_commit
 
 
 @dataclass

@@ -10,6 +10,8 @@ from PIL import Image
 from experiments.scoring import encode, rebuild, share
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
+from vlv.captioning.captioner import Captioner
+from vlv.captioning.settings import Decoding
 from vlv.scenes import WORLD, Scene, SceneObject, parse_caption, sample_picture
 from vlv.scenes.reader import scene_reader
 
@@ -19,8 +21,8 @@ def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:
     for count in range(1, len(WORLD.places) + 1):
         images, truths = zip(*(sample_picture("test", index, count=count) for index in range(num)), strict=True)
         caption_embeds = encode(model, processor, images)
-        ids = model.generate(caption_embeds=caption_embeds, do_sample=False, num_beams=1)
-        captioned = [_parsed(caption) for caption in processor.batch_decode(ids)]
+        captions = Captioner(model, processor, Decoding()).write(range(num), caption_embeds)
+        captioned = [_parsed(best.text) for best, *_ in captions]
         pictures = rebuild(model, caption_embeds)
         found = scene_reader().read(pictures)
         for size in WORLD.sizes:

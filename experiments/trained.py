@@ -13,8 +13,9 @@ from typing import Any
 from experiments import peers
 from experiments.making import ENCODER, Assembled, Bundled, Scenes, Training
 from modeling_vlv import VLVForConditionalGeneration
-from vlv.evaluation.results import Measurement, git_commit
+from vlv.evaluation.results import Measurement
 from vlv.models.loading import load_whole
+from vlv.provenance import git_commit
 from vlv.scenes import World, world
 from vlv.scenes.scorer import SceneScorer, score_captions
 

@@ -1,4 +1,4 @@
-"""`vlv evaluate` as a user runs it, on a data set."""
+"""`vlv evaluate` as a user runs it, on a dataset."""
 
 import json
 import math
@@ -378,13 +378,13 @@ def test_a_data_set_needs_a_place_for_its_results(photos, capsys):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "line 2 is no question"),
+        ("{", "line 2 is not a question"),
         ('{"image": "a.png", "question": "What?"}', "it has no 'answer'"),
         ('{"image": "a.png", "question": "", "answer": "x"}', "must be texts that are not empty"),
         ('{"image": "a.png", "question": "What?", "answer": ["x", "y"]}', "at least four annotators"),
         ('{"image": "a.png", "question": "What?", "answer": "x", "choices": ["y"]}', "not one of its choices"),
         ('{"image": "a.png", "question": "?", "answer": "cat", "choices": ["cat", "A cat."]}', "are the same"),
-        ('{"image": "c.png", "question": "What?", "answer": "x"}', "c.png, which is no image of the data set photos"),
+        ('{"image": "c.png", "question": "What?", "answer": "x"}', "c.png, which is no image of the dataset photos"),
     ],
 )
 def test_questions_that_cannot_be_asked(line, words, photos, tiny_repo, tiny_components, tmp_path, capsys):

@@ -1,8 +1,8 @@
 """
-Captions for whole collections, in four rooms that a picture passes through:
+Captions for whole collections. A picture passes through four parts:
 
     sources.py    where pictures come from: files, parquet, WebDataset archives, `datasets`
-    engine.py     reading them ahead of the model in worker processes, on this machine or as Ray Data actors
-    captioner.py  pixels -> captions, in batches that fit into memory; decoding.py: what the captions are like
-    sink.py       where captions go: journal.py keeps what is done, outputs/ holds what it becomes at the end
+    engine.py     worker processes that read them ahead of the model; ray_engine.py does so on a Ray cluster
+    captioner.py  pixels -> captions, in batches that fit into memory; decoding.py: the settings of the search
+    sink.py       where captions go: journal.py during the run, outputs/ at its end
 """

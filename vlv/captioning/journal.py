@@ -1,8 +1,8 @@
 """
-The journal of a run: what it has done so far.
+The journal of a run: the captions that it has written so far.
 
-A row is a dictionary: `order` (shard and row in the input), `file_name`, and `text` (a list of them, where several
-captions were asked for) or `error`.
+A row is a dictionary: `order` (shard and row in the input), `file_name`, and `text` (a list, if several
+captions were requested) or `error`.
 """
 
 import json
@@ -33,9 +33,9 @@ class Place(NamedTuple):
 
 class Journal:
     """
-    What an unfinished run has done so far: a hidden folder, in which every process appends to a file of its own.
+    The captions of an unfinished run: a hidden folder in which each process appends to its own file.
 
-    A row counts when its line is whole. So a run can be killed at any moment, and what it had done is still there.
+    A row counts once its line is complete, so a run can be killed at any moment without losing earlier rows.
     """
 
     def __init__(self, folder: Path):
@@ -44,16 +44,16 @@ class Journal:
         self._path: str | None = None
 
     def header(self) -> Row | None:
-        """What the run was told about itself, or `None` where none has written a row."""
+        """What the run recorded about itself, or `None` if no row has been written."""
         return next((row for _, _, row in self._lines(header=True)), None)
 
     def append(self, rows: Iterable[Row], header: Row) -> None:
-        """Add rows; the first time, behind the header."""
+        """Add rows. The first call writes the header before them."""
         with writing_to(self.folder):
             if self._file is None:
                 self.folder.mkdir(exist_ok=True)
                 handle, self._path = tempfile.mkstemp(dir=self.folder, suffix=".jsonl")
-                # Unbuffered: what a full disk did not take is not tried again when the file is closed.
+                # Unbuffered: after a write to a full disk fails, closing the file must not try again.
                 self._file = os.fdopen(handle, "wb", buffering=0)
                 rows = [header, *rows]
             self.check()
@@ -63,10 +63,10 @@ class Journal:
 
     def check(self) -> None:
         """
-        See that what this process has written is still there.
+        Check that the file of this process still exists.
 
         Raises:
-            FileNotFoundError: when somebody has deleted or moved it. The system lets a process write on into nowhere.
+            FileNotFoundError: when it was deleted or moved. The system itself raises no error for writing to it.
         """
         if self._file is None:
             return
@@ -78,7 +78,7 @@ class Journal:
         )
 
     def settle(self) -> tuple[dict[str, Place], list[Row]]:
-        """Where the captions lie, by image in the order of the input, and the rows of what could not be captioned."""
+        """The places of the captions, by image in the order of the input, and the rows of the failures."""
         captioned, failed, namesakes = {}, {}, []
         for path, offset, row in self._lines():
             name, order = row["file_name"], tuple(row["order"])
@@ -108,7 +108,7 @@ class Journal:
 
     @contextmanager
     def replacing(self, path: Path) -> Iterator[BinaryIO]:
-        """A file that takes the place of another one, whole, when the block ends. Until then it is in the journal."""
+        """A file that replaces another one atomically when the block ends. Until then it is in the journal."""
         whole = self.folder / "whole"
         with writing_to(path.parent):
             with whole.open("wb") as file:
@@ -120,7 +120,7 @@ class Journal:
             whole.replace(path)
 
     def remove(self) -> None:
-        """Forget the run; interrupted in this, nothing half is taken for a journal."""
+        """Delete the journal. The rename comes first, so that a half-deleted folder is never read as a journal."""
         if self._file is not None:
             self._file.close()
         rubbish = self.folder.with_suffix(".done")

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much of it a piece of work took."""
+"""How much memory is free, and how much a computation took."""
 
 import sys
 
@@ -7,7 +7,7 @@ import torch
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes in use; [`peak_memory`] is counted from here on, where that can be told."""
+    """Bytes in use. On CUDA this also resets the count of [`peak_memory`]."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -15,7 +15,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes in use so far. On the host a peak of long ago counts too, which errs to the safe side."""
+    """The most bytes in use so far. On the host this includes any earlier peak, so it can only be too high."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -27,7 +27,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on the device, what its allocator keeps at hand included."""
+    """Free bytes on the device, including those that its allocator has reserved but does not use."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept

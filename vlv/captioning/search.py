@@ -1,4 +1,4 @@
-"""Greedy search in which captions that have ended leave the batch."""
+"""Greedy search that drops finished captions from the batch."""
 
 from typing import Any
 
@@ -15,18 +15,18 @@ def shrinking_search(
     **model_kwargs: Any,
 ) -> torch.LongTensor:
     """
-    For `generate(custom_generate=...)`: writes the same tokens as its own greedy search, but a caption that has ended
-    costs nothing from there on, where that would go on with it until the last one has ended.
+    For `generate(custom_generate=...)`. It writes the same tokens as the greedy search of `generate`, but a finished
+    caption leaves the batch and costs nothing more. The search of `generate` computes it until the last one is done.
 
-    A logits processor that knows of single rows has a method `keep(rows)`, which is told the rows that are left.
+    A logits processor that holds a state for each row has a method `keep(rows)`, which receives the remaining rows.
 
     Args:
-        model_kwargs: from `generate`, `inputs_embeds` (B, length, width): all of one length, as nothing is padded.
+        model_kwargs: `inputs_embeds` (B, length, width) from `generate`, without padding.
 
     Returns:
-        Token ids `(B, T)`, filled up with zeros behind what ended a caption.
+        Token ids `(B, T)`, with zeros after the token that ended a caption.
     """
-    rows = torch.arange(len(input_ids), device=input_ids.device)  # of the batch that are still being written
+    rows = torch.arange(len(input_ids), device=input_ids.device)  # the captions that are not finished
     written = input_ids.new_zeros(len(input_ids), stopping_criteria.max_length)
     cache = DynamicCache(config=model.config)
     inputs = {"inputs_embeds": model_kwargs["inputs_embeds"]}

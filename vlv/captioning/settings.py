@@ -34,8 +34,8 @@ class Decoding:
     )
     force_words: list[str] | None = option(
         None,
-        "Words that every caption must hold. One that it lacks is added where it would have ended, and the model goes "
-        "on from there.",
+        "Words that every caption must hold. A missing word is added where the caption would have ended, and the "
+        "model continues from there.",
         metavar="WORD",
     )
     ban_words: list[str] | None = option(None, "Words that no caption may hold.", metavar="WORD")
@@ -100,10 +100,10 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How rows of tables are read."""
+    """How the rows of tables are read; image files have none."""
 
-    _argument_group_name = "rows of parquet files, archives and data sets (of no concern to image files)"
+    _argument_group_name = "rows of parquet files, archives and datasets (image files have none)"
 
-    split: str = option("train", "Split of a data set from the Hub.")
-    image_column: str | None = option(None, "Column of the images (default: the one that is typed so, or image).")
-    id_column: str | None = option(None, "Column that names the rows (default: their file and number or key).")
+    split: str = option("train", "Split of a dataset from the Hub.")
+    image_column: str | None = option(None, "Column of the images (default: the column of type Image, or image).")
+    id_column: str | None = option(None, "Column that names the rows (default: their file with number or key).")

@@ -1,4 +1,4 @@
-"""Where the rows of a run go: into its journal while it lasts, and at its end into its output; or to the terminal."""
+"""Where the rows of a run go: to its journal during the run and to its output at the end, or to the terminal."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from vlv.files import read_json_lines
 
 
 class Printer:
-    """Prints captions, each behind its image's name and a tab."""
+    """Prints each caption after its image's name and a tab."""
 
     def __init__(self):
         self.done: set[str] = set()
@@ -32,17 +32,17 @@ class Printer:
 
 class Sink:
     """
-    Takes the rows of a run, and at the end makes its output of them.
+    Takes the rows of a run, and at the end writes its output from them.
 
     Args:
-        output: what it makes.
-        settings: what the captions depend on, by the names of their options. An interrupted run is resumed, and a
-            finished output is added to, under the same settings only.
+        output: what it writes.
+        settings: the options that the captions depend on. A run is resumed, and a finished output is extended, only
+            with the same settings.
         resume: continue an interrupted run, or add to a finished output.
         overwrite: replace a finished output.
 
     Raises:
-        ValueError, OSError: when the output is not this run's to write, or is damaged. Nothing has been done by then.
+        ValueError, OSError: when this run may not write the output, or it is damaged. Nothing has been changed.
     """
 
     def __init__(self, output: Output, settings: Row, resume: bool, overwrite: bool = False):
@@ -62,7 +62,7 @@ class Sink:
         self.journal.append(rows, self._header)
 
     def finish(self) -> tuple[int, list[Row]]:
-        """Make the output, whole at once. Returns how many images were captioned, and the rows of those left out."""
+        """Write the output atomically. Returns how many images were captioned, and the rows of those left out."""
         self.journal.check()
         captioned, failures = self.journal.settle()
         left_out = []
@@ -104,6 +104,6 @@ class Sink:
 
 
 def _different(before: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The options of an earlier run that are not those of this one."""
+    """The options of an earlier run that differ from those of this run."""
     different = [name for name, value in settings.items() if before.get(name) != value]
     return ", ".join(f"--{name} {before.get(name)}" for name in different)

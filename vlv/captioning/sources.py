@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vlv.captioning.settings import RowOptions
 from vlv.images import SUFFIXES, ImageFile, find_images, name_of
 
 if TYPE_CHECKING:
@@ -21,23 +22,14 @@ BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".tar.gz": "webdataset"
 class Picture(NamedTuple):
     """An image on its way to the model."""
 
-    order: tuple[int, int]  # shard and row: where it stands in the input
+    order: tuple[int, int]  # its shard and row in the input
     name: str  # its `file_name`
-    source: Any  # a path, or what else `processing_vlv.load_image` reads, or the error that takes the image's place
+    source: Any  # a path, or another input of `processing_vlv.load_image`, or the error that takes the image's place
 
 
 @dataclass(frozen=True)
-class RowOptions:
-    """How the rows of a table are read; image files have none."""
-
-    split: str = "train"
-    image_column: str | None = None
-    id_column: str | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """One parquet file, archive, or shard of a dataset: opened only when it is read."""
+class TableShard:
+    """One parquet file, archive, or shard of a dataset. It is opened only when it is read."""
 
     name: str
     open: Callable[[], "IterableDataset"]
@@ -50,7 +42,7 @@ class Table:
             for number, row in enumerate(dataset):
                 name = self._name(row, number, column)
                 yield name, _image_of_row(row[column], name)
-        except Exception as error:  # of any of the libraries that read tables: the other tables go on
+        except Exception as error:  # each library has its own errors; the other tables are still read
             reason = name_of(" ".join(str(error).split()))  # it may name the file, in bytes that are not UTF-8
             yield self.name, ValueError(f"{self.name}: it cannot be read ({reason})")
 
@@ -71,7 +63,7 @@ class Table:
 
 
 def _image_of_row(image: Any, name: str) -> Any:
-    """What `load_image` reads, so that it calls an image that it cannot read by the row's name."""
+    """An input of `load_image` that carries the row's name, so that an error about the image names the row."""
     if image is None:
         return ValueError(f"{name}: the row has no image.")
     if isinstance(image, bytes):
@@ -81,19 +73,19 @@ def _image_of_row(image: Any, name: str) -> Any:
 
 class Source:
     """
-    All the pictures of a run, in shards: an image file is a shard of one, a table one of many.
+    All the pictures of a run, in shards. An image file is a shard of one picture; a table is a shard of many.
 
     It holds no pictures and can be pickled, so that any process can read its part of them.
     """
 
-    def __init__(self, shards: Sequence[ImageFile | Table], total: int | None):
+    def __init__(self, shards: Sequence[ImageFile | TableShard], total: int | None):
         self.shards = shards
-        self.total = total  # pictures, where that is known
+        self.total = total  # number of pictures; `None` if unknown
 
     def pictures(self, part: int = 0, parts: int = 1) -> Iterator[Picture]:
         """
-        The pictures, or those of one of `parts` equal parts: whole shards where there are enough of them to go
-        round, else rows of every shard.
+        The pictures, or those of one of `parts` equal parts. A part is whole shards where there are at least as many
+        shards as parts; otherwise it is some rows of every shard.
         """
         by_shard = len(self.shards) >= parts
         for number, shard in enumerate(self.shards):
@@ -105,19 +97,20 @@ class Source:
 
     @property
     def files(self) -> list[ImageFile] | None:
-        """The image files, or `None` where some pictures are rows of tables and have no place on disk."""
+        """The image files, or `None` if some pictures are rows of tables, which are not files."""
         files = [shard for shard in self.shards if isinstance(shard, ImageFile)]
         return files if len(files) == len(self.shards) else None
 
 
-def open_source(paths: Sequence[str], options: RowOptions = RowOptions()) -> Source:
+def open_source(paths: Sequence[str], options: RowOptions | None = None) -> Source:
     """
     The pictures that command-line paths stand for: image files, folders, patterns and lists of them (as
     [`find_images`]), `.parquet` files, WebDataset `.tar` archives, and ids of datasets on the Hub.
 
     Raises:
-        FileNotFoundError: when there is nothing of the kind.
+        FileNotFoundError: when there are no such files and no such dataset.
     """
+    options = options or RowOptions()
     ids = list(filter(_is_dataset_id, paths))
     files = [path for path in paths if path not in ids]
     shards, counts = [], []
@@ -147,8 +140,8 @@ def _builder(path: str) -> str | None:
     return next(builder for suffix, builder in BUILDERS.items() if path.endswith(suffix))
 
 
-def _open_file(file: ImageFile, kind: str, options: RowOptions) -> Table:
-    return Table(file.name, partial(_load_file, kind, file.location), options)
+def _open_file(file: ImageFile, kind: str, options: RowOptions) -> TableShard:
+    return TableShard(file.name, partial(_load_file, kind, file.location), options)
 
 
 def _load_file(kind: str, path: str) -> "IterableDataset":
@@ -167,24 +160,24 @@ def _count_rows(path: Path) -> int | None:
         with path.open("rb") as file:  # pyarrow refuses names that are not UTF-8
             return read_metadata(file).num_rows
     except (OSError, ArrowException):
-        return 1  # the failure that reading it will be
+        return 1  # reading it fails, which counts as one picture
 
 
-def _open_dataset(dataset_id: str, options: RowOptions) -> tuple[list[Table], int | None]:
+def _open_dataset(dataset_id: str, options: RowOptions) -> tuple[list[TableShard], int | None]:
     from datasets import load_dataset
 
     try:
         dataset = load_dataset(dataset_id, split=options.split, streaming=True)
     except ValueError as error:
         raise ValueError(f"The dataset {dataset_id} cannot be read: {error}") from error
-    except Exception as error:  # the Hub's client and `datasets` have many ways of saying that it is not there
+    except Exception as error:  # the Hub's client and `datasets` raise many kinds of errors for a missing dataset
         raise FileNotFoundError(
             f"{dataset_id}: there is no such file or folder, and no such dataset was found on the Hub "
             f"({' '.join(str(error).split())})."
         ) from error
     count = dataset.num_shards
     tables = [
-        Table(f"{dataset_id}/{options.split}/{number}", partial(dataset.shard, count, number), options)
+        TableShard(f"{dataset_id}/{options.split}/{number}", partial(dataset.shard, count, number), options)
         for number in range(count)
     ]
     split = (dataset.info.splits or {}).get(options.split)

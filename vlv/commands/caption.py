@@ -31,7 +31,7 @@ class CaptionArguments:
         None,
         "File to write: .jsonl or .parquet with a row for each image, file_name (its path below the folder given) and "
         "text. Written into that folder as metadata.jsonl, it makes it an ImageFolder. A suffix alone, .txt, writes "
-        "each caption into a file beside its image. Without --output, captions are printed, each behind its file's "
+        "each caption into a file beside its image. Without --output, captions are printed, each after its file's "
         "name and a tab. Images that could not be captioned are listed beside the output, in a file of its name that "
         "ends in .failures.jsonl.",
     )
@@ -44,7 +44,7 @@ class CaptionArguments:
         "skip",
         "What becomes of text files that are beside their images already (with --output .txt): skip keeps them and "
         "captions the other images, overwrite replaces them as --overwrite does, append and prepend add the caption "
-        "behind or before their text. An empty file counts as none.",
+        "after or before their text. An empty file counts as none.",
         choices=list(EXISTING),
     )
     batch_size: str = option(
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int | None:
         nargs="+",
         metavar="PATH",
         help="Images, folders to search for images, patterns in quotes ('photos/**/*.jpg'), lists (.txt, a path in "
-        "each line), .parquet files, WebDataset archives (.tar), and ids of data sets on the Hub (user/name).",
+        "each line), .parquet files, WebDataset archives (.tar), and ids of datasets on the Hub (user/name).",
     )
     arguments, decoding, model, rows, inputs = parser.parse(argv)
     from vlv.processes import said_when_lost  # imported only now: see below

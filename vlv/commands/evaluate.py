@@ -231,7 +231,7 @@ def world_of(name: str | None, size: int, source: str) -> "World":
 
 
 def measure_dataset(arguments: EvaluateArguments) -> "dict[str, Measurement]":
-    """The scores asked for on the images of a data set."""
+    """The scores asked for on the images of a dataset."""
     if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
         raise ValueError(
             f"--metrics {arguments.metrics} needs {', '.join(missing)}, which is not here: pip install 'vlv[evaluate]'"
@@ -252,7 +252,7 @@ def measure_dataset(arguments: EvaluateArguments) -> "dict[str, Measurement]":
     return scorer.measure()
 
 
-# What the numbers depend on; where they were computed and in which batches is no part of them.
+# What the numbers depend on; the device and the batch size do not change them.
 _SETTINGS = {
     SCENES: ("world", "num", "seed", "num_inference_steps", "guidance_scale"),
     "captions": ("max_new_tokens", "num_beams", "clip", "sentence_encoder"),

@@ -8,8 +8,8 @@ from PIL import Image
 
 from vlv.data.rows import load_rows, local_path, open_image, require_column
 from vlv.evaluation.words import words
-from vlv.evaluation.work import fingerprint_images
 from vlv.images import name_of
+from vlv.provenance import fingerprint_images
 from vlv.reading import Reader
 
 
@@ -22,7 +22,7 @@ class EvaluationData:
         num: how many of its first images are used; all by default.
 
     Raises:
-        OSError, ValueError: when there is no such data set, split or column, or no image in it.
+        OSError, ValueError: when there is no such dataset, split or column, or no image in it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class EvaluationData:
 
     @property
     def names(self) -> list[str]:
-        """Each image's path below the data set's folder; two rows may share one."""
+        """Each image's path below the dataset's folder; two rows may share one."""
         return self.all_names[: len(self)]
 
     def load(self, number: int) -> Image.Image:
@@ -65,11 +65,11 @@ class EvaluationData:
         The captions of each image.
 
         Raises:
-            ValueError: when the data set has none, or an image has none with a word in it.
+            ValueError: when the dataset has none, or an image has none with a word in it.
         """
         if self._captions is None:
             raise ValueError(
-                f"The data set {self.name} has no captions to compare with: no column {self._caption_column!r}. "
+                f"The dataset {self.name} has no captions to compare with: no column {self._caption_column!r}. "
                 "Choose one with --caption_column, or metrics that need none."
             )
         references = []

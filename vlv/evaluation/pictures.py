@@ -23,7 +23,7 @@ def draw(
 
     Args:
         paint: pictures of a batch of items. Picture i of all starts from the noise of `seed + i`, whatever the batch
-            and wherever an interrupted run goes on.
+            and wherever an interrupted run continues.
     """
     for first in range(start, len(items), batch_size):
         batch = items[first : first + batch_size]

@@ -47,7 +47,7 @@ def read_questions(file: str) -> list[Question]:
     for multiple choice, `choices`.
 
     Raises:
-        OSError, ValueError: when there is no such file, or a line is no question; the sentence names it.
+        OSError, ValueError: when there is no such file, or a line is not a question; the sentence names the line.
     """
     questions = []
     with Path(file).open(encoding="utf-8") as lines:
@@ -57,7 +57,7 @@ def read_questions(file: str) -> list[Question]:
                     questions.append(_question(json.loads(line)))
                 except (ValueError, TypeError, KeyError) as error:
                     reason = f"it has no {error}" if isinstance(error, KeyError) else error
-                    raise ValueError(f"{file}, line {number} is no question: {reason}") from error
+                    raise ValueError(f"{file}, line {number} is not a question: {reason}") from error
     if not questions:
         raise ValueError(f"There are no questions in {file}.")
     return questions
@@ -85,7 +85,7 @@ class Answerer:
     """
     A language model that answers questions, of any kind that transformers loads for causal language modelling.
 
-    Multiple-choice questions are answered by the choice whose tokens are the likeliest on average behind the prompt;
+    Multiple-choice questions are answered by the choice whose tokens are the likeliest on average after the prompt;
     the others by the first line of what is written greedily. Where the tokenizer has a chat template, the prompt is
     the user's message.
 
@@ -143,7 +143,7 @@ class Answerer:
         return best
 
     def _likelihoods(self, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
-        """The mean log-probability of the second tokens behind the first."""
+        """The mean log-probability of the second tokens after the first."""
         ids, mask = self._pad([torch.cat(pair) for pair in pairs])
         longest = max(len(continuation) for _, continuation in pairs)
         extra = {  # where a model takes them, as transformers' own generation does

@@ -1,4 +1,4 @@
-"""The table of results in README.md and in the model card: `python -m vlv.evaluation.readme` writes it anew."""
+"""The table of results in README.md and in the model card: `python -m vlv.evaluation.readme` rewrites it."""
 
 import json
 import re

@@ -1,7 +1,6 @@
-"""What an evaluation leaves behind: values with their errors, and everything needed to get them again."""
+"""The results of an evaluation: values with their errors, and everything needed to measure them again."""
 
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlv.files import atomic_writer
+from vlv.provenance import git_commit
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Measurement:
         right = np.asarray(right, dtype=float)
         total = np.ones_like(right) if total is None else np.asarray(total, dtype=float)
         if total.sum() == 0:
-            raise ValueError("There is nothing to measure: the data set holds no images, or no objects in them.")
+            raise ValueError("There is nothing to measure: the dataset holds no images, or no objects in them.")
         value = right.sum() / total.sum()
         residuals = right - value * total  # of a ratio of sums, each image being one draw
         error = float(np.sqrt(np.square(residuals).sum()) / total.sum()) if len(right) > 1 else None
@@ -68,12 +68,3 @@ def write_results(
     }
     with atomic_writer(file) as output:
         output.write(json.dumps(record, indent=2) + "\n")
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this file lies in; `None` when it lies in none."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -1,4 +1,4 @@
-"""Scores on any data set of images: of captions, of reconstructions, of pictures drawn from captions, of answers."""
+"""Scores on any dataset of images: of captions, of reconstructions, of pictures drawn from captions, of answers."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,15 +25,16 @@ from vlv.evaluation.pictures import decoder_tokenizer, draw, embed_captions, enc
 from vlv.evaluation.questions import Answerer, Question, most_shots, read_questions, write_prompts
 from vlv.evaluation.results import Measurement
 from vlv.evaluation.scores import FAMILIES, REFERENCED
-from vlv.evaluation.work import Work, digest, fingerprint
+from vlv.evaluation.work import Work
 from vlv.models.loading import find_device, load_autoencoder, load_captioner, read_config
+from vlv.provenance import digest, fingerprint
 
 
 @dataclass
 class DatasetScorer:
     """
-    Scores a VLV on the images of a data set. What costs time, captions, pictures and answers, is kept in `work` and
-    not made again.
+    Scores a VLV on the images of a dataset. Captions, pictures and answers take time: they are kept in `work`
+    and not made twice.
 
     Args:
         data: images and their captions.
@@ -49,7 +50,7 @@ class DatasetScorer:
         guidance_scales: of pictures drawn from captions, which are drawn once at each.
         text_to_image: folder or id of the diffusers pipeline that draws captions; the model's own decoder by default.
         clip, sentence_encoder, feature_extractor, llm: folders or ids of the models that scores need.
-        questions: a file, as [`read_questions`] reads it; `image` is the path of an image below the data set's folder.
+        questions: a file, as [`read_questions`] reads it; `image` is the path of an image below the dataset's folder.
         shots: solved questions in front of each question.
     """
 
@@ -75,7 +76,8 @@ class DatasetScorer:
 
     def measure(self) -> dict[str, Measurement]:
         """
-        The scores, by `family/data set/score`; of pictures drawn from captions with the guidance behind the data set.
+        The scores, by `family/dataset/score`. Of pictures drawn from captions, the dataset's name is followed
+        by the guidance.
 
         Raises:
             OSError, ValueError: before any work, when something that a score needs is not there or does not fit.
@@ -96,7 +98,7 @@ class DatasetScorer:
     # ---- what is needed ------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises what [`measure`] would raise for want of something, without loading any weights."""
+        """Raises what [`measure`] would raise when something is missing, without loading any weights."""
         scores = [FAMILIES[family][name] for family, name in self.wanted]
         for (family, name), score in zip(self.wanted, scores, strict=True):
             if len(self.data) < score.images:
@@ -270,7 +272,7 @@ class DatasetScorer:
             if known[question.image] != 1:
                 which = "no image" if question.image not in known else f"the name of {known[question.image]} images"
                 raise ValueError(
-                    f"{self.questions} asks about {question.image}, which is {which} of the data set "
+                    f"{self.questions} asks about {question.image}, which is {which} of the dataset "
                     f"{self.data.name}: image must be a path below its folder."
                 )
         measured = set(self.data.names)

@@ -47,8 +47,8 @@ FAMILIES = {
     "caption_to_image": PICTURES,
     "questions": {"accuracy": Score("answers", "accuracy", "llm", also=("questions",))},
 }
-SCENES = "scenes"  # measured by `SceneScorer` on scenes that it draws, on no data set
-REFERENCED = ("cider", "overlap", "text_similarity")  # the metrics that compare with the data set's own captions
+SCENES = "scenes"  # measured by `SceneScorer` on scenes that it draws, not on a dataset
+REFERENCED = ("cider", "overlap", "text_similarity")  # the metrics that compare with the dataset's own captions
 
 
 def find_scores(metrics: str) -> list[tuple[str, str]]:
@@ -68,21 +68,21 @@ def find_scores(metrics: str) -> list[tuple[str, str]]:
         raise ValueError(f"--metrics names nothing; there are {', '.join([*FAMILIES, SCENES])}.")
     for name in asked:
         if name == SCENES:
-            raise ValueError("--metrics scenes stands alone: it draws its own images, and measures no data set.")
+            raise ValueError("--metrics scenes stands alone: it draws its own images and takes no dataset.")
         if name not in names:
             near = get_close_matches(name, names, n=1) or [full for full in names if full.endswith(f"/{name}")][:1]
-            mend = f"did you mean {near[0]}?" if near else f"there are {', '.join([*FAMILIES, SCENES])}"
-            raise ValueError(f"--metrics {name} is unknown; {mend}")
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join([*FAMILIES, SCENES])}"
+            raise ValueError(f"--metrics {name} is unknown; {hint}")
     return [(family, name) for family, name in known if family in asked or f"{family}/{name}" in asked]
 
 
 def check_options(wanted: Sequence[tuple[str, str]], options: Mapping[str, Any]) -> None:
     """
-    Raises ValueError when scores need options that were not given, naming each, and the scores that could be had.
+    Raises ValueError when scores need options that were not given. It names them, and the scores that need no more.
 
     Args:
         wanted: from [`find_scores`].
-        options: what was given, by name; `None` for what was not.
+        options: the values given, by name; `None` for an option that was not given.
     """
     missing = {
         f"{family}/{name}": [need for need in FAMILIES[family][name].needs if options[need] is None]
@@ -92,5 +92,5 @@ def check_options(wanted: Sequence[tuple[str, str]], options: Mapping[str, Any])
     if lacking:
         which = ", ".join(f"{name} needs {needs}" for name, needs in lacking.items())
         possible = ",".join(name for name in missing if name not in lacking)
-        mend = f"Give that, or leave those scores out: --metrics {possible}" if possible else "Give that."
-        raise ValueError(f"{which}. {mend}")
+        fix = f"Give that, or leave those scores out: --metrics {possible}" if possible else "Give that."
+        raise ValueError(f"{which}. {fix}")

@@ -1,18 +1,17 @@
-"""What an evaluation has made so far, kept beside its results: an interrupted run goes on where it was."""
+"""What an evaluation has made so far, kept beside its results, so that an interrupted run can continue."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from PIL import Image
 from tqdm.auto import tqdm
 
 from vlv import __version__
 from vlv.files import read_json_lines
+from vlv.provenance import digest
 
 
 class Work:
@@ -72,33 +71,6 @@ class Work:
 def _drop_torn_line(file: Path) -> None:
     """Take away the last line of a file where the run was interrupted while it was written."""
     os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-
-
-def digest(value: Any) -> str:
-    """A short name for anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def fingerprint(source: str) -> str:
-    """What tells one state of a model from another: of a folder its weights' sizes and times and its configs' text, of
-    a Hub id its commit."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return Path(snapshot_download(source, local_files_only=True)).name
-    weights = [file for pattern in ("*.safetensors", "*.bin") for file in folder.rglob(pattern)]
-    configs = [file for file in folder.rglob("*.json") if file.name.startswith(("config", "processor", "scheduler"))]
-    return digest(
-        [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(weights)]
-        + [[str(file.relative_to(folder)), file.read_text(encoding="utf-8")] for file in sorted(configs)]
-    )
-
-
-def fingerprint_images(images: Iterable[bytes]) -> str:
-    """The hash of all bytes of a data set's image files, in order."""
-    total = hashlib.sha256()
-    for image in images:
-        total.update(hashlib.sha256(image).digest())
-    return total.hexdigest()[:12]
 
 
 def _progress(items: Iterable[Any], kind: str, done: int, total: int) -> Iterable[Any]:

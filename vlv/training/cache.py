@@ -79,7 +79,7 @@ def compute_once(
         column: holds the images.
         read: makes tensors of one image.
         compute: makes of a batch of them (B, ...) the tensors to keep (B, ...).
-        key: what `read` and `compute` depend on, as `fingerprint` takes it.
+        key: what `read` and `compute` depend on, as `content_hash` takes it.
 
     Returns:
         A memory-mapped data set of what `compute` returned, and `unreadable`: why an image could not be read, or "".
@@ -112,7 +112,7 @@ def compute_once(
 
 def cache_files(rows: Dataset, column: str, key: Sequence[Any], folder: Path) -> list[Path]:
     """The files in `folder`, of `ROWS_PER_FILE` rows each, that `compute_once` reads or writes."""
-    folder = folder / fingerprint(rows._fingerprint, column, *key)
+    folder = folder / content_hash(rows._fingerprint, column, *key)
     return [folder / f"{start:010}.arrow" for start in range(0, len(rows), ROWS_PER_FILE)]
 
 
@@ -179,8 +179,8 @@ def as_tensors(cached: Dataset, dtype: torch.dtype = torch.float32) -> Table | D
     return Table(**cached[:]) if cached.data.nbytes < IN_MEMORY else cached
 
 
-def fingerprint(*parts: Any) -> str:
-    """A short name for all that goes into a computation: modules by their weights, the rest as JSON."""
+def content_hash(*parts: Any) -> str:
+    """A short hash of the inputs of a computation: modules by their weights, the rest as JSON."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):

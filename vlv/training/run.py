@@ -10,8 +10,8 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from vlv.evaluation.results import git_commit
 from vlv.files import replaced_together, writing_to
+from vlv.provenance import git_commit
 from vlv.training.checks import require_a_batch
 from vlv.training.overview import overview
 from vlv.training.recipe import TrainArguments, changed_arguments

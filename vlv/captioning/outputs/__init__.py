@@ -1,4 +1,4 @@
-"""What `vlv caption` writes: a class, in a file of its own, for each format."""
+"""What `vlv caption` writes: one class in one file for each format."""
 
 from collections.abc import Sequence
 from pathlib import Path
