@@ -94,7 +94,7 @@ class Captioner:
             pixel_values = [self.processor(images=image)["pixel_values"][0] for _, image in batch]
             yield from zip(names, self(names, pixel_values), strict=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def write(self, names: Sequence[str], caption_embeds: torch.Tensor) -> list[list[Caption]]:
         """
         Captions of what has been encoded, in one batch.
@@ -106,7 +106,7 @@ class Captioner:
         prefix_ids = torch.tensor(spelling.prefix_ids, dtype=torch.long).expand(len(names), -1)
         arguments = self.generation_arguments(names, spelling)
         with warnings.catch_warnings():
-            # That what was not written is not counted as repeated: here, that is as it should be.
+            # transformers warns that the image is not counted as repeated text, which is intended here.
             warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
             ids = self.model.generate(caption_embeds=caption_embeds, input_ids=prefix_ids, **arguments).tolist()
         captions = [
@@ -132,7 +132,7 @@ class Captioner:
                 raise
         return None  # only out here is the memory free that the failed attempt held
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _caption(self, names, pixel_values):
         return self.write(names, self.model.encode(pixel_values))
 
