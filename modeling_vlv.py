@@ -29,6 +29,7 @@ from transformers.utils import ModelOutput, cached_file
 try:
     from .components_vlv import HUB_KWARGS, TASK_PROMPT, load_components
     from .configuration_vlv import VLVConfig
+    from .images_vlv import load_image  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
     from .layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_images, check_pixels, device_of
     from .pipeline_vlv import VLVImageToTextPipeline  # noqa: F401
     from .processing_vlv import VLVProcessor  # noqa: F401

@@ -11,9 +11,9 @@ from transformers import ImageTextToTextPipeline, Pipeline
 from transformers.utils import logging
 
 try:
-    from .processing_vlv import load_image
+    from .images_vlv import load_image
 except ImportError:
-    from processing_vlv import load_image
+    from images_vlv import load_image
 
 logger = logging.get_logger(__name__)
 

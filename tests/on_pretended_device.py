@@ -17,7 +17,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
-from vlv.models.rebuilding import reconstruct_images
+from vlv.models.rebuilding import reconstruct_images, see
 
 _setup_privateuseone_for_python_backend("pretended")
 DEVICE = torch.device("pretended:0")
@@ -188,5 +188,6 @@ def test_the_caption_commands_captioner(model, pictures, decoding):
 
 
 def test_the_reconstruct_commands_images(model):
-    rebuilt = list(reconstruct_images(model, tiny.processor(), enumerate(tiny.images(2)), num_inference_steps=1))
+    seen = [(number, see(tiny.processor(), image)) for number, image in enumerate(tiny.images(2))]
+    rebuilt = list(reconstruct_images(model, seen, num_inference_steps=1))
     assert [key for key, _, _ in rebuilt] == [0, 1]
