@@ -53,6 +53,14 @@ def test_training(tmp_path):
 
 
 @pytest.mark.slow
+def test_readme(tmp_path):
+    follow("README", tmp_path)
+    assert len(rows(tmp_path / "captions.jsonl")) == 12
+    assert (tmp_path / "rebuilt.png").is_file() and (tmp_path / "rebuilt" / "contact_sheet.png").is_file()
+    assert (tmp_path / "stage2" / "final" / "config.json").is_file()
+
+
+@pytest.mark.slow
 def test_extending(tmp_path):
     printed = follow("docs/extending", tmp_path)
     assert (tmp_path / "captions.csv").read_text().startswith("file_name,text\n")
