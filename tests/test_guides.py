@@ -20,7 +20,10 @@ NOTEBOOK = ROOT / "notebooks" / "zero_to_captioner.ipynb"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 RUN = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
-PAGES = ["README", *(f"docs/{name}" for name in ("training", "captioning", "evaluation", "publish", "extending"))]
+PAGES = [
+    "README",
+    *(f"docs/{name}" for name in ("training", "captioning", "evaluation", "publish", "convert", "extending")),
+]
 
 
 def follow(page, folder):
@@ -58,6 +61,11 @@ def test_readme(tmp_path):
     assert len(rows(tmp_path / "captions.jsonl")) == 12
     assert (tmp_path / "rebuilt.png").is_file() and (tmp_path / "rebuilt" / "contact_sheet.png").is_file()
     assert (tmp_path / "stage2" / "final" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_evaluation(tmp_path):
+    assert "'bleu_1': " in follow("docs/evaluation", tmp_path)
 
 
 @pytest.mark.slow
