@@ -13,7 +13,7 @@ import transformers
 
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
-from vlv.models.rebuilding import reconstruct_images
+from vlv.models.rebuilding import reconstruct_images, see
 
 no_offload_in_5_0 = pytest.mark.skipif(
     transformers.__version__.startswith("5.0."), reason="transformers 5.0 cannot offload its own models on a CPU"
@@ -80,7 +80,8 @@ def test_commands_take_a_model_that_is_offloaded(tiny_model, pixel_values):
         Captioner(each, processor, decoding)("abc", list(pixel_values)) for each in (model, tiny_model)
     )
     assert captions == expected
-    for _, _, rebuilt in reconstruct_images(model, processor, enumerate(tiny.images(2)), num_inference_steps=1):
+    seen = [(number, see(processor, image)) for number, image in enumerate(tiny.images(2))]
+    for _, _, rebuilt in reconstruct_images(model, seen, num_inference_steps=1):
         assert rebuilt.size == (32, 32)
 
 
