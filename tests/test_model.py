@@ -13,19 +13,8 @@ QUERIES, POSITIONS = 10, tiny.POSITIONS
 
 
 @pytest.fixture(scope="module")
-def pixel_values():
-    return tiny.pixels(3)[0]
-
-
-@pytest.fixture(scope="module")
 def decoder_pixel_values():
     return tiny.pixels(3)[1]
-
-
-@pytest.fixture(scope="module")
-def captions():
-    """Three captions of different lengths, padded on the right."""
-    return tiny.processor()(text=["a cat", "two small dogs", "sky"], return_labels=True)
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])

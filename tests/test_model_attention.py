@@ -7,16 +7,6 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
-@pytest.fixture(scope="module")
-def pixel_values():
-    return tiny.pixels(3)[0]
-
-
-@pytest.fixture(scope="module")
-def captions():
-    return tiny.processor()(text=["a cat", "two small dogs", "sky"], return_labels=True)
-
-
 @torch.no_grad()
 def test_sdpa_and_eager_attention_agree(tiny_repo, tiny_model, pixel_values, captions):
     noised = {

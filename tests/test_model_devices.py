@@ -20,16 +20,6 @@ no_offload_in_5_0 = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def pixel_values():
-    return tiny.pixels(3)[0]
-
-
-@pytest.fixture(scope="module")
-def captions():
-    return tiny.processor()(text=["a cat", "two small dogs", "sky"], return_labels=True)
-
-
 def assert_answers_as(model, expected, pixel_values, captions):
     """Each public method by itself, the forward pass in between."""
     reconstruction = {"num_inference_steps": 2, "output_type": "pt"}

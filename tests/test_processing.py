@@ -257,6 +257,24 @@ def test_the_source_is_left_as_it_was(tmp_path, picture):
         assert not file.closed
 
 
+def test_an_image_is_copied_unless_the_caller_says_that_it_need_not_be(picture):
+    image = picture.convert("RGB")
+    image.info["note"] = "kept"
+    copy = load_image(image)
+    copy.putpixel((0, 0), (1, 2, 3))
+    assert copy is not image and image.getpixel((0, 0)) != (1, 2, 3)
+    assert load_image(image, copy=False) is image and image.info == {"note": "kept"}
+
+
+def test_the_processor_changes_no_image_of_the_caller(tiny_processor, picture):
+    image = picture.convert("RGB")
+    before = image.tobytes()
+    for crop in (None, "center"):
+        tiny_processor(images=image, crop=crop, return_decoder_pixel_values=True)
+    assert image.tobytes() == before
+    assert tiny_processor.preprocess_image(image) is not image
+
+
 # ---- images to tensors -------------------------------------------------------------------------------------
 
 
