@@ -29,7 +29,7 @@ test: lint
 test-fast: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
-# Trains the bundled checkpoint anew, part by part, and puts it into the package. Interrupted, it goes on where it was.
+# Trains the bundled checkpoint again, part by part, and puts it into the package. After an interruption it resumes.
 OUT ?= outputs
 TRAIN = $(BIN)/vlv train tiny/$(1) --output_dir $(OUT)/$(1) --resume \
 	--dataset $(OUT)/scenes/train --eval_dataset $(OUT)/scenes/validation

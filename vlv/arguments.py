@@ -15,7 +15,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
 
 
 class CommandParser(HfArgumentParser):
-    """`HfArgumentParser` whose every complaint is one line that names the mend.
+    """`HfArgumentParser` whose errors are one line each that names the fix.
 
     Dataclass fields become options; positional arguments are added with `add_argument` and come back, as a
     namespace, behind the dataclasses.
@@ -35,6 +35,6 @@ class CommandParser(HfArgumentParser):
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             near = get_close_matches(unknown[0].split("=")[0], known, n=1)
-            mend = f" (did you mean {near[0]}?)" if near else ""
-            self.error(f"unknown argument {unknown[0]}{mend}")
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            self.error(f"unknown argument {unknown[0]}{hint}")
         return tuple(parsed)

@@ -27,7 +27,7 @@ COMMANDS = {
     "evaluate": Command("vlv.commands.evaluate", "measure captions and reconstructions"),
     "publish": Command("vlv.commands.publish", "build the Hub repo of a model, prove it, and push it"),
     "app": Command("vlv.commands.app", "caption, rebuild and compose images in the browser"),
-    "scenes": Command("vlv.commands.scenes", "draw the demo data set"),
+    "scenes": Command("vlv.commands.scenes", "draw the demo dataset"),
     "demo": Command("vlv.commands.demo", "caption and rebuild a dozen drawn scenes with the bundled checkpoint"),
 }
 
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
-        print(f"vlv: error: there is no command {name!r}; {mend}", file=sys.stderr)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
+        print(f"vlv: error: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2
     if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not COMMANDS[name].in_parts:
         print(f"vlv {name}: error: it runs in one process: start it without a launcher.", file=sys.stderr)

@@ -579,7 +579,7 @@ def test_an_example_in_the_browser(page, client):
 
 @pytest.mark.parametrize("name", ["empty.png", "text.png", "bomb.png", "large.bmp"])
 def test_a_bad_file_in_the_browser(page, captioner, pictures, tmp_path, name):
-    """One friendly sentence, no traceback, and the same page goes on."""
+    """One friendly sentence, no traceback, and the same page still works."""
     file = tmp_path / name
     if name == "large.bmp":
         Image.new("RGB", (3000, 3000)).save(file)

@@ -263,7 +263,7 @@ def test_an_empty_sidecar_does_not_count_as_captioned(photos):
 )
 def test_existing_sidecars(existing, text, photos):
     (photos / "a.txt").write_text("by hand,")
-    for _ in range(2):  # nothing is added twice, neither by a second run nor by one that goes on with a killed one
+    for _ in range(2):  # nothing is added twice, neither by a second run nor by one that resumes a killed one
         _write(_sidecars(photos, existing=existing), "a.png", "b.png", resume=True)
         assert (photos / "a.txt").read_text() == text
         assert (photos / "b.txt").read_text() == "a dog\n"

@@ -169,7 +169,7 @@ def test_min_snr_weighs_the_loss_of_each_image(stage1_model, pixel_values):
 
 
 @torch.no_grad()
-def test_noise_timesteps_and_latents_are_drawn_anew_and_repeat_under_a_seed(
+def test_noise_timesteps_and_latents_are_drawn_each_time_and_repeat_under_a_seed(
     tiny_model, pixel_values, decoder_pixel_values
 ):
     def loss(seed):

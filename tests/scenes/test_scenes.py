@@ -144,7 +144,7 @@ def test_sampling_is_even_and_repeats_itself(splits):
 
 
 def test_scenes_are_the_same_in_every_process():
-    # Python salts hash() anew in each process; the splits must not depend on it.
+    # Python salts hash() differently in each process; the splits must not depend on it.
     code = "from vlv.scenes import *; print([sample_scene(s, i).caption for s in SPLIT_NAMES for i in range(5)])"
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

@@ -116,7 +116,7 @@ def test_evaluation_losses_of_stage_1_can_be_compared(tiny_repo, scenes, tmp_pat
     record = run(AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo, **settings)
     found = [row["eval_loss"] for row in record["log"] if "eval_loss" in row]
     assert len(found) == 3 and found == pytest.approx([found[0]] * 3, abs=1e-7)
-    assert len({row["loss"] for row in record["log"] if "loss" in row}) == 4  # training draws its noise anew
+    assert len({row["loss"] for row in record["log"] if "loss" in row}) == 4  # training draws new noise each time
 
 
 def test_evaluation_gathers_no_logits(tiny_repo, scenes, tmp_path):

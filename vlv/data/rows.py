@@ -19,7 +19,7 @@ from processing_vlv import load_image
 from vlv.data.image_folder import SPLITS, image_folder
 from vlv.images import list_folder, location_of, report_passed_over
 
-# Shards of a data set that lies on disk in one piece and is streamed: enough for many processes and their workers.
+# Shards of a dataset that lies on disk in one piece and is streamed: enough for many processes and their workers.
 STREAM_SHARDS = 64
 # `train/a.parquet`, `train.parquet`, `train-0001.tar`, and `any-00000-of-00001.parquet` as `push_to_hub` names it.
 SPLIT_OF_TABLE = rf"({'|'.join(SPLITS)})(?:/.*|(?:-\d+)?\.\w+)|(?:data/)?(\w+)-\d{{5}}-of-\d{{5}}\.\w+"
@@ -41,7 +41,7 @@ def load_rows(dataset: str, split: str | None = None, streaming: bool = False) -
     elif path.is_dir():
         splits = read_folder(path, streaming)
     elif path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1:
-        raise FileNotFoundError(f"There is no folder {dataset}; name a folder of images or a data set on the Hub.")
+        raise FileNotFoundError(f"There is no folder {dataset}; name a folder of images or a dataset on the Hub.")
     else:
         splits = load_dataset(dataset, streaming=streaming)
 
@@ -105,7 +105,7 @@ def require_column(rows: Dataset | IterableDataset, column: str, setting: str) -
     """Raises ValueError, naming the setting that chooses it, when `rows` has no such column."""
     if rows.column_names is not None and column not in rows.column_names:
         raise ValueError(
-            f"The data set has no column '{column}', but {', '.join(rows.column_names)}: choose one with {setting}."
+            f"The dataset has no column '{column}', but {', '.join(rows.column_names)}: choose one with {setting}."
         )
 
 

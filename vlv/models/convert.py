@@ -57,7 +57,7 @@ DROPPED = (
     # A clone of the *pretrained* embeddings: not the trained ones, whatever its shape suggests.
     (r"^encoder\.language_model\.lm_head\.weight$", "Florence-2's own language head, which a VLV never asks"),
     (r"^encoder\.language_model\.final_logits_bias$", "Florence-2's own language head, which a VLV never asks"),
-    (r"^text_encoder\.embeddings\.position_ids$", "counts 0, 1, 2, ...: made anew"),
+    (r"^text_encoder\.embeddings\.position_ids$", "counts 0, 1, 2, ...: made again"),
     (r"^caption_head\..*\.rotary_emb\.inv_freq$", "computed from the config"),
 )
 MAX_NEW_TOKENS = 300  # the length of the captions it was trained on
@@ -68,7 +68,7 @@ PART_ARGUMENTS = {
     "vae": "--decoder",
     "caption_head": "--caption-head",
 }
-# The two text encoders of Stable Diffusion 1.x and 2.x, told apart by their width, for want of a --decoder.
+# The two text encoders of Stable Diffusion 1.x and 2.x, told apart by their width where there is no --decoder.
 TEXT_ENCODERS = {
     768: {"num_attention_heads": 12, "hidden_act": "quick_gelu"},
     1024: {"num_attention_heads": 16, "hidden_act": "gelu"},

@@ -157,7 +157,7 @@ def _metrics(results):
 
 
 def _eval_result(metric, results):
-    """For the metadata; what was measured on no data set was measured on drawn scenes, whose images are a split."""
+    """For the metadata; what was measured on no dataset was measured on drawn scenes, whose images are a split."""
     name, score = metric["images"], metric["score"]
     dataset = {"dataset_type": name, "dataset_name": name, "metric_type": score}
     if "dataset" not in results:
@@ -196,12 +196,12 @@ def _trainings(folder):
 
 
 def _datasets(trainings):
-    """What the recipes trained on, where that is a data set of the Hub."""
+    """What the recipes trained on, where that is a dataset of the Hub."""
     return sorted({record["recipe"]["dataset"] for record in trainings if _is_hub_id(record["recipe"].get("dataset"))})
 
 
 def _command(repo_id, results):
-    """What measures the same again: on drawn scenes unless the results name a data set."""
+    """What measures the same again: on drawn scenes unless the results name a dataset."""
     settings = {name: value for name, value in results.items() if name not in ("metrics", "commit", "versions")}
     if "dataset" in results:
         settings["metrics"] = ",".join(dict.fromkeys(f"{m['what']}/{m['score']}" for m in _metrics(results)))

@@ -88,7 +88,7 @@ class AutoencodeStage(VLVStage):
 
     def collate(self, batch: dict[str, Any] | list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         inputs = super().collate(batch)
-        if "latent_mean" in inputs:  # sampled anew in every epoch
+        if "latent_mean" in inputs:  # sampled again in every epoch
             mean, std = inputs.pop("latent_mean"), inputs.pop("latent_std")
             noise = np.stack([random.standard_normal(mean.shape[1:], dtype=np.float32) for random in batch["random"]])
             inputs["latents"] = mean + std * torch.from_numpy(noise)

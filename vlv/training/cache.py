@@ -1,4 +1,4 @@
-"""One pass over the images of a data set: what frozen parts make of each is kept on disk, as memory-mapped Arrow.
+"""One pass over the images of a dataset: what frozen parts make of each is kept on disk, as memory-mapped Arrow.
 
 The files are named after everything that went into them, so that whoever asks again for the same gets it without a
 pass: a resumed run, the next run, the other processes. What has changed is never read by mistake.
@@ -82,7 +82,7 @@ def compute_once(
         key: what `read` and `compute` depend on, as `content_hash` takes it.
 
     Returns:
-        A memory-mapped data set of what `compute` returned, and `unreadable`: why an image could not be read, or "".
+        A memory-mapped dataset of what `compute` returned, and `unreadable`: why an image could not be read, or "".
 
     Raises:
         OSError: when the disk has no room for it; what lies in `folder` from before is untouched.
@@ -150,12 +150,12 @@ def write(file: Path, batches: Iterable[tuple[Tensors, list[str]]], blank: Tenso
             writer.finalize()
         unfinished.replace(file)
     except OSError as error:
-        raise OSError(f"{file} cannot be written: {error.strerror or error}. {MEND}") from error
+        raise OSError(f"{file} cannot be written: {error.strerror or error}. {HINT}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-MEND = "Choose a cache_dir with more room, or cache less: --cache_features false, --cache_latents false."
+HINT = "Choose a cache_dir with more room, or cache less: --cache_features false, --cache_latents false."
 
 
 def check_room(folder: Path, size: int, count: int, tensors: Iterable[str]) -> None:
@@ -163,7 +163,7 @@ def check_room(folder: Path, size: int, count: int, tensors: Iterable[str]) -> N
     if size > (free := free_bytes(folder)):
         raise OSError(
             f"The {' and '.join(tensors)} of {count:,} images take {size / 1e9:,.1f} GB, but"
-            f" {folder.parent} has {free / 1e9:,.1f} GB free. {MEND}"
+            f" {folder.parent} has {free / 1e9:,.1f} GB free. {HINT}"
         )
 
 

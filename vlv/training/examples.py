@@ -32,7 +32,7 @@ def draw_captions(batch: dict[str, Any]) -> list[str]:
 
 
 class Table(torch.utils.data.Dataset):
-    """Tensors of equal length as a data set whose batches are cut out in one indexing each.
+    """Tensors of equal length as a dataset whose batches are cut out in one indexing each.
 
     DataLoader asks `__getitems__` for a whole batch: a dict of tensors (B, ...), which `collate` then makes the
     model's input. At thousands of samples a second, going one by one would cost more than the training step.
@@ -55,7 +55,7 @@ class Table(torch.utils.data.Dataset):
 
 
 class Examples(torch.utils.data.Dataset):
-    """The rows of a data set as training samples: what was computed of them once, and what is read anew.
+    """The rows of a dataset as training samples: what was computed of them once, and what is read each time.
 
     DataLoader asks `__getitems__` for a whole batch, a dict of tensors (B, ...) and lists of B. One of the lists,
     `random`, holds a generator for each sample, seeded with the seed, the epoch and the row alone: with what is drawn
@@ -119,7 +119,7 @@ class Examples(torch.utils.data.Dataset):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """The rows of a streamed data set as training samples (see `Examples`), without end: epoch after epoch, each in an
+    """The rows of a streamed dataset as training samples (see `Examples`), without end: epoch after epoch, each in an
     order of its own.
 
     Every process reads its own share of the data, and every worker of a DataLoader its own share of that. What cannot

@@ -30,7 +30,7 @@ class Settings:
         default=None,
         metadata={
             "help": "Folder of images (ImageFolder; captions in its metadata.jsonl), of parquet files or WebDataset"
-            " tars, or one that save_to_disk wrote; or a data set on the Hub."
+            " tars, or one that save_to_disk wrote; or a dataset on the Hub."
         },
     )
     train_split: str | None = field(
@@ -38,7 +38,7 @@ class Settings:
     )
     eval_dataset: str | None = field(
         default=None,
-        metadata={"help": "Folder or data set to evaluate on; without it, rows of `dataset` are held out."},
+        metadata={"help": "Folder or dataset to evaluate on; without it, rows of `dataset` are held out."},
     )
     eval_split: str | None = field(default=None, metadata={"help": "Split of `eval_dataset` to evaluate on."})
     eval_size: int = field(default=500, metadata={"help": "How many images to evaluate on."})
@@ -199,7 +199,7 @@ class Stage:
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def collate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the data set gives for a batch, as the model's inputs."""
+        """What the dataset gives for a batch, as the model's inputs."""
         return batch
 
     def loss_function(self) -> Callable[..., torch.Tensor] | None:

@@ -284,7 +284,7 @@ class StageTrainer(Trainer):
 
 class EpochCallback(TrainerCallback):
     """
-    Tells the data set, or a sampler, which epoch begins, on every process; accelerate forgets to where it shards the
+    Tells the dataset, or a sampler, which epoch begins, on every process; accelerate forgets to where it shards the
     batches.
     """
 

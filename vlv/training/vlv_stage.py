@@ -78,7 +78,7 @@ class VLVSettings(Settings):
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read the data set from where it lies, while training, for more data than the disk holds. Needs"
+            "help": "Read the dataset from where it lies, while training, for more data than the disk holds. Needs"
             " max_steps, as its length is not known; nothing is kept on disk of the images to train on."
         },
     )
@@ -143,7 +143,7 @@ class VLVStage(Stage):
 
     def load_model(self, model_class: type[VLVModel], **kwargs) -> VLVModel:
         """The model to go on from, in fp32: what trains must not be held in less."""
-        read_config(self.source)  # says in one sentence why it is no VLV
+        read_config(self.source)  # says in one sentence why it is not a VLV
         return model_class.from_pretrained(
             self.source, dtype=torch.float32, attn_implementation=self.settings.attn_implementation, **kwargs
         )
