@@ -77,7 +77,7 @@ def test_processes_that_do_not_find_each_other_are_refused(alone, monkeypatch):
 def test_fsdp_without_gpus_is_refused(alone, monkeypatch, photos, capsys):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", "tiny/caption", "--output_dir", str(photos), "--dataset", str(photos)]) == 2
-    assert "vlv train: error: FSDP spreads a model over several GPUs" in capsys.readouterr().err
+    assert "vlv train: error: FSDP shards a model over several GPUs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["reconstruct", "evaluate", "info"])
