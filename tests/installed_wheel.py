@@ -42,7 +42,7 @@ class Installed:
         self.bin = folder / "venv" / "bin"
         subprocess.run([self.bin / "python", "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
         (site_packages,) = (folder / "venv" / "lib").glob("*/site-packages")
-        # A folder that a .pth file names is searched, but the .pth files in it are not read: no editable vlv comes too.
+        # A .pth file names a folder to search, in which .pth files are not read: no editable vlv comes with it.
         (site_packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
         self.environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self.environment |= {"HF_HUB_OFFLINE": "1"}
