@@ -102,7 +102,11 @@ class TeacherTraining(nn.Module):
     """The denoising loss on latents, given captions."""
 
     def __init__(
-        self, denoiser: dict[str, nn.Module], scheduler: SchedulerMixin, empty_ids: torch.Tensor, caption_dropout: float
+        self,
+        denoiser: dict[str, nn.Module],
+        scheduler: SchedulerMixin,
+        empty_ids: torch.Tensor,
+        caption_dropout: float,
     ):
         super().__init__()
         self.denoiser = nn.ModuleDict(denoiser)  # under the names of diffusers' pipeline

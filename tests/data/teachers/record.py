@@ -9,7 +9,9 @@ Records losses, gradients and pictures of tiny Stable Diffusion 1 and 2 teachers
 import sys
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from safetensors.torch import save_file
 
@@ -98,5 +100,16 @@ def record():
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
+def surroundings():
+    """What decides the last bits."""
+    return {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
 if __name__ == "__main__":
-    save_file(record(), RECORDED)
+    save_file(record(), RECORDED, metadata=surroundings())
