@@ -7,11 +7,12 @@ import tiny
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
+from paths import FIXTURES
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-sys.path.append(str(tiny.Path(__file__).parent / "data" / "teachers"))
-import record
+sys.path.append(str(FIXTURES / "teachers"))
+import record  # noqa: E402
 
 
 def test_what_was_recorded_before():
