@@ -11,6 +11,7 @@ from PIL import Image
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
+from stopping_vlv import RepeatedSentence
 from vlv.captioning.decoding import Spelling, generation_arguments
 from vlv.captioning.memory import free_memory, memory_in_use, peak_memory
 from vlv.captioning.settings import Decoding
@@ -29,7 +30,8 @@ def largest_batch(device_type: str) -> int:
 
 class Caption(NamedTuple):
     text: str
-    ended: bool  # by its end-of-text token, not by the longest length allowed
+    ended: bool  # by its end-of-text token, not by the longest length allowed nor by repeating itself
+    num_tokens: int  # that the model wrote, the end-of-text token among them
 
 
 class Captioner:
@@ -61,6 +63,7 @@ class Captioner:
         self.batch_size = batch_size or FIRST_BATCH
         eos = model.generation_config.eos_token_id
         self.eos_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        self.repetition = RepeatedSentence.of(model.generation_config)  # `None` where captions end by themselves
 
     def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[Caption]]:
         """
@@ -109,11 +112,18 @@ class Captioner:
             # transformers warns that the image is not counted as repeated text, which is intended here.
             warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
             ids = self.model.generate(caption_embeds=caption_embeds, input_ids=prefix_ids, **arguments).tolist()
-        captions = [
-            Caption(spelling.text(row).strip(), any(token in self.eos_token_ids for token in row)) for row in ids
-        ]
+        captions = [self.read(row, spelling) for row in ids]
         each = self.decoding.num_captions
         return [captions[start : start + each] for start in range(0, len(captions), each)]
+
+    def read(self, ids: Sequence[int], spelling: Spelling) -> Caption:
+        """The caption of new token ids, as `model.generate` returns them: what comes after its end is ignored."""
+        repeated = None if self.repetition is None else self.repetition.find(ids)
+        ids = ids[:repeated]
+        end = next((place for place, token in enumerate(ids) if token in self.eos_token_ids), None)
+        prefix, text = spelling.text(()), spelling.text(ids)
+        text = prefix + self.processor.finish_caption(text.removeprefix(prefix))
+        return Caption(text.strip(), end is not None, len(ids) if end is None else end + 1)
 
     def generation_arguments(self, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
         """What `model.generate` is told, for the images of these names."""

@@ -37,6 +37,7 @@ from components_vlv import (
 from configuration_vlv import VLVConfig
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
+from stopping_vlv import stop_at_repetition
 
 CHECKPOINT_NAMES = (
     "model.safetensors.index.json",
@@ -289,6 +290,7 @@ def convert_checkpoint(
     model = VLVModel.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     if caption_head is not None:
         model.generation_config = _generation_config(caption_head)
+        stop_at_repetition(model, processor)  # the paper's captioner never learnt to end
     return model, processor, report
 
 
@@ -355,11 +357,13 @@ def _caption_config(caption_head, weights, report):
 
 
 def _generation_config(caption_head):
-    """The LLM's own settings, but for the length: the paper's captioner never learnt where to stop."""
+    """The LLM's own settings, but for the length."""
     try:
         return GenerationConfig.from_pretrained(caption_head, max_new_tokens=MAX_NEW_TOKENS)
     except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(caption_head))
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(caption_head))
+        config.max_new_tokens = MAX_NEW_TOKENS
+        return config
 
 
 def _check(checkpoint, config, weights, report):

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import make_image_grid
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, TrainingArguments
@@ -96,14 +103,13 @@ class TeacherTraining(nn.Module):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
-        scheduler: DDIMScheduler,
+        denoiser: dict[str, nn.Module],
+        scheduler: SchedulerMixin,
         empty_ids: torch.Tensor,
         caption_dropout: float,
     ):
         super().__init__()
-        self.denoiser = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+        self.denoiser = nn.ModuleDict(denoiser)  # under the names of diffusers' pipeline
         self.average = deepcopy(self.denoiser).requires_grad_(False)
         self.scheduler = scheduler
         self.caption_dropout = caption_dropout
@@ -129,19 +135,32 @@ class TeacherTraining(nn.Module):
         if noise is None:
             noise = torch.randn_like(latents)
         if timesteps is None:
-            timesteps = torch.randint(
-                self.scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device
-            )
+            timesteps = self.draw_timesteps(len(latents)).to(latents.device)
+        prediction, target = self.predict(denoiser, latents, noise, timesteps, input_ids)
+        return {"loss": nn.functional.mse_loss(prediction.float(), target)}
 
+    def draw_timesteps(self, count: int) -> torch.Tensor:
+        """Timesteps (count,) to train on, int64."""
+        return torch.randint(self.scheduler.config.num_train_timesteps, (count,))
+
+    def predict(
+        self,
+        denoiser: nn.ModuleDict,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        input_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `denoiser` predicts of the noisy latents, and what it should: (B, C, h, w) each."""
         context = denoiser["text_encoder"](input_ids).last_hidden_state  # (B, L, E)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
-        prediction = denoiser["unet"](noisy, timesteps, context).sample
-        return {"loss": nn.functional.mse_loss(prediction.float(), target)}
+        return denoiser["unet"](noisy, timesteps, context).sample, target
 
 
 class TeacherStage(Stage):
     Settings = TeacherSettings
+    drawing: dict[str, Any] = {}  # what the pipeline's call needs besides
 
     def __init__(self, settings: TeacherSettings, args: TrainingArguments):
         super().__init__(settings, args)
@@ -158,16 +177,18 @@ class TeacherStage(Stage):
             model_max_length=settings.max_length,
         )
         tokenize(self.tokenizer, captions, settings.max_length)  # says which is too long, before hours have gone by
-        text_encoder = tiny_text_encoder(
-            self.tokenizer, settings.max_length, settings.text_width, settings.text_layers
-        )
-        self.model = TeacherTraining(
-            tiny_unet(self.vae, settings.unet_widths, settings.text_width),
-            text_encoder,
-            v_prediction_scheduler(),
-            tokenize(self.tokenizer, [""], settings.max_length),
-            settings.caption_dropout,
-        )
+        self.model = self.build(tokenize(self.tokenizer, [""], settings.max_length))
+
+    def build(self, empty_ids: torch.Tensor) -> TeacherTraining:
+        """The model to train, randomly initialised."""
+        settings = self.settings
+        denoiser = {
+            "unet": tiny_unet(self.vae, settings.unet_widths, settings.text_width),
+            "text_encoder": tiny_text_encoder(
+                self.tokenizer, settings.max_length, settings.text_width, settings.text_layers
+            ),
+        }
+        return TeacherTraining(denoiser, v_prediction_scheduler(), empty_ids, settings.caption_dropout)
 
     def prepare(self) -> None:
         train, evaluation = self.rows
@@ -206,7 +227,7 @@ class TeacherStage(Stage):
     def callbacks(self) -> list:
         return [MovingAverage(self.model.denoiser, self.model.average, self.settings.ema_decay)]
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    def pipeline(self) -> DiffusionPipeline:
         return StableDiffusionPipeline(
             **self.model.average.eval(),
             vae=self.vae.to(self.args.device),
@@ -232,6 +253,7 @@ class TeacherStage(Stage):
             num_inference_steps=20,
             guidance_scale=self.settings.sample_guidance_scale,
             generator=torch.Generator().manual_seed(self.args.seed),
+            **self.drawing,
         ).images
         originals = [open_image(source).resize((size, size)) for source in shown[self.settings.image_column]]
         make_image_grid(originals + drawn, rows=2, cols=len(drawn)).save(folder / "samples.png")

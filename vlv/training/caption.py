@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel, VLVOutput
 from processing_vlv import VLVProcessor
+from stopping_vlv import stop_at_repetition
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
 from vlv.data.rows import captions_of
@@ -55,16 +56,18 @@ class CaptionStage(VLVStage):
         self.prepare_data(train=features, evaluation=features)
 
     def load(self, model_class: type[VLVModel]) -> tuple[VLVModel, VLVProcessor]:
-        """The model to start from. It gets a new caption head if it has none."""
+        """The model to start from. It gets a new caption head if it has none, and here learns to end its captions."""
         settings = self.settings
         processor = VLVProcessor.from_pretrained(self.source)
         if settings.caption_head is None:
-            return self.load_model(model_class), processor
-        head = AutoModelForCausalLM.from_pretrained(settings.caption_head, dtype=torch.float32)
-        model = self.load_model(model_class, caption_config=head.config)
-        model.caption_head.load_state_dict(head.state_dict())
-        model.generation_config = head.generation_config
-        processor.tokenizer = type(processor.tokenizer).from_pretrained(settings.caption_head)
+            model = self.load_model(model_class)
+        else:
+            head = AutoModelForCausalLM.from_pretrained(settings.caption_head, dtype=torch.float32)
+            model = self.load_model(model_class, caption_config=head.config)
+            model.caption_head.load_state_dict(head.state_dict())
+            model.generation_config = head.generation_config
+            processor.tokenizer = type(processor.tokenizer).from_pretrained(settings.caption_head)
+        stop_at_repetition(model, processor, on=False)
         return model, processor
 
     def use_liger_kernels(self) -> None:

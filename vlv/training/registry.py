@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 STAGE_CLASSES = {
     "vae": "vlv.tiny.vae:VAEStage",
     "teacher": "vlv.tiny.teacher:TeacherStage",
+    "flow_teacher": "vlv.tiny.flow_teacher:FlowTeacherStage",
     "encoder": "vlv.tiny.encoder:EncoderStage",
     "language": "vlv.tiny.language:LanguageStage",
     "autoencode": "vlv.training.autoencode:AutoencodeStage",
