@@ -70,7 +70,7 @@ def test_launch_of_one_process_in_place_of_several_is_refused(argv, alone, monke
 def test_processes_that_do_not_find_each_other_are_refused(alone, monkeypatch):
     check_launch(alone)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="3 processes, but this one finds 1"):
+    with pytest.raises(ValueError, match="3 processes, but this process finds 1"):
         check_launch(alone)
 
 
@@ -122,7 +122,7 @@ def test_killed_process_is_not_waited_for(photos, tiny_repo, tmp_path):
     second.communicate()
     _, said = first.communicate(timeout=600)
     assert first.returncode == 2
-    assert "vlv caption: error: Another process of this run has ended" in said and "Traceback" not in said
+    assert "vlv caption: error: Another process of this run ended" in said and "Traceback" not in said
     assert not output.exists()
     assert main([*map(str, argv), "--resume"]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
