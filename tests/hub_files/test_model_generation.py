@@ -328,6 +328,7 @@ def test_another_scheduler_can_sample(tiny_model, pixel_values, scheduler_class)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+@pytest.mark.slow
 def test_few_steps_of_the_default_solver_come_closer_than_those_of_ddim(prediction_type, pixel_values):
     model = tiny.model(prediction_type=prediction_type)
     schedule = model.config.decoder_config["scheduler"]

@@ -142,6 +142,7 @@ def test_the_card_tells_of_metrics_on_a_data_set(built, tiny_model, samples, tmp
     assert f"{command} --metrics captions/bleu_4" in card.text
 
 
+@pytest.mark.slow
 def test_the_cards_python_runs(built, pictures, tmp_path):
     """Every Python example of the card, word for word, in one process without this package on its path."""
     text = (built / "README.md").read_text().replace('"ada/vlv-test"', repr(str(built)))
