@@ -238,8 +238,8 @@ def test_the_space_runs_the_model_that_its_readme_names(tmp_path, pictures, monk
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--repo-id", "no-user"], "--repo_id no-user is not a name on the Hub"),
-        (["--repo-id", "ada/x", "--space", "ada/x/y"], "--space ada/x/y is not a name on the Hub"),
+        (["--repo-id", "no-user"], "--repo_id no-user is not a name of a Hub repo"),
+        (["--repo-id", "ada/x", "--space", "ada/x/y"], "--space ada/x/y is not a name of a Hub repo"),
         (["--repo-id", "ada/x", "--dry-run"], "--output"),
         (["--repo-id", "ada/x", "--create-pr", "--revision", "v2"], "leave --revision out"),
         (["--repo-id", "ada/x", "--output", str(ROOT / "tests")], "is not empty"),

@@ -174,7 +174,7 @@ def test_checkpoints_of_an_earlier_run_are_continued_or_kept_apart(common, tmp_p
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
     again = run(CAPTION, tmp_path, resume=True, **settings)
-    assert "checkpoint-2 has all 2 steps: none is trained." in capsys.readouterr().out
+    assert "checkpoint-2 already has all 2 steps." in capsys.readouterr().out
     assert again["steps"] == 2 and losses(again) == losses(first)
     assert (tmp_path / "model.safetensors").read_bytes() == before[tmp_path / "model.safetensors"]
     assert not (tmp_path / "checkpoint-3").exists()

@@ -78,7 +78,7 @@ def test_the_encoder_has_a_learning_rate_of_its_own(tiny_repo, scenes, tmp_path)
 def test_a_learning_rate_for_what_is_frozen_is_refused(tiny_repo, scenes, tmp_path, capsys):
     argv = arguments(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, encoder_learning_rate=0.0001)
     assert vlv(["train", *argv]) == 2
-    assert "encoder_learning_rate: of Florence-2 nothing trains, but caption_head" in capsys.readouterr().err
+    assert "encoder_learning_rate is set, but no part of Florence-2 trains, only" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(is_liger_kernel_available(), reason="liger-kernel is installed")

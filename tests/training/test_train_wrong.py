@@ -26,7 +26,7 @@ def test_a_folder_with_no_images(recipe, tiny_repo, tmp_path, capsys):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "list.txt").write_text("nothing to see")
     error = error_of(capsys, recipe, tmp_path / "out", dataset=tmp_path / "notes", model=tiny_repo)
-    assert error == f"There are no images in {tmp_path / 'notes'}, and neither parquet files nor WebDataset tars."
+    assert error == f"There are no images, no parquet files and no WebDataset tars in {tmp_path / 'notes'}."
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
@@ -80,8 +80,8 @@ def room_for(size):
     ("settings", "message"),
     [
         ({"cache_features": True}, "Choose a cache_dir with more room"),
-        ({"cache_features": False}, "What was saved before is whole."),  # the training checkpoint
-        ({"cache_features": False, "save_strategy": "no"}, "What was saved before is whole."),  # the model itself
+        ({"cache_features": False}, "Files that were saved before are complete."),  # the training checkpoint
+        ({"cache_features": False, "save_strategy": "no"}, "Files that were saved before are complete."),  # the model
     ],
     ids=["cache", "checkpoint", "model"],
 )
