@@ -33,7 +33,9 @@ SETTINGS = {
 
 def losses(model, **settings):
     """Loss and gradients of one step whose noise, timesteps and latents come from a seed."""
-    model.config.update({name: value for each in SETTINGS.values() for name, value in DEFAULTS.items() if name in each})
+    model.config.update(
+        {name: value for each in SETTINGS.values() for name, value in DEFAULTS.items() if name in each}
+    )
     model.config.update(settings)
     model.set_stage("autoencode").train()
     model.zero_grad()
@@ -82,7 +84,9 @@ def pictures(model):
         noise = torch.Generator().manual_seed(0)
         drawn[name] = model.reconstruct(pixel_values, generator=noise, output_type="pt", **arguments)
     noise = [torch.Generator().manual_seed(number) for number in range(2)]
-    drawn["a generator each"] = model.reconstruct(pixel_values, generator=noise, num_inference_steps=2, output_type="pt")
+    drawn["a generator each"] = model.reconstruct(
+        pixel_values, generator=noise, num_inference_steps=2, output_type="pt"
+    )
     return drawn | {"callback latents": torch.stack(seen)}
 
 
