@@ -222,6 +222,10 @@ def read_decoder_config(source: str, **hub_kwargs) -> dict:
     family = family_of(config)
     if family is FAMILIES["StableDiffusionPipeline"]:
         config.pop("_class_name", None)  # as in every checkpoint from before there were other families
+    texts = [name for name, kind in index.items() if name.startswith("text_encoder") and kind[0] is not None]
+    for name in (family.denoiser, "vae", "scheduler", *texts):
+        if Path(source).is_dir() and not (Path(source) / name).is_dir():
+            raise OSError(f"it lacks the folder {name}, without which it is no whole {family.pipeline}.")
     for name in (family.denoiser, "vae"):
         config[name] = PreTrainedConfig.get_config_dict(source, subfolder=name, **hub_kwargs)[0]
     config["scheduler"] = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **hub_kwargs)
@@ -231,9 +235,11 @@ def read_decoder_config(source: str, **hub_kwargs) -> dict:
 def encode_empty_prompt(source: str, decoder: Decoder, **hub_kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The empty prompt through the text encoders of a pipeline, in fp32: (1, L, E), and (1, P) or `None`."""
     with torch.device("meta"):
-        built = decoder.build()
+        given = decoder.build()
     pipeline_class = getattr(diffusers, decoder.pipeline)
-    pipeline = pipeline_class.from_pretrained(source, torch_dtype=torch.float32, **built, **hub_kwargs)
+    index = pipeline_class.load_config(source, **hub_kwargs)
+    given |= {name: None for name, kind in index.items() if kind == [None, None]}  # such as a T5 that was left out
+    pipeline = pipeline_class.from_pretrained(source, torch_dtype=torch.float32, **given, **hub_kwargs)
     with torch.no_grad():
         return decoder.encode_empty_prompt(pipeline)
 

@@ -5,6 +5,7 @@ import inspect
 import diffusers
 import tiny
 import torch
+import transformers
 from diffusers.configuration_utils import FrozenDict
 
 from families_vlv import build_decoder
@@ -123,7 +124,7 @@ TEACHERS = {
             "num_kv_heads": 1,
             "multiple_of": 2,
             "axes_dim_rope": [4, 2, 2],
-            "axes_lens": [128, 128, 128],
+            "axes_lens": [512, 128, 128],
             "cap_feat_dim": 32,
         },
         "vae": KL8,
@@ -351,3 +352,72 @@ def pipelines_prediction(vlv, latents, times, arguments, **call):
 def available(family):
     """Whether the installed diffusers has the family."""
     return hasattr(diffusers, TEACHERS[family].get("_class_name", "StableDiffusionPipeline"))
+
+
+# ---- pipelines in folders --------------------------------------------------------------------------------------
+
+
+def clip(width, projected):
+    tokenizer = tiny.decoder_tokenizer()
+    settings = tiny.text_encoder_config().to_dict()
+    settings |= {"hidden_size": width, "projection_dim": width, "bos_token_id": tokenizer.bos_token_id}
+    model_class = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return model_class(transformers.CLIPTextConfig(**settings)), tokenizer
+
+
+def t5(width):
+    tokenizer = tiny.caption_tokenizer()
+    settings = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": len(tokenizer)}
+    return transformers.T5EncoderModel(transformers.T5Config(**settings)), tokenizer
+
+
+def language_model(model_class, config_class, width=32, layers=2, **settings):
+    tokenizer = tiny.caption_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": len(tokenizer)}
+    return model_class(config_class(**sizes, **settings)), tokenizer
+
+
+def text_encoders(family):
+    """The components that read words, by diffusers' names."""
+    if family.startswith("SD "):
+        kinds = {"": clip(24, False)}
+    if family == "SDXL":
+        kinds = {"": clip(24, False), "_2": clip(24, True)}
+    if family == "SD 3.5":
+        kinds = {"": clip(24, True), "_2": clip(24, True), "_3": t5(48)}
+    if family in ("Lumina2", "Sana"):
+        kinds = {"": language_model(transformers.Gemma2Model, transformers.Gemma2Config)}
+    if family == "PixArt-Sigma":
+        kinds = {"": t5(32)}
+    if family == "Z-Image":
+        kinds = {"": language_model(transformers.Qwen3Model, transformers.Qwen3Config)}
+    if family == "FLUX.2 klein":  # it reads three layers, the last of them the 27th
+        kinds = {"": language_model(transformers.Qwen3ForCausalLM, transformers.Qwen3Config, layers=28)}
+    if family == "Qwen-Image":
+        config_class = transformers.Qwen2_5_VLConfig
+        model, tokenizer = language_model(transformers.Qwen2Model, transformers.Qwen2Config)
+        text = model.config.to_dict() | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+        vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+        text.pop("model_type")
+        config = config_class(text_config=text | {"head_dim": 16}, vision_config=vision)
+        kinds = {"": (transformers.Qwen2_5_VLForConditionalGeneration(config), tokenizer)}
+    names = {}
+    for suffix, (encoder, tokenizer) in kinds.items():
+        names |= {f"text_encoder{suffix}": tiny.randomise(encoder), f"tokenizer{suffix}": tokenizer}
+    return names
+
+
+def save_pipeline(family, folder, **changes):
+    """A whole text-to-image pipeline of a family, as a user finds it; `changes` are other components."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        decoder = build_decoder(TEACHERS[family])
+        parts = {name: tiny.randomise(part) for name, part in decoder.build().items()}
+        parts |= text_encoders(family) | changes
+    pipeline = decoder.make_pipeline(**parts)
+    settings = TEACHERS[family]["scheduler"]
+    pipeline.register_modules(scheduler=getattr(diffusers, settings["_class_name"]).from_config(settings))
+    pipeline.save_pretrained(folder)
+    return folder

@@ -1,4 +1,4 @@
-"""Every family of teachers, on tiny models of diffusers' real classes: against its own pipeline and against formulas."""
+"""Every family of teachers, on tiny models of diffusers' real classes, against its own pipeline and formulas."""
 
 import subprocess
 import sys
@@ -258,7 +258,7 @@ for folder in map(Path, sys.argv[2:]):
 
 @pytest.mark.slow
 def test_a_fresh_process_sees_the_same(tmp_path, models):
-    """Tables that no checkpoint holds come back; a process that never saw the models gives their losses and pictures."""
+    """Tables that no checkpoint holds come back: a process that never saw the models gives the same."""
     names = [name for name in teachers.TEACHERS if teachers.available(name)]
     pixel_values, _ = tiny.pixels(2)
     given = {"pixel_values": pixel_values}
@@ -328,7 +328,7 @@ def test_timestep_density(density, models):
         ("SD 3.5", {"image_size": 36}, "36x36 pixels, but StableDiffusion3Pipeline draws multiples of 8"),
         ("Sana", {"image_size": 48}, "48x48 pixels, but SanaPipeline draws multiples of 32"),
         ("Lumina2", {"image_size": 40}, "40x40 pixels, but Lumina2Pipeline draws multiples of 16"),
-        ("Lumina2", {"num_queries": 128}, "num_queries is 128, but the transformer has positions for .* 127"),
+        ("Lumina2", {"num_queries": 512}, "num_queries is 512, but the transformer has positions for .* 511"),
         ("Z-Image", {"num_queries": 300}, "num_queries is 300, but the transformer has positions for .* 224"),
         ("SD 3.5", {"timestep_density": "cosine"}, "timestep_density is 'cosine': choose uniform, logit_normal, mode"),
     ],
