@@ -291,10 +291,9 @@ def config(family, **settings):
     """A `VLVConfig` with the tiny teacher of a family."""
     teacher = TEACHERS[family]
     settings = {"decoder_config": teacher, "num_queries": 10, "image_size": 32, **settings}
-    if "cross_attention_dim" in teacher.get("unet", {}) and family.startswith("SD "):
-        if "transformer" not in teacher:
-            return tiny.config(**settings)
     decoder = build_decoder(teacher)
+    if decoder.reads_text_encoder:
+        return tiny.config(**settings)
     settings["decoder_config"] = teacher | {"empty_prompt_length": EMPTY}
     return tiny.config(text_encoder_config=None, context_width=decoder.context_width, empty_prompt_ids=(), **settings)
 
