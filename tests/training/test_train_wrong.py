@@ -55,6 +55,7 @@ def test_a_stage_whose_parts_the_checkpoint_lacks(recipe, lacking, message, scen
     assert error.startswith(f"{tmp_path / 'model'}") and message in error
 
 
+@pytest.mark.slow
 def test_a_resume_folder_of_another_model(tiny_repo, scenes, tmp_path, capsys):
     run(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, max_steps=2)
     error = error_of(capsys, AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo, resume=True)
@@ -84,6 +85,7 @@ def room_for(size):
     ],
     ids=["cache", "checkpoint", "model"],
 )
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_model_from_before(settings, message, tiny_repo, scenes, tmp_path, capsys):
     settings = {"dataset": scenes, "model": tiny_repo, "max_steps": 2, **settings}
     run(CAPTION, tmp_path, **settings)
