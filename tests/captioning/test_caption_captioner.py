@@ -71,7 +71,7 @@ def test_the_batch_changes_nothing(model, pixel_values, decoding):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_nothing_of_the_padding_is_left(model, pixel_values, num_beams):
+def test_captions_have_no_padding(model, pixel_values, num_beams):
     """Against the model asked for one image at a time, which pads nothing."""
     expected = []
     for pixels in pixel_values:
@@ -150,7 +150,7 @@ def test_not_even_one_image_fits(model, pixel_values, batches):
         _captioner(model)(NAMES, pixel_values)
 
 
-def test_other_errors_are_no_lack_of_memory(model, pixel_values, monkeypatch):
+def test_other_errors_are_not_taken_for_lack_of_memory(model, pixel_values, monkeypatch):
     monkeypatch.setattr(model, "encode", lambda pixel_values: torch.zeros(2, 3) @ torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         _captioner(model)(NAMES, pixel_values)
@@ -176,7 +176,7 @@ def test_automatic_batches_grow_as_far_as_memory_allows(
 # ---- the settings ------------------------------------------------------------------------------------------
 
 
-def test_one_look_for_several_captions(model, pixel_values, batches):
+def test_an_image_is_encoded_once_for_several_captions(model, pixel_values, batches):
     captions = _captioner(model, num_captions=3, temperature=2.0)(NAMES[:2], pixel_values[:2])
     assert [len(set(texts)) for texts in captions] == [3, 3]
     assert batches == [2]
@@ -272,7 +272,7 @@ def test_forced_words(model, pixel_values, greedy, num_beams):
     assert [text for (text,) in tight] == ["dog cow"] * COUNT
 
 
-def test_forced_words_that_are_there_change_nothing(model, pixel_values):
+def test_forced_words_that_a_caption_already_has_change_nothing(model, pixel_values):
     prefix = {"prefix": "A Dog: "}
     free = _captioner(model, **prefix)(NAMES, pixel_values)
     assert _captioner(model, **prefix, force_words=["dog"])(NAMES, pixel_values) == free

@@ -118,7 +118,7 @@ def test_one_caption_and_lists_do_not_mix(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_an_output_is_replaced_only_on_demand(suffix, tmp_path):
+def test_an_output_is_replaced_only_with_overwrite(suffix, tmp_path):
     path = tmp_path / f"metadata{suffix}"
     path.touch()
     _write(FORMATS[suffix](path), "a")  # an empty file has nothing to lose
@@ -173,7 +173,7 @@ def test_json_lines_stay_byte_for_byte(tmp_path):
     assert path.read_bytes() == before + b'\n{"file_name": "c", "text": "a dog"}\n'
 
 
-def test_a_link_stays_one_and_its_target_is_written(photos, tmp_path):
+def test_a_link_stays_a_link_and_its_target_is_written(photos, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     target, link = tmp_path / "elsewhere" / "captions.jsonl", tmp_path / "link.jsonl"
     link.symlink_to(target)
@@ -190,7 +190,7 @@ def test_a_link_stays_one_and_its_target_is_written(photos, tmp_path):
 # ---- a list of failures for each output -------------------------------------------------------------------------
 
 
-def test_every_output_has_a_list_of_failures_of_its_own(open_again, tmp_path):
+def test_every_output_has_its_own_list_of_failures(open_again, tmp_path):
     outputs = [open_again(), JsonLines(tmp_path / "failures.jsonl"), Parquet(tmp_path / "failures.parquet")]
     for output in outputs:
         sink = Sink(output, {}, resume=False)
@@ -282,7 +282,7 @@ def test_text_that_cannot_be_added_to_is_refused_before_any_work(photos):
     assert Sink(_sidecars(photos), {}, resume=False).done == {"a.png"}
 
 
-def test_an_image_deleted_between_run_and_resume_costs_the_others_nothing(photos):
+def test_an_image_deleted_between_run_and_resume_does_not_affect_the_others(photos):
     Sink(_sidecars(photos), {}, resume=False).add(_rows("a.png", "sub/c.png"))
     (photos / "sub" / "c.png").unlink()
     captioned, failures = _write(_sidecars(photos), "a.png", "b.png", resume=True)
@@ -316,7 +316,7 @@ def test_images_on_two_file_systems(photos, tmp_path):
         shutil.rmtree(memory)
 
 
-def test_a_name_too_long_for_a_sidecar_costs_the_others_nothing(photos):
+def test_a_name_too_long_for_a_sidecar_does_not_affect_the_others(photos):
     long = f"{'n' * 251}.png"
     (photos / "b.png").rename(photos / long)
     output = Sidecars(find_images([photos]), ".caption")
@@ -325,7 +325,7 @@ def test_a_name_too_long_for_a_sidecar_costs_the_others_nothing(photos):
     assert {path.name for path in photos.rglob("*.caption")} == {"a.caption", "c.caption"}
 
 
-def test_sidecars_are_no_images(photos):
+def test_sidecars_cannot_have_a_suffix_of_images(photos):
     with pytest.raises(ValueError, match="--output .png is a suffix of images"):
         Sidecars(find_images([photos]), ".png", existing="overwrite")
     with pytest.raises(ValueError, match="would overwrite the image"):

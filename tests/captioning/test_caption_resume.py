@@ -137,7 +137,7 @@ def test_killed_while_the_output_is_made(tiny_repo, photos, whole, tmp_path, ste
     _check(output, whole)
 
 
-def test_ctrl_c_ends_cleanly_and_resume_goes_on(tiny_repo, photos, whole, tmp_path, monkeypatch, capfd):
+def test_ctrl_c_ends_cleanly_and_resume_continues(tiny_repo, photos, whole, tmp_path, monkeypatch, capfd):
     output = tmp_path / "captions.jsonl"
     _slowly(monkeypatch, 0.3)
     process = _fork(lambda: _caption(tiny_repo, photos, output))
@@ -189,7 +189,7 @@ def test_resume_adds_to_a_finished_run(tiny_repo, photos, tmp_path, suffix):
     assert _names(output) == sorted(names)
 
 
-def test_a_journal_cut_anywhere_keeps_its_whole_rows(tmp_path):
+def test_a_journal_cut_anywhere_keeps_its_complete_rows(tmp_path):
     rows = [{"order": [number, 0], "file_name": f"ü{number}", "text": 'a\n"b" ü'} for number in range(5)]
     journal = Journal(tmp_path / "journal")
     journal.append(rows, {"settings": {}})

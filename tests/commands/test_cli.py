@@ -183,7 +183,7 @@ def test_ctrl_c_leaves_no_traceback_of_threads_and_child_processes(tmp_path):
     assert error == "\nvlv sample: interrupted\n"
 
 
-def test_reader_that_leaves_ends_the_command_quietly(tmp_path):
+def test_a_closed_output_ends_the_command_quietly(tmp_path):
     process = _start("[print(number) for number in range(10**6)]", tmp_path)
     assert process.stdout.readline() == "0\n"
     process.stdout.close()

@@ -139,7 +139,7 @@ def test_pixels_that_cannot_be_compared(sizes):
         compute("pixels", predictions=[Image.new("RGB", sizes[0])], references=[Image.new("RGB", sizes[1])])
 
 
-def test_features_are_what_the_model_pools(models, pictures):
+def test_features_are_the_pooled_output(models, pictures):
     features = Embedder(str(models / "features"), batch_size=4).embed_images(pictures[0])
     with torch.inference_mode():
         expected = AutoModel.from_pretrained(models / "features")(judges.pixel_values(pictures[0])).pooler_output
@@ -201,7 +201,7 @@ def test_image_similarity(models, pictures, name):
     assert scores == pytest.approx(expected, abs=1e-5)
 
 
-def test_one_picture_has_no_spread(models, pictures):
+def test_fid_and_kid_need_two_pictures(models, pictures):
     with pytest.raises(ValueError, match="one picture is not enough: give two"):
         compute("frechet", predictions=pictures[0][:1], references=pictures[1][:1], model=str(models / "features"))
     with pytest.raises(ValueError, match="give two or more"):

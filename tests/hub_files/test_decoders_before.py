@@ -15,7 +15,7 @@ sys.path.append(str(FIXTURES / "teachers"))
 import record  # noqa: E402
 
 
-def test_what_was_recorded_before():
+def test_recorded_results_are_unchanged():
     """Bit for bit with the libraries and the processor of the recording; elsewhere up to their arithmetic."""
     recorded, found = load_file(record.RECORDED), record.record()
     with safe_open(record.RECORDED, "pt") as file:

@@ -141,7 +141,7 @@ def test_auto_model_for_image_text_to_text_has_no_decoder(answers, captions):
     }
 
 
-def test_nothing_is_warned_about(answers):
+def test_there_are_no_warnings(answers):
     """But for the unreadable pictures, which are."""
     alarming = ("Warning", "warning", "UNEXPECTED", "MISSING", "newly initialized", "not supported", "deprecated")
     lines = [line for line in answers.stderr.splitlines() if any(word in line for word in alarming)]
@@ -202,7 +202,7 @@ def test_image_to_text_in_any_precision_and_place(answers, captions):
 
 
 @pytest.mark.parametrize("how", ["1", "3", "generator"])
-def test_an_unreadable_picture_costs_the_others_nothing(answers, captions, how):
+def test_an_unreadable_picture_does_not_affect_the_others(answers, captions, how):
     first, broken, last = answers["an_unreadable_picture"][how]
     assert (first, last) == ([{"generated_text": captions[0]}], [{"generated_text": captions[2]}])
     assert broken[0]["generated_text"] is None
@@ -339,7 +339,7 @@ def id_answers(tiny_repo, pictures, tmp_path_factory):
     return ask_clean_environment("someone/vlv", pictures, folder / "output", entry_points, home=folder / "home")
 
 
-def test_an_id_opens_the_doors(id_answers, captions, continuations):
+def test_a_hub_id_works_in_the_entry_points(id_answers, captions, continuations):
     assert id_answers["auto_model"]["captions"] == captions
     assert id_answers["generation_arguments"]["max_new_tokens"] == rows(caption[:4] for caption in captions)
     assert id_answers["image_text_to_text"]["text"][0]["generated_text"] == "a" + continuations[0]
@@ -357,7 +357,7 @@ def test_a_model_of_an_id_is_saved_as_a_complete_repo(id_answers, captions):
 # ---- the package installed as well -------------------------------------------------------------------------
 
 
-def test_they_work_where_the_package_is_installed_too(tiny_repo, pictures, captions, continuations, tmp_path):
+def test_entry_points_work_with_the_package_installed(tiny_repo, pictures, captions, continuations, tmp_path):
     entry_points = (
         "auto_processor", "auto_model", "auto_model_for_image_text_to_text", "one_picture", "image_text_to_text",
         "save_again",

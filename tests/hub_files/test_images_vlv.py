@@ -122,7 +122,7 @@ def test_a_profile_of_palettes_transparency_and_grey(picture):
     ],
     ids=["sRGB", "nonsense", "cut", "of grey", "of another space"],
 )
-def test_pixels_stay_exact_where_a_profile_says_nothing(picture, useless):
+def test_a_useless_profile_changes_no_pixel(picture, useless):
     assert np.array_equal(pixels(load_image(saved(picture, "PNG", icc_profile=useless))), pixels(picture))
 
 
@@ -236,7 +236,7 @@ def test_any_error_of_a_decoder_is_a_sentence(make, picture, tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("so"), KeyError(7), struct.error("short"), AssertionError()])
-def test_even_errors_that_nobody_expects(error, picture, monkeypatch):
+def test_unexpected_errors_are_a_sentence(error, picture, monkeypatch):
     def fail(image):
         raise error
 
@@ -358,7 +358,7 @@ def test_an_error_never_prints_the_whole_base64(picture):
 
 
 @pytest.mark.parametrize("size", [(8000, 1), (1, 8000), (3000, 2), (90_000, 40), (1000, 10), (10, 1000)])
-def test_the_centre_of_a_strip_takes_no_more_than_is_kept(size, monkeypatch):
+def test_the_centre_crop_of_a_strip_takes_little_memory(size, monkeypatch):
     image = Image.fromarray((np.arange(3 * size[0] * size[1]) * 7 % 251).astype(np.uint8).reshape(size[1], size[0], 3))
     processor = VLVProcessor(tiny.caption_tokenizer(), image_height=32, image_width=32, decoder_image_size=32)
     largest = 0

@@ -26,7 +26,7 @@ def stage1_model(request):
 
 
 @torch.no_grad()
-def test_queries_ask_the_encoder_as_words_do(tiny_model, pixel_values):
+def test_queries_are_read_as_word_embeddings(tiny_model, pixel_values):
     """With words for queries, the whole way to the projection is Florence-2's own: image, prompt, causal decoder."""
     model = copy.deepcopy(tiny_model)
     words = torch.arange(40, 40 + QUERIES)
@@ -52,7 +52,7 @@ def test_queries_are_causal(tiny_model, pixel_values):
 
 
 @torch.no_grad()
-def test_every_picture_is_encoded_by_itself(tiny_model, pixel_values):
+def test_every_picture_is_encoded_independently(tiny_model, pixel_values):
     together = tiny_model.encode(pixel_values)
     one_by_one = torch.cat([tiny_model.encode(pixels[None]) for pixels in pixel_values])
     torch.testing.assert_close(together, one_by_one)
@@ -60,7 +60,7 @@ def test_every_picture_is_encoded_by_itself(tiny_model, pixel_values):
 
 
 @torch.no_grad()
-def test_cached_image_features_and_caption_embeds_stand_in_for_pixels(tiny_model, pixel_values, captions):
+def test_cached_image_features_and_caption_embeds_replace_pixels(tiny_model, pixel_values, captions):
     features = tiny_model.get_image_features(pixel_values)
     caption_embeds = tiny_model.encode(pixel_values)
     assert features.shape == (3, 4 * 4 + 1, 32)
@@ -302,7 +302,7 @@ def test_both_losses_at_once_are_summed(tiny_model, pixel_values, captions):
 
 
 @torch.no_grad()
-def test_what_is_given_decides_what_is_computed(tiny_model, pixel_values, captions):
+def test_the_inputs_decide_what_is_computed(tiny_model, pixel_values, captions):
     output = tiny_model(pixel_values)
     assert output.keys() == {"caption_embeds", "context"}
     output = tiny_model(pixel_values, input_ids=captions["input_ids"])
@@ -312,7 +312,7 @@ def test_what_is_given_decides_what_is_computed(tiny_model, pixel_values, captio
 
 
 @torch.no_grad()
-def test_labels_alone_are_the_captions(tiny_model, pixel_values, captions):
+def test_labels_also_serve_as_input_ids(tiny_model, pixel_values, captions):
     output = tiny_model(pixel_values, labels=captions["labels"])
     expected = tiny_model(pixel_values, **captions)
     assert torch.equal(output.loss, expected.loss)

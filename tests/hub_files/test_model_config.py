@@ -42,7 +42,7 @@ def test_sub_configs_are_real_config_objects():
     assert loaded.get_text_config(decoder=True) is loaded.caption_config
 
 
-def test_diffusers_frozen_dicts_are_taken(tiny_model):
+def test_diffusers_frozen_dicts_are_accepted(tiny_model):
     parts = {
         "unet": tiny_model.unet.config,
         "vae": tiny_model.vae.config,
@@ -68,7 +68,7 @@ def test_the_caller_keeps_the_config(tiny_config):
     assert tiny_config.to_dict() == before and parts == before["decoder_config"]
 
 
-def test_a_config_can_be_made_of_nothing():
+def test_a_config_needs_no_arguments():
     """As the library does, to tell what differs from the defaults."""
     assert VLVConfig().num_queries == 77
 

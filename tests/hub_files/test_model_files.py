@@ -103,7 +103,7 @@ def test_generation_settings_come_back(tmp_path, tiny_model, pixel_values):
     assert torch.equal(loaded.generate(pixel_values=pixel_values), model.generate(pixel_values=pixel_values))
 
 
-def test_a_saved_repo_brings_its_code(tiny_repo, tmp_path):
+def test_a_saved_repo_has_its_code(tiny_repo, tmp_path):
     for name in CODE_FILES:
         assert (tiny_repo / name).read_bytes() == (ROOT / name).read_bytes()
     # saved again in its own place, and from there elsewhere
@@ -247,7 +247,7 @@ def test_a_captioner_saved_again_is_a_checkpoint_without_decoder(tiny_repo, tmp_
     assert torch.equal(model.generate(**arguments), tiny_model.generate(**arguments))
 
 
-def test_weights_that_are_truly_unexpected_or_missing_are_told(tiny_repo, tmp_path, tiny_model, said):
+def test_unexpected_or_missing_weights_are_reported(tiny_repo, tmp_path, tiny_model, said):
     """Leaving parts out must not hide a damaged checkpoint."""
     state = dict(tiny_model.state_dict())
     state["prefix_projection.9.weight"] = torch.zeros(2)
@@ -301,7 +301,7 @@ def test_a_vlv_of_the_parts_computes_what_the_parts_do(tiny_components, pixel_va
     assert torch.equal(model.caption_head(inputs_embeds=embeds).logits, llm(inputs_embeds=embeds).logits)
 
 
-def test_a_processor_of_the_parts_is_the_parts(tiny_components):
+def test_a_processor_of_the_parts_has_their_settings(tiny_components):
     _, processor = assemble(tiny_components)
     settings = json.loads((tiny_components / "encoder" / "preprocessor_config.json").read_text())
     assert (processor.image_height, processor.image_width) == (32, 32)

@@ -48,7 +48,7 @@ def test_greedy_is_the_argmax_of_forwards_logits_token_by_token(tiny_model, pixe
     assert torch.equal(ids, greedy)
 
 
-def test_caption_embeds_stand_in_for_pixels(tiny_model, pixel_values, greedy):
+def test_caption_embeds_replace_pixels(tiny_model, pixel_values, greedy):
     caption_embeds = tiny_model.encode(pixel_values)
     assert torch.equal(tiny_model.generate(caption_embeds=caption_embeds, **GREEDY), greedy)
 
@@ -158,7 +158,7 @@ def test_the_models_generation_config_is_the_default_and_arguments_come_first(ti
     assert given.max_new_tokens == 5
 
 
-def test_what_a_generation_config_leaves_open_is_the_checkpoints(tiny_model, pixel_values, greedy):
+def test_a_generation_config_is_completed_from_the_checkpoint(tiny_model, pixel_values, greedy):
     model = copy.deepcopy(tiny_model)
     model.generation_config.update(max_new_tokens=6, eos_token_id=int(greedy[0, 3]), pad_token_id=0, num_beams=1)
     expected = model.generate(pixel_values, do_sample=False)
@@ -171,7 +171,7 @@ def test_what_a_generation_config_leaves_open_is_the_checkpoints(tiny_model, pix
     assert beams.max_new_tokens is None  # the caller's stays as it is
 
 
-def test_a_beginning_is_continued_and_only_what_is_new_comes_back(tiny_model, pixel_values, greedy):
+def test_a_beginning_is_continued_and_only_new_tokens_are_returned(tiny_model, pixel_values, greedy):
     for length in (1, 4):
         ids = tiny_model.generate(
             pixel_values=pixel_values, input_ids=greedy[:, :length], max_new_tokens=NEW - length, do_sample=False
@@ -208,7 +208,7 @@ def test_generate_returns_details_when_asked(tiny_model, pixel_values, greedy):
     assert len(output.scores) == NEW and output.scores[0].shape == (3, 257)
 
 
-def test_generate_asks_for_one_input(tiny_model, pixel_values):
+def test_generate_needs_exactly_one_input(tiny_model, pixel_values):
     with pytest.raises(ValueError, match="either pixel_values or caption_embeds"):
         tiny_model.generate(max_new_tokens=3)
     with pytest.raises(ValueError, match="either pixel_values or caption_embeds"):
@@ -297,7 +297,7 @@ def test_reconstructions_depend_on_the_picture(tiny_model, pixel_values):
     assert (pictures[0] - pictures[1]).abs().max() > 0.01
 
 
-def test_caption_embeds_can_be_reconstructed_from(tiny_model, pixel_values):
+def test_reconstruct_takes_caption_embeds(tiny_model, pixel_values):
     caption_embeds = tiny_model.encode(pixel_values)
     assert torch.equal(sample(tiny_model, None, caption_embeds=caption_embeds), sample(tiny_model, pixel_values))
 
@@ -374,7 +374,7 @@ def test_a_callback_sees_every_step_and_may_change_the_latents(tiny_model, pixel
     assert torch.equal(blank[0], blank[1])
 
 
-def test_reconstruct_asks_for_one_input_and_a_decoder(tiny_model, pixel_values):
+def test_reconstruct_needs_exactly_one_input_and_a_decoder(tiny_model, pixel_values):
     with pytest.raises(ValueError, match="either pixel_values or caption_embeds"):
         tiny_model.reconstruct()
     captioner = tiny.model(VLVForConditionalGeneration)

@@ -54,7 +54,7 @@ def trainable(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_the_parts_are_all_of_the_weights_each_once(model):
+def test_each_weight_belongs_to_exactly_one_part(model):
     assert [name for name, _ in model.named_parts()] == list(PREFIXES)
     names = {name for name, _ in model.named_parameters()}
     assert sorted(name for part in PREFIXES for name in weights_of(model, [part])) == sorted(names)
@@ -95,7 +95,7 @@ def test_any_part_can_be_trained_alone(model, batch, stage, part):
 
 
 @pytest.mark.parametrize("stage", ["autoencode", "caption", "frozen"])
-def test_what_is_frozen_stays_in_eval_mode(model, stage):
+def test_frozen_parts_stay_in_eval_mode(model, stage):
     for mode in (True, False, True):
         model.set_stage(stage).train(mode)
         assert model.training == mode
@@ -151,7 +151,7 @@ def test_loading_leaves_the_decoder_and_its_text_encoder_frozen(tiny_repo, loadi
     assert not any(module.training for module in model.text_encoder.modules())
 
 
-def test_what_cannot_be_trained_is_said(model):
+def test_parts_that_cannot_be_trained_are_refused(model):
     with pytest.raises(ValueError, match="Unknown stage 'pretrain': choose autoencode, caption, frozen"):
         model.set_stage("pretrain")
     with pytest.raises(ValueError, match="no part 'encoder' to train: choose among vision_tower, .*, caption_head"):

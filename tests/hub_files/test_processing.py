@@ -205,7 +205,7 @@ def test_a_cut_file_is_refused_by_name(tmp_path, suffix, part):
         load_image(path)
 
 
-def test_what_is_no_image_is_refused_by_name(tmp_path):
+def test_a_file_that_is_not_an_image_is_refused_by_name(tmp_path):
     (tmp_path / "empty.png").touch()
     with pytest.raises(ValueError, match=r"empty\.png: the file is empty"):
         load_image(tmp_path / "empty.png")
@@ -229,7 +229,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
         load_image(tmp_path / "bomb.png")
 
 
-def test_a_large_picture_that_is_no_bomb_is_read_in_silence(tmp_path, monkeypatch, recwarn):
+def test_a_large_picture_is_read_without_a_warning(tmp_path, monkeypatch, recwarn):
     Image.new("1", (300, 300)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60_000)
     assert load_image(tmp_path / "large.png").size == (300, 300)
@@ -241,12 +241,12 @@ def test_a_large_picture_that_is_no_bomb_is_read_in_silence(tmp_path, monkeypatc
     [None, 3, torch.zeros(3, 4, 4), np.zeros((4, 4, 3)), np.zeros((4, 4, 7), np.uint8), np.zeros(4, np.uint8)],
     ids=lambda source: f"{type(source).__name__} {tuple(getattr(source, 'shape', ()))}",
 )
-def test_what_images_are_not_made_of_is_refused(source):
+def test_other_types_than_images_are_refused(source):
     with pytest.raises(ValueError, match="(?i)image.*(path|URL|uint8)"):
         load_image(source)
 
 
-def test_the_source_is_left_as_it_was(tmp_path, picture):
+def test_the_source_is_not_changed(tmp_path, picture):
     image = picture.convert("RGBA")
     before = image.tobytes()
     load_image(image)
@@ -257,7 +257,7 @@ def test_the_source_is_left_as_it_was(tmp_path, picture):
         assert not file.closed
 
 
-def test_an_image_is_copied_unless_the_caller_says_that_it_need_not_be(picture):
+def test_an_image_is_copied_unless_copy_is_false(picture):
     image = picture.convert("RGB")
     image.info["note"] = "kept"
     copy = load_image(image)
@@ -352,7 +352,7 @@ def test_one_image_or_several_of_any_kind(tmp_path, tiny_processor):
 EOS = 0
 
 
-def test_captions_to_learn_end_with_the_end_of_text_and_are_padded_on_the_right(tiny_processor):
+def test_captions_to_train_on_end_with_the_end_of_text_and_are_padded_on_the_right(tiny_processor):
     tokenizer = tiny_processor.tokenizer
     inputs = tiny_processor(text=["a cat", "ox"], return_labels=True)
     cat, ox = tokenizer("a cat").input_ids, tokenizer("ox").input_ids
@@ -378,14 +378,14 @@ def test_long_captions_are_cut(tiny_processor):
 
 
 @pytest.mark.parametrize("caption", ["A cat.", "naïve café, 猫が好き 🐈", " two  spaces ", "don't"])
-def test_captions_come_back_as_they_went_in(tiny_processor, caption):
+def test_captions_are_decoded_unchanged(tiny_processor, caption):
     ids = tiny_processor(text=caption, return_labels=True)["input_ids"]
     assert tiny_processor.batch_decode(ids) == [caption.strip()]
     assert tiny_processor.decode(ids[0]) == caption.strip()
     assert tiny_processor.decode(ids) == tiny_processor.batch_decode(ids)
 
 
-def test_a_tokenizer_that_adds_a_beginning_of_its_own_adds_none():
+def test_no_begin_of_text_token_is_added():
     """As Llama's does: behind the image's prefix, another beginning would be noise."""
     processor = VLVProcessor(tiny.encoder_tokenizer())  # <s> ... </s>
     inputs = processor(text="ox", return_labels=True)
@@ -399,7 +399,7 @@ def test_images_and_text_together(tiny_processor):
     assert set(inputs) <= set(tiny_processor.model_input_names)
 
 
-def test_what_cannot_be_processed_is_said(tiny_processor, tmp_path):
+def test_inputs_that_cannot_be_processed_are_refused(tiny_processor, tmp_path):
     with pytest.raises(ValueError, match="give images, text, or both"):
         tiny_processor()
     with pytest.raises(ValueError, match="return_tensors is 'np'"):

@@ -191,7 +191,7 @@ def test_it_is_data_of_the_checkpoint(repo, tiny_repo):
     assert not VLVProcessor.from_pretrained(tiny_repo).clean_captions
 
 
-def test_the_mark_can_be_taken_back(tmp_path):
+def test_the_mark_can_be_removed(tmp_path):
     model, processor = tiny.model(VLVForConditionalGeneration), tiny.processor()
     stop_at_repetition(model, processor)
     stop_at_repetition(model, processor, on=False)

@@ -40,7 +40,7 @@ def assemble(components, **kwargs):
     return VLVModel.from_components(**{**arguments, **kwargs}).eval()
 
 
-def test_every_weight_is_its_parts(tiny_components):
+def test_every_weight_is_that_of_its_part(tiny_components):
     model = assemble(tiny_components)
     florence = Florence2ForConditionalGeneration.from_pretrained(tiny_components / "encoder").model
     llm = AutoModelForCausalLM.from_pretrained(tiny_components / "caption_head")
@@ -234,7 +234,7 @@ def test_device_map(tiny_components, tmp_path):
 
 
 @pytest.mark.slow
-def test_ids_and_how_the_hub_is_asked(tiny_components, hub, monkeypatch, tmp_path, capsys):
+def test_hub_ids_and_hub_arguments(tiny_components, hub, monkeypatch, tmp_path, capsys):
     """Private repos, on a branch: revision and token are passed on, and without network the cache is enough."""
     monkeypatch.delenv("HF_TOKEN")
     parts = {name: f"ada/{name}" for name in ("encoder", "decoder", "caption_head")}
@@ -392,7 +392,7 @@ def test_microsofts_florence_that_lacks_a_weight(microsofts, tmp_path):
             components_of_the_reference(encoder=str(tmp_path))
 
 
-def test_the_command_tells_in_one_line_and_leaves_nothing(tiny_components, tmp_path, capsys):
+def test_the_command_fails_in_one_line_and_writes_nothing(tiny_components, tmp_path, capsys):
     parts = {"encoder": str(tmp_path), "decoder": str(tiny_components / "decoder")}
     command = [argument for name, part in parts.items() for argument in (f"--{name}", part)]
     assert main(["assemble", *command, "--output", str(tmp_path / "output" / "vlv")]) == 2

@@ -268,7 +268,7 @@ def test_dtype(dtype, tensors2, tmp_path, text_encoder_only):
     assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
 
 
-def test_mixed_dtypes_lose_nothing(tensors2, tmp_path, text_encoder_only):
+def test_mixed_dtypes_keep_every_weight_exact(tensors2, tmp_path, text_encoder_only):
     tensors = {name: t.bfloat16() if name.startswith("qwen2") else t for name, t in tensors2.items()}
     model, _, _ = convert_checkpoint(str(flat(tensors, tmp_path)), FLORENCE, text_encoder_only, QWEN, 64)
     assert model.dtype == torch.float32
@@ -336,7 +336,7 @@ def test_no_tensors(tmp_path, capsys):
     refused(capsys, tmp_path, tmp_path, "holds no state dict")
 
 
-def test_a_tensor_too_many(tensors1, tmp_path, capsys):
+def test_an_extra_tensor(tensors1, tmp_path, capsys):
     path = flat({**tensors1, "ema.decay": torch.ones(1)}, tmp_path)
     refused(capsys, tmp_path, path, "holds 1 tensors that have no place in a VLV: ema.decay")
 
@@ -344,13 +344,13 @@ def test_a_tensor_too_many(tensors1, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name", ["unet.conv_in.weight", "query_embed", "model.image_projection", "language_proj.0.bias"]
 )
-def test_a_tensor_too_few(name, tensors1, tmp_path, capsys):
+def test_a_missing_tensor(name, tensors1, tmp_path, capsys):
     path = flat({key: tensor for key, tensor in tensors1.items() if key != name}, tmp_path)
     refused(capsys, tmp_path, path, "no query_embed" if name == "query_embed" else "lacks 1 tensors: ")
 
 
 @pytest.mark.parametrize("table", ["shared", "encoder.embed_positions"])
-def test_a_table_too_few(table, tensors1, tmp_path, capsys):
+def test_a_missing_embedding_table(table, tensors1, tmp_path, capsys):
     left = {name: tensor for name, tensor in tensors1.items() if "embed_tokens" not in name}
     del left[f"model.language_model.model.{table}.weight"]
     refused(capsys, tmp_path, flat(left, tmp_path), f"Florence-2 has no 'language_model.{table}.weight'")

@@ -93,7 +93,7 @@ def test_truncated_weights(repo):
         load_captioner(str(repo), "cpu")
 
 
-def test_lacking_weights_are_an_error_not_random_numbers(repo):
+def test_missing_weights_are_an_error_not_random_numbers(repo):
     weights = load_file(repo / "model.safetensors")
     del weights["projection.0.weight"]
     save_file(weights, repo / "model.safetensors", {"format": "pt"})

@@ -32,7 +32,7 @@ def test_folder_is_searched_and_sorted(folder):
     assert _names(folder) == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.tif"]
 
 
-def test_named_file_is_taken_whatever_its_name(folder):
+def test_a_named_file_is_read_with_any_suffix(folder):
     (folder / "picture").write_bytes((folder / "b.png").read_bytes())
     ((file, image),) = read_images(find_images([folder / "picture"]), report=pytest.fail)
     assert (file.name, image.size) == ("picture", (4, 3))
@@ -48,7 +48,7 @@ def test_each_file_once(folder, monkeypatch):
     assert _names("b.png", ".", folder / "b.png", "sub/../b.png") == ["b.png", "a.JPG", "sub/c.webp", "sub/deep/d.tif"]
 
 
-def test_broken_files_are_reported_and_cost_the_others_nothing(folder, tmp_path):
+def test_broken_files_are_reported_and_do_not_affect_the_others(folder, tmp_path):
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("no image")
     whole = folder / "whole.png"
@@ -118,7 +118,7 @@ def test_links_to_folders_are_followed_and_no_folder_is_searched_twice(tmp_path)
     assert _names(tmp_path / "photos" / "**" / "[bd].png") == ["aaa/deep/d.png", "sub/b.png"]
 
 
-def test_what_is_passed_over_is_counted(tmp_path, caplog):
+def test_skipped_files_are_counted(tmp_path, caplog):
     _touch(tmp_path, "a.png", "a.mov", "sub/b.mov", "sub/notes.md", "README", ".hidden.png", ".git/c.png")
     find_images([tmp_path])
     (said,) = caplog.messages
@@ -130,7 +130,7 @@ def test_what_is_passed_over_is_counted(tmp_path, caplog):
     assert not caplog.messages
 
 
-def test_folders_that_may_not_be_entered_are_said(tmp_path, caplog, monkeypatch):
+def test_folders_that_may_not_be_entered_are_reported(tmp_path, caplog, monkeypatch):
     _touch(tmp_path, "a.png", "closed/b.png")
     scandir = os.scandir
 
@@ -144,7 +144,7 @@ def test_folders_that_may_not_be_entered_are_said(tmp_path, caplog, monkeypatch)
     assert caplog.messages == [f"{tmp_path}: these folders cannot be entered: closed (Permission denied)."]
 
 
-def test_only_one_process_of_a_run_says_it(tmp_path, caplog, monkeypatch):
+def test_only_one_process_of_a_run_prints_it(tmp_path, caplog, monkeypatch):
     _touch(tmp_path, "a.png", "a.mov")
     monkeypatch.setenv("RANK", "1")
     find_images([tmp_path])
@@ -216,7 +216,7 @@ def test_lists_as_any_editor_saves_them(folder, monkeypatch, encoding, end):
     assert _names("list.txt") == ["a.JPG", "bär\u2028.png", "sub/c.webp", "sub/deep/d.tif"]
 
 
-def test_paths_that_no_file_can_have_cost_the_others_nothing(folder, monkeypatch):
+def test_paths_that_no_file_can_have_do_not_affect_the_others(folder, monkeypatch):
     monkeypatch.chdir(folder)
     (folder / "list.txt").write_text(f"a.JPG\n{'y' * 300}.png\n{'z/' * 5000}\nnul\0.png\nb.png\n")
     problems = []
@@ -225,7 +225,7 @@ def test_paths_that_no_file_can_have_cost_the_others_nothing(folder, monkeypatch
     assert len(problems) == 3 and all("there is no such file" in problem for problem in problems)
 
 
-def test_captions_beside_images_are_no_lists(folder, monkeypatch, caplog):
+def test_captions_beside_images_are_not_lists(folder, monkeypatch, caplog):
     monkeypatch.chdir(folder)
     for name in ("a.txt", "b.txt", "sub/c.txt"):
         (folder / name).write_text("a caption\n")

@@ -102,7 +102,7 @@ def test_published_files_import_only_what_a_hub_user_has():
             assert {module.partition(".")[0] for module in imported} <= allowed, name
 
 
-def test_each_published_file_names_all_that_it_needs():
+def test_each_published_file_imports_all_that_it_needs():
     """transformers 5.0 copies from a folder the files that the asked one imports itself, and not what those import."""
     for name in CODE_FILES:
         needed = {Path(file).name for file in get_relative_import_files(ROOT / name)} - {name}

@@ -59,7 +59,7 @@ def free_port():
 
 
 @pytest.mark.parametrize("argv", [["caption", "{}"], ["train", "tiny/caption", "--output_dir", "{}"]])
-def test_launch_of_one_process_in_place_of_several_is_refused(argv, alone, monkeypatch, tmp_path, photos, capsys):
+def test_launch_of_one_process_instead_of_several_is_refused(argv, alone, monkeypatch, tmp_path, photos, capsys):
     # What accelerate launch leaves in the environment of the one process that it starts.
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_PORT", "29500")
@@ -81,7 +81,7 @@ def test_fsdp_without_gpus_is_refused(alone, monkeypatch, photos, capsys):
 
 
 @pytest.mark.parametrize("name", ["reconstruct", "evaluate", "info"])
-def test_command_whose_work_is_not_shared_out_runs_once(name, monkeypatch, capsys):
+def test_a_command_for_one_process_refuses_a_launcher(name, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert main([name]) == 2
@@ -89,7 +89,7 @@ def test_command_whose_work_is_not_shared_out_runs_once(name, monkeypatch, capsy
 
 
 @pytest.mark.slow
-def test_torchrun_shares_the_images_out(photos, tiny_repo, tmp_path):
+def test_torchrun_divides_the_images(photos, tiny_repo, tmp_path):
     """Printed captions come from both processes; the summary, from one, counts all of them."""
     done = start([*TORCHRUN, "--standalone"], "caption", photos, "--model", tiny_repo)
     captions, said = done.communicate(timeout=600)

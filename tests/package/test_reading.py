@@ -46,7 +46,7 @@ def _read(source):
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_a_crash_costs_one_picture(num_workers):
+def test_a_crash_loses_only_one_picture(num_workers):
     read = list(read_ahead(_numbered(20), _read, num_workers, number=6))
     assert [key for key, _, _ in read] == list(range(20))
     errors = {key: error for key, _, error in read if error is not None}
@@ -85,7 +85,7 @@ def test_a_reader_that_died_while_idle_is_replaced():
         assert reader("b.png") != first
 
 
-def test_a_reader_in_a_forked_process_has_a_process_of_its_own():
+def test_a_reader_in_a_forked_process_has_its_own_process():
     with Reader(lambda source: os.getppid()) as reader:
         assert reader("a.png") == os.getpid()
         child = os.fork()
@@ -110,7 +110,7 @@ def test_large_pictures_wait_for_each_other(tmp_path, monkeypatch):
     assert [error for _, _, error in read_ahead(enumerate(sources), read, 3, 6)] == [None] * 6
 
 
-def test_results_need_no_shared_memory_and_no_file_each():
+def test_results_need_neither_shared_memory_nor_a_file_each():
     def files():
         return len(os.listdir("/proc/self/fd")), sorted(os.listdir("/dev/shm"))
 
@@ -154,7 +154,7 @@ def test_readers_end_with_their_parent(ended):
     os.close(alive)
 
 
-def test_other_readers_of_pictures_pass_one_that_crashes(tmp_path):
+def test_all_readers_skip_a_picture_that_crashes(tmp_path):
     """What `vlv reconstruct` reads, what training computes once, what it reads as it goes, and what is evaluated."""
     paths = [tmp_path / f"{number}.png" for number in range(4)]
     for path, image in zip(paths, tiny.images(4), strict=True):
@@ -186,7 +186,7 @@ def test_other_readers_of_pictures_pass_one_that_crashes(tmp_path):
             row(rows[2])
 
 
-def test_caption_passes_a_picture_that_crashes_its_decoder(tiny_repo, tmp_path, monkeypatch, capsys):
+def test_caption_skips_a_picture_that_crashes_its_decoder(tiny_repo, tmp_path, monkeypatch, capsys):
     """Also where there are few images, and by default."""
     for number, image in enumerate(tiny.images(4)):
         image.save(tmp_path / f"{number}.png")

@@ -71,7 +71,7 @@ def test_the_page_shows_what_was_measured(name):
     assert all(axes.lines for axes in figure.axes)
 
 
-def test_a_set_is_no_distance_from_itself():
+def test_the_distance_of_a_set_from_itself_is_zero():
     images, others = (
         reader_features([sample_picture("test", index)[0] for index in range(first, first + 20)]) for first in (0, 20)
     )
@@ -118,7 +118,7 @@ def trained(tmp_path_factory):
     return folder, argv
 
 
-def test_a_run_says_what_it_comes_from(trained):
+def test_a_run_records_its_origin(trained):
     folder, _ = trained
     record = json.loads((folder / "results" / "text_encoder" / "bypassed-seed0.json").read_text())
     assert {"captions/test/exact", "reconstruction/test/objects_right"} <= record["scores"].keys()
@@ -138,7 +138,7 @@ def test_a_run_says_what_it_comes_from(trained):
     assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_what_has_been_made_is_not_made_again(trained, monkeypatch):
+def test_finished_work_is_not_repeated(trained, monkeypatch):
     def fail(*args):
         raise AssertionError("made again")
 
@@ -157,7 +157,7 @@ def test_what_has_been_made_is_not_made_again(trained, monkeypatch):
         assert json.loads(after[file])["scores"] == json.loads(text)["scores"]
 
 
-def test_processes_leave_each_other_what_they_are_at(tmp_path):
+def test_a_process_skips_the_work_of_another_process(tmp_path):
     with claimed(tmp_path / "work" / "one"):
         assert not write(tmp_path / "one.json", tmp_path / "work" / "one", lambda: {"made": True})
         with pytest.raises(BlockingIOError):
@@ -166,7 +166,7 @@ def test_processes_leave_each_other_what_they_are_at(tmp_path):
     assert json.loads((tmp_path / "one.json").read_text()) == {"made": True}
 
 
-def test_an_interrupted_run_goes_on(trained, monkeypatch):
+def test_an_interrupted_run_continues(trained, monkeypatch):
     """Killed at its third step of four; its first two come from the checkpoint."""
     folder, _ = trained
     plan = dataclasses.replace(SMALL, stage1=4, evaluation=3)
@@ -211,7 +211,7 @@ def test_llava_is_made_of_the_same_parts(trained):
     assert caption.text == peer.tokenizer.decode(torch.stack(ids), skip_special_tokens=True)
 
 
-def test_florence_goes_on_from_the_pretrained_encoder(trained):
+def test_florence_starts_from_the_pretrained_encoder(trained):
     folder, _ = trained
     run = Run("florence", SMALL.florence(8, 0))
     record = run.make(folder / "work", 2)
@@ -222,7 +222,7 @@ def test_florence_goes_on_from_the_pretrained_encoder(trained):
         torch.testing.assert_close(dict(peer.model.named_parameters())[name], weight, rtol=0, atol=1e-3)
 
 
-def test_the_bundled_stage_1_is_vlv_tiny_without_its_captioning(trained):
+def test_the_bundled_stage_1_is_vlv_tiny_without_its_caption_head(trained):
     """Its encoder is vlv-tiny's, bit for bit; what stage 2 trains is new."""
     folder, _ = trained
     whole = VLVModel.from_pretrained(tiny_checkpoint(), dtype=torch.float32)
@@ -233,7 +233,7 @@ def test_the_bundled_stage_1_is_vlv_tiny_without_its_captioning(trained):
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
-def test_all_captioners_train_alike():
+def test_all_captioners_train_for_the_same_number_of_steps():
     """As many steps, of as many captions a step, whether there is a stage 1 or none; vlv-tiny's was trained before."""
     plan = Plan()
     runs = plan.runs()
@@ -250,7 +250,7 @@ def test_all_captioners_train_alike():
             assert run.model.settings["dataset"] == Scenes(row.settings["captions"])
 
 
-def test_report_of_what_there_is(trained, tmp_path):
+def test_the_report_of_unfinished_experiments(trained, tmp_path):
     """Whatever is missing is said, in the text and in the table."""
     folder, _ = trained
     docs = tmp_path / "docs"
@@ -287,7 +287,7 @@ def test_bypassed_text_encoder_leaves_the_embeddings_as_they_are():
     assert torch.equal(model.empty_context(), tiny.model().empty_context())
 
 
-def test_the_page_shows_the_trainings_that_are_in():
+def test_the_page_shows_the_finished_trainings():
     page = (report.DOCS / "results.md").read_text(encoding="utf-8")
     assert report.progress(Plan(), report.DOCS / "results") in page, "run `make results`"
     for experiment in Plan().experiments():

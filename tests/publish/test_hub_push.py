@@ -68,7 +68,7 @@ def test_a_branch_is_made_for_a_revision(hub, folder):
     push(folder, REPO, revision="v2")
 
 
-def test_a_pull_request_leaves_the_branch_alone(hub, folder):
+def test_a_pull_request_does_not_change_the_branch(hub, folder):
     commit = push(folder, REPO, create_pr=True)
     assert commit.pr_url == f"{hub.url}/{REPO}/discussions/1"
     assert pushed(hub, revision="refs/pr/1") == content_of(folder)
@@ -82,7 +82,7 @@ def test_a_space_has_an_sdk(hub, folder):
 
 
 @pytest.mark.parametrize("step", ["preupload", "/lfs/", "commit"])
-def test_a_hub_that_fails_halfway_publishes_nothing_and_the_next_push_goes_on(hub, folder, step):
+def test_a_hub_that_fails_halfway_publishes_nothing_and_the_next_push_continues(hub, folder, step):
     requests = []
 
     def fail(method, path):

@@ -94,7 +94,7 @@ def test_the_repo_is_complete(built, source):
     assert str(source) not in (built / "config.json").read_text()  # no path of this machine is published
 
 
-def test_the_weights_are_the_sources(built, tiny_model):
+def test_the_weights_are_those_of_the_source(built, tiny_model):
     weights = {}
     for file in built.glob("*.safetensors"):
         weights |= load_file(file)
@@ -111,7 +111,7 @@ def test_the_cards_metadata(built):
     assert results == {("test", "captions: exact"): 0.9871, ("novel", "reconstruction: objects right"): 0.75}
 
 
-def test_the_card_tells_what_the_checkpoint_records(built, samples):
+def test_the_card_has_the_records_of_the_checkpoint(built, samples):
     text = (built / "README.md").read_text()
     for sample in samples:
         assert sample.caption in text
@@ -130,7 +130,7 @@ def test_the_card_tells_what_the_checkpoint_records(built, samples):
     assert "None" not in text
 
 
-def test_the_card_tells_of_metrics_on_a_data_set(built, tiny_model, samples, tmp_path):
+def test_the_card_has_metrics_on_a_dataset(built, tiny_model, samples, tmp_path):
     shutil.copytree(built, tmp_path, dirs_exist_ok=True)
     measured = {"captions/photographs/bleu_4": {"value": 0.31, "n": 500, "standard_error": None}}
     settings = {"dataset": "ada/photographs", "num": 500, "guidance_scales": [1.0, 2.0]}
@@ -253,14 +253,14 @@ def test_wrong_arguments(tiny_repo, arguments, sentence):
     assert sentence in str(error.value)
 
 
-def test_a_missing_token_is_told_before_the_work(source, pictures, hub, monkeypatch):
+def test_a_missing_token_is_an_error_before_any_work(source, pictures, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("vlv.publish.samples.make_samples", lambda *_: pytest.fail("The examples were captioned."))
     with pytest.raises(OSError, match="There is no token for the Hub: run `hf auth login`"):
         publish.main([str(source), "--repo-id", "ada/x", "--examples", str(pictures)])
 
 
-def test_what_is_no_vlv_is_refused(tmp_path):
+def test_a_model_that_is_not_a_vlv_is_refused(tmp_path):
     with pytest.raises((OSError, ValueError), match="config.json|no folder"):
         publish.main([str(tmp_path), "--repo-id", "ada/x"])
 

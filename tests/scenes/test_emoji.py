@@ -36,7 +36,7 @@ def artwork(tmp_path):
 # --- grammar ---
 
 
-def test_a_caption_is_read_back():
+def test_a_caption_is_parsed_back():
     scene = EmojiScene((Thing("small", "apple", "top left"), SCISSORS), "mint")
     text = "a small apple at the top left and a large pair of scissors at the bottom right on a mint background"
     assert scene.caption == text and EMOJI.parse_caption(text) == scene
@@ -99,7 +99,7 @@ def test_novel_combinations_occur_in_no_other_split(splits):
     assert set().union(*map(combinations, splits["train"])) == every - novel
 
 
-def test_one_artist_draws_the_split_artist_alone():
+def test_only_one_artist_draws_the_split_artist():
     assert len(ARTISTS) == 4 and EMOJI.artists_of("artist") == (UNSEEN_ARTIST,)
     for split in ("train", "validation", "test", "novel"):
         assert set(EMOJI.artists_of(split)) == set(ARTISTS) - {UNSEEN_ARTIST}
@@ -112,7 +112,7 @@ def test_one_artist_draws_the_split_artist_alone():
             assert len(by) == 1 and by[0] in EMOJI.artists_of(split)
 
 
-def test_crowds_are_drawn_on_request():
+def test_scenes_with_more_objects_are_drawn_on_request():
     crowded = world("emoji", max_objects=4)
     scenes = [crowded.sample_scene("train", index) for index in range(60)]
     assert {len(scene.objects) for scene in scenes} == {1, 2, 3, 4}
@@ -154,7 +154,7 @@ def test_a_mirrored_picture_shows_the_mirrored_scene():
     assert np.abs(average(scene, mirror=True) - average(scene.mirrored(), mirror=False)).mean() < 2
 
 
-def test_varied_pictures_show_the_same_scenes_in_other_hands():
+def test_varied_pictures_show_the_same_scenes():
     varied = world("emoji", varied=1.0)
     for index in range(30):
         plain, scene = EMOJI.sample_picture("train", index)

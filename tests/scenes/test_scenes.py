@@ -59,7 +59,7 @@ def test_captions_are_spelled_out():
 
 
 @pytest.mark.parametrize("split", SPLIT_NAMES)
-def test_captions_are_read_back(split):
+def test_captions_are_parsed_back(split):
     for index in range(300):
         scene = sample_scene(split, index, seed=5)
         assert parse_caption(scene.caption) == scene
@@ -67,7 +67,7 @@ def test_captions_are_read_back(split):
         assert scene.caption not in scene.short_captions()
 
 
-def test_no_name_needs_another_article():
+def test_every_name_takes_the_article_a():
     for name in (*WORLD.sizes, *WORLD.colours, *WORLD.shapes, *WORLD.backgrounds):
         assert name[0] not in "aeiou"
 
@@ -135,7 +135,7 @@ def test_novel_combinations_occur_in_no_other_split(splits):
     assert set().union(*map(combinations, splits["train"])) == every - novel
 
 
-def test_sampling_is_even_and_repeats_itself(splits):
+def test_sampling_is_uniform_and_repeatable(splits):
     for split, members in splits.items():
         counts = Counter(len(scene.objects) for scene in members)
         assert counts.keys() == set(range(1, WORLD.max_objects + 1))

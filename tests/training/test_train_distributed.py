@@ -100,7 +100,9 @@ def test_two_processes_average_to_the_gradients_of_one_on_the_same_batches(tiny_
     ],
     ids=["caption", "lora", "autoencode"],
 )
-def test_killed_and_resumed_the_losses_are_those_of_the_unbroken_run(recipe, settings, tiny_repo, scenes, tmp_path):
+def test_a_killed_and_resumed_run_has_the_losses_of_an_uninterrupted_run(
+    recipe, settings, tiny_repo, scenes, tmp_path
+):
     """
     Evaluation with samples, a checkpoint, a kill, the rest and the final model: with FSDP2 and with DDP, both beside
     DDP that was never stopped.
@@ -142,7 +144,7 @@ def test_killed_and_resumed_the_losses_are_those_of_the_unbroken_run(recipe, set
 
 
 @pytest.mark.slow
-def test_what_accelerate_cannot_do_on_a_cpu_is_said(tiny_repo, scenes, tmp_path):
+def test_launches_that_accelerate_cannot_do_on_a_cpu_are_refused(tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo}
     sharded = launch("fsdp2", 2, CAPTION, tmp_path, **settings)
     assert sharded.returncode != 0 and "cli.py" not in sharded.stderr  # the launcher's traceback, but none of ours

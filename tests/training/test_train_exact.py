@@ -33,7 +33,7 @@ AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
     ],
     ids=["stage1", "stage2", "stage2-encoder", "lora", "stage2-vision"],
 )
-def test_five_steps_change_what_trains_and_no_other_byte(recipe, settings, trained, tiny_repo, scenes, tmp_path):
+def test_five_steps_change_only_what_trains(recipe, settings, trained, tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo, "max_steps": 5, "warmup_steps": 0, **settings}
     stage_type, settings, args = read_recipe(arguments(recipe, tmp_path, **settings))
     stage = stage_type(settings, args)
@@ -103,7 +103,7 @@ def killed(tmp_path_factory, tiny_repo, scenes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "recipe"), [("autoencode", AUTOENCODE), ("caption", CAPTION)])
-def test_killed_run_goes_on_with_the_losses_of_the_unbroken_one(stage, recipe, killed, tmp_path):
+def test_a_killed_run_resumes_with_the_losses_of_an_uninterrupted_run(stage, recipe, killed, tmp_path):
     folder, settings = killed[stage]
     resumed = run(recipe, folder, resume=True, **settings)
     unbroken = run(recipe, tmp_path, **settings)

@@ -120,7 +120,7 @@ def test_metadata_that_teaches_nothing(rows, message, tiny_repo, tmp_path, capsy
         ("tiny/teacher", "vae", "nowhere"),
     ],
 )
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(
+def test_the_hub_is_not_asked_for_a_missing_path(
     recipe, name, value, scenes, tiny_repo, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("huggingface_hub.hf_api.HfApi.dataset_info", lambda *a, **k: pytest.fail("asks the Hub"))
@@ -166,7 +166,7 @@ def test_two_runs_into_one_folder(common, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_checkpoints_of_an_earlier_run_are_continued_or_kept_apart(common, tmp_path, capsys):
+def test_checkpoints_of_an_earlier_run_are_resumed_or_refused(common, tmp_path, capsys):
     settings = {"max_steps": 2, **common}
     first = run(CAPTION, tmp_path, **settings)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -241,7 +241,7 @@ def test_label_smoothing_of_stage_2(common, tmp_path):
         assert found == pytest.approx(smoothed_by_hand(logits, inputs["labels"], 0.2), rel=1e-4), name
 
 
-def test_label_smoothing_where_it_means_nothing(common, tmp_path, capsys):
+def test_label_smoothing_is_refused_without_labels(common, tmp_path, capsys):
     error = error_of(capsys, AUTOENCODE, tmp_path, label_smoothing_factor=0.1, **common)
     assert error.startswith("label_smoothing_factor is 0.1, but the loss of stage 'autoencode' has no labels")
     error = error_of(capsys, CAPTION, tmp_path, label_smoothing_factor=1, **common)
@@ -257,7 +257,7 @@ def test_label_smoothing_of_the_language_stage(scenes, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_what_is_saved(common, tmp_path):
+def test_the_best_checkpoint_is_saved(common, tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
     settings |= {"learning_rate": 3, "lr_scheduler_type": "constant", "warmup_steps": 0, "save_dtype": "float32"}
     record = run(CAPTION, tmp_path, **settings, **common)
@@ -324,7 +324,7 @@ def needing(sizes, free, there=()):
         ((True, True), 0.5, 0, (), "both"),  # what the user says; a disk that is too small is told later
     ],
 )
-def test_caches_are_on_where_they_fit_and_pay(switches, seen, free, there, on):
+def test_auto_caches_are_on_if_they_fit_and_save_time(switches, seen, free, there, on):
     cost = needing({"latents": 10, "features": 60}, free, there)
     chosen = choose(dict(zip(("latents", "features"), switches, strict=True)), seen, cost)
     expected = {"both": {"latents", "features"}, "": set()}.get(on, {on})
@@ -363,6 +363,6 @@ def test_a_run_says_which_caches_it_makes_and_why(common, tmp_path, capsys, monk
     assert reasons == {"cache_features": "off, because the parts that would compute it train."}
 
 
-def test_a_cache_switch_that_is_neither(common, tmp_path, capsys):
+def test_a_wrong_value_of_a_cache_setting(common, tmp_path, capsys):
     error = error_of(capsys, CAPTION, tmp_path, cache_features="maybe", **common)
     assert error == "cache_features is 'maybe': give auto, true or false."

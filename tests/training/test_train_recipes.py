@@ -70,7 +70,7 @@ def test_fine_tuning_starts_from_the_bundled_checkpoint_wherever_it_is_run(tmp_p
 
 
 @pytest.mark.parametrize("recipe", sorted((RECIPES / "tiny").glob("*.yaml")), ids=lambda path: path.stem)
-def test_bundled_checkpoint_tells_how_these_recipes_made_it(recipe):
+def test_the_bundled_checkpoint_records_these_recipes(recipe):
     folder = Path(vlv.tiny_checkpoint()) / "training" / recipe.stem
     settings_now = yaml.safe_load(recipe.read_text())
     settings_now.pop("world", None)  # there was one drawn world when it was trained
