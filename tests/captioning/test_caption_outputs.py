@@ -1,4 +1,4 @@
-"""What `vlv caption` writes is safe: whose output it is, what stays in it, and what is said of a damaged one."""
+"""The output of `vlv caption`: which run may write it, what is kept in it, and the errors for damaged output."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ def _rows(*names, text="a dog", first=0):
 
 
 def _write(output, *names, settings=None, resume=False, overwrite=False, text="a dog"):
-    """One run, as the command does it: what is done already is left out."""
+    """One run, as in the command: images that have a caption are left out."""
     sink = Sink(output, settings or {}, resume, overwrite)
     sink.add(_rows(*(name for name in names if name not in sink.done), text=text))
     return sink.finish()
@@ -53,12 +53,12 @@ def _sidecars(*paths, **options):
 
 @pytest.fixture(params=[*FORMATS, ".txt"])
 def open_again(request, photos, tmp_path):
-    """Opens an output of each kind, as a new run does."""
+    """Opens an output of each kind, as a new run would."""
     name = request.param if request.param == ".txt" else str(tmp_path / f"captions{request.param}")
     return lambda: open_output(name, find_images([photos]), several=False, existing="skip")
 
 
-# ---- whose output it is --------------------------------------------------------------------------------------
+# ---- which run may write -------------------------------------------------------------------------------------
 
 
 def test_a_second_run_into_one_output_is_refused(tiny_repo, photos, tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_the_command_remembers_its_settings(tiny_repo, photos, tmp_path, capsys,
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_one_caption_and_lists_do_not_mix(suffix, tmp_path):
-    """Also where nobody knows with what settings the file was made."""
+    """Also if the settings of the file are unknown."""
     path = tmp_path / f"captions{suffix}"
     _write(FORMATS[suffix](path), "a")
     path.with_name(f".{path.name}.settings").unlink()
@@ -121,7 +121,7 @@ def test_one_caption_and_lists_do_not_mix(suffix, tmp_path):
 def test_an_output_is_replaced_only_with_overwrite(suffix, tmp_path):
     path = tmp_path / f"metadata{suffix}"
     path.touch()
-    _write(FORMATS[suffix](path), "a")  # an empty file has nothing to lose
+    _write(FORMATS[suffix](path), "a")  # an empty file may be replaced
     before = path.read_bytes()
     with pytest.raises(FileExistsError, match="already exists: add to it with --resume, or replace it with --over"):
         _write(FORMATS[suffix](path), "b")
@@ -140,7 +140,7 @@ def test_what_was_written_by_hand_during_an_interrupted_run_stays(tmp_path):
     assert [row["text"] for row in _read(path)] == ["by hand", "a dog"]
 
 
-# ---- what stays in it ----------------------------------------------------------------------------------------
+# ---- what is kept --------------------------------------------------------------------------------------------
 
 
 def test_parquet_keeps_its_other_columns(tmp_path):
@@ -263,7 +263,7 @@ def test_an_empty_sidecar_does_not_count_as_captioned(photos):
 )
 def test_existing_sidecars(existing, text, photos):
     (photos / "a.txt").write_text("by hand,")
-    for _ in range(2):  # nothing is added twice, neither by a second run nor by one that resumes a killed one
+    for _ in range(2):  # nothing is added twice, by a second run or by a resumed run
         _write(_sidecars(photos, existing=existing), "a.png", "b.png", resume=True)
         assert (photos / "a.txt").read_text() == text
         assert (photos / "b.txt").read_text() == "a dog\n"
@@ -298,7 +298,7 @@ def test_captions_of_images_that_a_resumed_run_does_not_name_are_written_too(pho
 
 
 def test_images_on_two_file_systems(photos, tmp_path):
-    """Their only common folder is the root of the disk, where nothing may be left."""
+    """Their only common folder is the root of the disk, which must not be written to."""
     memory = Path("/dev/shm") / f"vlv-{os.getpid()}"
     if not memory.parent.is_dir() or memory.parent.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is one file system only")
@@ -336,7 +336,7 @@ def _copy(path, name):
     return shutil.copy(path, path.with_name(name))
 
 
-# ---- disks that go wrong -----------------------------------------------------------------------------------------
+# ---- disk errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moment", ["append", "finish"])
@@ -350,7 +350,7 @@ def test_an_output_folder_that_is_deleted_while_the_run_writes_to_it(moment, tmp
 
 
 def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path):
-    """A limit on the size of files stands for the disk: the system reports both in the same way."""
+    """A limit on the size of files stands for a full disk, because the system reports both in the same way."""
     output = tmp_path / "captions.jsonl"
     process = os.fork()
     if process == 0:

@@ -1,4 +1,4 @@
-"""Where `vlv caption` takes its pictures from."""
+"""The sources of pictures for `vlv caption`."""
 
 import io
 import os
@@ -121,7 +121,7 @@ def test_dataset_of_the_hub(images, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 20])
 def test_the_parts_together_have_each_picture_once(folder, images, parts, tmp_path):
-    """Files, archives and tables together; with more parts than there are of them, rows are dealt out."""
+    """Files, archives and tables together. With more parts than shards, rows are divided."""
     paths = [folder / "0", _archive(tmp_path / "a.tar", images), _parquet(tmp_path / "b.parquet", images)]
     for some in (paths, paths[1:]):
         source = pickle.loads(pickle.dumps(open_source(list(map(str, some)))))

@@ -1,4 +1,4 @@
-"""A folder of images as rows: whatever its files are called, no image is lost."""
+"""A folder of images as rows. Every image is read, whatever the names of the files."""
 
 import json
 import os
@@ -15,7 +15,7 @@ PICTURES = tiny.images(8)
 
 
 def fill(folder, *names):
-    """A picture for each name, all of them different."""
+    """Writes a different picture for each name."""
     for number, name in enumerate(names):
         path = os.fsencode(folder / name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -29,7 +29,7 @@ def metadata(folder, *rows, name="metadata.jsonl"):
 
 
 def numbers(rows):
-    """Which of the pictures the rows are of."""
+    """The numbers of the pictures in the rows."""
     known = [picture.tobytes() for picture in PICTURES]
     return [known.index(open_image(row["image"]).tobytes()) for row in rows]
 
@@ -262,7 +262,7 @@ def test_metadata_with_captions_come_before_text_files(tmp_path):
     assert load_rows(str(folder))[0]["text"] == "from the metadata"
 
 
-# ---- what rows are computed of -----------------------------------------------------------------------------
+# ---- fingerprints ------------------------------------------------------------------------------------------
 
 
 def test_fingerprints_depend_on_images_and_metadata(tmp_path):

@@ -1,4 +1,4 @@
-"""`vlv evaluate` as a user runs it, on a dataset."""
+"""`vlv evaluate` on a dataset, as a user runs it."""
 
 import json
 import math
@@ -58,13 +58,13 @@ def questions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """The models that an evaluation is given."""
+    """The pretrained models for the scores."""
     return judges.save_all(tmp_path_factory.mktemp("judges"))
 
 
 @pytest.fixture(scope="module")
 def everything(photos, questions, judged, tiny_repo, tiny_components, tmp_path_factory):
-    """One run of all that there is: its arguments, and the file that it wrote."""
+    """One run with all metrics: its arguments, and the file that it wrote."""
     output = tmp_path_factory.mktemp("everything") / "results.json"
     arguments = [
         *("--model", tiny_repo, "--dataset", photos, "--metrics", ",".join(FAMILIES), "--output", output),
@@ -83,7 +83,7 @@ def _captions(work):
 
 
 def _levels(file):
-    """A picture's pixels, 0..255, as floats: they can be subtracted."""
+    """A picture's pixels, 0..255, as floats, so that they can be subtracted."""
     return np.asarray(Image.open(file), dtype=float)
 
 
@@ -177,12 +177,12 @@ def test_table_names_each_score(photos, tiny_repo, tmp_path, capsys):
     assert "clip" not in results
     for name, metric in results["metrics"].items():
         assert metric["n"] == 1
-        assert metric["standard_error"] is None  # one image has no spread
+        assert metric["standard_error"] is None  # one image has no standard error
         (line,) = [line for line in printed.splitlines() if f" {name.split('/')[2]} " in line]
         assert f" {metric['value']:.4f} " in line
 
 
-# ---- what was made is kept ---------------------------------------------------------------------------------
+# ---- results that are kept ---------------------------------------------------------------------------------
 
 
 def _forbid_making(monkeypatch):
@@ -265,7 +265,7 @@ def test_rows_made_before_an_error_are_kept(tmp_path):
 
 
 def test_likeliest_choice_and_written_answer(questions, tiny_components):
-    """In one padded batch as one by one, by the model's own forward and generate."""
+    """In one padded batch the answers are the same as one by one with the model's own forward and generate."""
     source = tiny_components / "caption_head"
     llm, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     asked = read_questions(str(questions))
@@ -412,7 +412,7 @@ def test_an_image_without_a_caption(photos, tiny_repo, tmp_path, capsys):
     common = ["--model", tiny_repo, "--dataset", folder, "--output", tmp_path / "results.json", *QUICK]
     assert _main(*common, "--metrics", "captions/bleu_1") == 2
     assert "The image b.png has no caption in the column 'text'." in capsys.readouterr().err
-    assert _main(*common, "--metrics", "captions/length") == 0  # which needs none
+    assert _main(*common, "--metrics", "captions/length") == 0  # this metric needs no captions
 
 
 def test_a_model_without_the_needed_part(photos, tiny_processor, tmp_path, capsys):
@@ -432,7 +432,7 @@ def test_a_model_without_the_needed_part(photos, tiny_processor, tmp_path, capsy
 
 
 def test_scores_of_scenes():
-    """The bundled checkpoint's captions, compared with the truth as texts: one grammar, so exact is equal."""
+    """The bundled checkpoint's captions are compared with the true ones as text. An exact caption has equal text."""
     model, processor = load_autoencoder(None, "cpu")
     pictures = [sample_picture("test", number) for number in range(6)]
     scorer = SceneScorer(model, processor, batch_size=4)

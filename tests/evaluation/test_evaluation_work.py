@@ -1,4 +1,4 @@
-"""What an evaluation keeps beside its results."""
+"""The work that an evaluation keeps beside its results."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Captions and reconstructions: every way of asking for them."""
+"""Captions and reconstructions, with all their arguments."""
 
 import copy
 from threading import Thread
@@ -29,10 +29,10 @@ def pixel_values():
 
 @pytest.fixture(scope="module")
 def greedy(tiny_model, pixel_values):
-    """The greedy captions of the three pictures (3, NEW), which the tests compare with."""
+    """The greedy captions of the three pictures (3, NEW), to compare with."""
     ids = tiny_model.generate(pixel_values=pixel_values, **GREEDY)
     assert ids.shape == (3, NEW)
-    assert len({tuple(row.tolist()) for row in ids}) == 3  # each picture gets a caption of its own
+    assert len({tuple(row.tolist()) for row in ids}) == 3  # each picture gets a different caption
     return ids
 
 
@@ -55,7 +55,7 @@ def test_caption_embeds_replace_pixels(tiny_model, pixel_values, greedy):
 
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_batch_composition_changes_nothing(tiny_model, pixel_values, greedy, arguments):
-    """With an end-of-text token that the captions reach at different places."""
+    """The captions reach the end-of-text token at different lengths."""
     arguments = {**GREEDY, **arguments, "eos_token_id": int(greedy[0, 3]), "pad_token_id": 0}
     together = tiny_model.generate(pixel_values=pixel_values, **arguments)
     reversed_ = tiny_model.generate(pixel_values=pixel_values.flip(0), **arguments).flip(0)
@@ -168,7 +168,7 @@ def test_a_generation_config_is_completed_from_the_checkpoint(tiny_model, pixel_
     assert torch.equal(
         model.generate(pixel_values, generation_config=beams), model.generate(pixel_values, num_beams=3)
     )
-    assert beams.max_new_tokens is None  # the caller's stays as it is
+    assert beams.max_new_tokens is None  # the caller's config is not changed
 
 
 def test_a_beginning_is_continued_and_only_new_tokens_are_returned(tiny_model, pixel_values, greedy):
@@ -323,7 +323,7 @@ def test_another_scheduler_can_sample(tiny_model, pixel_values, scheduler_class)
     other = sample(tiny_model, pixel_values, scheduler=scheduler, num_inference_steps=3, guidance_scale=1.0)
     assert other.shape == (3, 3, 32, 32) and other.isfinite().all()
     again = sample(tiny_model, pixel_values, scheduler=scheduler, num_inference_steps=3, guidance_scale=1.0)
-    assert torch.equal(other, again)  # a scheduler that was used before is as good as new
+    assert torch.equal(other, again)  # a scheduler can be used again
     assert not torch.equal(other, sample(tiny_model, pixel_values, num_inference_steps=3, guidance_scale=1.0))
 
 

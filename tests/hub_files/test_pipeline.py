@@ -1,4 +1,4 @@
-"""The pipelines, built on objects: what `test_entry_points.py` does not see from outside."""
+"""The pipelines, made from objects: behaviour that `test_entry_points.py` cannot test from outside."""
 
 import logging
 
@@ -40,7 +40,7 @@ class Dictate(LogitsProcessor):
     ("text", "new"), [("a", " large dog"), ("a", "a b"), ("", " dog"), ("two ", "two two"), (" the", "n")]
 )
 def test_a_text_is_continued_even_by_the_same_text(continuer, text, new):
-    """The library cuts the text off the beginning of what was written, if it finds it there."""
+    """The library removes the given text from the beginning of the output, if it finds it there."""
 
     def write(**arguments):
         generate_kwargs = {"logits_processor": LogitsProcessorList([Dictate(new)]), "max_new_tokens": len(new)}

@@ -20,7 +20,7 @@ from processing_vlv import VLVProcessor, load_image
 
 @pytest.fixture(scope="module")
 def picture():
-    """A smooth 24x16 picture in RGB, all of whose corners differ."""
+    """A smooth 24x16 picture in RGB with four different corners."""
     x, y = np.meshgrid(np.linspace(0, 255, 24), np.linspace(0, 255, 16))
     return Image.fromarray(np.stack([x, y, 255 - x / 2 - y / 2], axis=-1).astype(np.uint8))
 
@@ -65,7 +65,7 @@ def test_arrays_of_grey_and_with_transparency(picture):
 
 @pytest.fixture
 def server(tmp_path):
-    """A web server on the loopback that serves the test's folder: its address."""
+    """The address of a web server on the loopback interface that serves the test's folder."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -98,7 +98,7 @@ def test_transparency_is_laid_over_white(tmp_path, mode, picture):
     if mode != "PA":
         source = tmp_path / "clear.png"
         image.save(source)
-    else:  # no file format keeps it: only in memory
+    else:  # no file format has this mode, so the image is only in memory
         source = picture.quantize(256, dither=Image.Dither.NONE)
         opaque = pixels(source.convert("RGB"))
         source = source.convert("PA")
@@ -138,7 +138,7 @@ def test_cmyk(tmp_path, picture):
 def test_sixteen_bits_keep_their_brightness(tmp_path, suffix, dtype):
     Image.fromarray(np.array([[0, 257, 128 * 257, 65535]], dtype)).save(tmp_path / f"deep.{suffix}")
     assert pixels(load_image(tmp_path / f"deep.{suffix}"))[0, :, 0].tolist() == [0, 1, 128, 255]
-    Image.fromarray(np.array([[0, 200]], dtype)).save(tmp_path / f"dark.{suffix}")  # nearly black, and stays so
+    Image.fromarray(np.array([[0, 200]], dtype)).save(tmp_path / f"dark.{suffix}")  # nearly black, as before
     assert pixels(load_image(tmp_path / f"dark.{suffix}"))[0, :, 0].tolist() == [0, 1]
 
 
@@ -180,7 +180,7 @@ def test_exif_orientation_is_applied(tmp_path, picture, orientation, suffix):
     picture.save(path, exif=exif, **({"quality": 98} if suffix == "jpg" else {}))
     expected = Image.fromarray(ORIENTATIONS[orientation](np.asarray(picture)).copy())
     assert_looks_like(load_image(path), expected, tolerance=16 if suffix == "jpg" else 0)
-    with Image.open(path) as opened:  # and of an image that the caller opened
+    with Image.open(path) as opened:  # also for an image that the caller opened
         assert_looks_like(load_image(opened), expected, tolerance=16 if suffix == "jpg" else 0)
 
 
@@ -304,7 +304,7 @@ def test_decoder_pixels_span_minus_one_to_one(tiny_processor):
 
 @pytest.mark.parametrize("size", [(96, 64), (64, 96), (50, 50), (33, 32), (7, 200)])
 def test_the_centre_crop_is_the_papers(size):
-    """Its shorter side made the decoder's by bilinear resizing, then the centre cut out, for both readers alike."""
+    """The shorter side is resized to the decoder's size, and the centre is cut out, for encoder and decoder."""
     image = tiny.images(1, size=size)[0]
     processor = VLVProcessor(tiny.caption_tokenizer(), image_height=32, image_width=32, decoder_image_size=32)
     width, height = size
@@ -386,7 +386,7 @@ def test_captions_are_decoded_unchanged(tiny_processor, caption):
 
 
 def test_no_begin_of_text_token_is_added():
-    """As Llama's does: behind the image's prefix, another beginning would be noise."""
+    """Llama's tokenizer adds one. After the image's prefix it would be noise."""
     processor = VLVProcessor(tiny.encoder_tokenizer())  # <s> ... </s>
     inputs = processor(text="ox", return_labels=True)
     ox = processor.tokenizer("ox", add_special_tokens=False).input_ids

@@ -1,4 +1,4 @@
-"""Loading models for the commands, and what is said of those that cannot be loaded."""
+"""Loading models for the commands, and the errors for models that cannot be loaded."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from vlv.models.loading import load_autoencoder, load_captioner
 
 @pytest.fixture
 def repo(tiny_repo, tmp_path):
-    """A copy of `tiny_repo` to break."""
+    """A copy of `tiny_repo` that a test may damage."""
     return shutil.copytree(tiny_repo, tmp_path / "repo")
 
 

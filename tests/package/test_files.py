@@ -73,7 +73,7 @@ def test_a_folder_of_a_killed_run_is_not_left_behind(tmp_path):
             (folder / "half").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(process, 0)
-    (tmp_path / "model").mkdir()  # an empty one is filled
+    (tmp_path / "model").mkdir()  # an empty folder may be filled
     with atomic_folder(tmp_path / "model") as folder:
         with pytest.raises(OSError, match="Another run is writing to"), atomic_folder(tmp_path / "model"):
             pytest.fail("the block must not run")

@@ -1,4 +1,4 @@
-"""The experiments' own arithmetic, and that docs/results.md shows what their JSON holds."""
+"""The arithmetic of the experiments, and that docs/results.md shows the contents of their JSON."""
 
 import dataclasses
 import json
@@ -111,7 +111,7 @@ SMALL = Plan(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Where a command of two runs has trained and written: `work`, `results`, and what it takes to say it again."""
+    """The folder with `work` and `results` of a command with two runs, and the arguments of the command."""
     folder = tmp_path_factory.mktemp("experiments")
     argv = ["text_encoder", "--num", "2", "--work", str(folder / "work"), "--output", str(folder / "results")]
     main(argv, SMALL)
@@ -150,7 +150,7 @@ def test_finished_work_is_not_repeated(trained, monkeypatch):
         main(argv, SMALL)
     (folder / "results" / "base" / "seed0.json").unlink()
     monkeypatch.setattr("vlv.commands.train.main", fail)
-    main(argv, SMALL)  # measures again what was trained
+    main(argv, SMALL)  # measures the trained models again
     after = {file: file.read_text() for file in folder.glob("results/**/*.json")}
     assert after.keys() == before.keys()
     for file, text in before.items():
@@ -167,7 +167,7 @@ def test_a_process_skips_the_work_of_another_process(tmp_path):
 
 
 def test_an_interrupted_run_continues(trained, monkeypatch):
-    """Killed at its third step of four; its first two come from the checkpoint."""
+    """The run is killed at the third of four steps. It resumes from the checkpoint of the second step."""
     folder, _ = trained
     plan = dataclasses.replace(SMALL, stage1=4, evaluation=3)
     training = plan.autoencode(plan.start(0))
@@ -190,7 +190,7 @@ def test_an_interrupted_run_continues(trained, monkeypatch):
 
 @pytest.mark.slow
 def test_llava_is_made_of_the_same_parts(trained):
-    """It sees VLV's own image tokens, and writes what its language model finds likeliest behind them."""
+    """It reads VLV's own image tokens, and writes the tokens that its language model finds likeliest after them."""
     folder, _ = trained
     made = SMALL.llava(8, 0).make(folder / "work")
     peer = load_llava(made)
@@ -218,12 +218,12 @@ def test_florence_starts_from_the_pretrained_encoder(trained):
     assert "captions/test/exact" in record["scores"] and "reconstruction/test/exact" not in record["scores"]
     peer = load_florence(run.model.folder(folder / "work"))
     before = Florence2ForConditionalGeneration.from_pretrained(ENCODER, dtype=torch.float32)
-    for name, weight in before.named_parameters():  # two steps of warm-up move it by next to nothing
+    for name, weight in before.named_parameters():  # two steps of warm-up change it very little
         torch.testing.assert_close(dict(peer.model.named_parameters())[name], weight, rtol=0, atol=1e-3)
 
 
 def test_the_bundled_stage_1_is_vlv_tiny_without_its_caption_head(trained):
-    """Its encoder is vlv-tiny's, bit for bit; what stage 2 trains is new."""
+    """Its encoder is vlv-tiny's, bit for bit. The parts that stage 2 trains are new."""
     folder, _ = trained
     whole = VLVModel.from_pretrained(tiny_checkpoint(), dtype=torch.float32)
     model, loading = VLVModel.from_pretrained(Bundled().make(folder / "work"), output_loading_info=True)
@@ -234,7 +234,7 @@ def test_the_bundled_stage_1_is_vlv_tiny_without_its_caption_head(trained):
 
 
 def test_all_captioners_train_for_the_same_number_of_steps():
-    """As many steps, of as many captions a step, whether there is a stage 1 or none; vlv-tiny's was trained before."""
+    """The numbers of steps and of captions per step are the same with and without stage 1, except for vlv-tiny's."""
     plan = Plan()
     runs = plan.runs()
     assert len({run.name for run in runs}) == len(runs)
@@ -251,7 +251,7 @@ def test_all_captioners_train_for_the_same_number_of_steps():
 
 
 def test_the_report_of_unfinished_experiments(trained, tmp_path):
-    """Whatever is missing is said, in the text and in the table."""
+    """The text and the table say what is missing."""
     folder, _ = trained
     docs = tmp_path / "docs"
     shutil.copytree(folder / "results", docs / "results")

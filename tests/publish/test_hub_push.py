@@ -1,4 +1,4 @@
-"""Pushing with the real client, over real HTTP, to a small Hub on loopback."""
+"""Pushes with the real client, over HTTP, to a small Hub on the loopback interface."""
 
 import huggingface_hub
 import pytest
@@ -30,7 +30,7 @@ def content_of(folder):
 
 
 def pushed(hub, **place):
-    """What is published, without what the Hub itself puts into a new repo."""
+    """The published files, without those that the Hub itself adds to a new repo."""
     return {name: content for name, content in hub.files(REPO, **place).items() if name != ".gitattributes"}
 
 
@@ -52,7 +52,7 @@ def test_a_second_push_changes_nothing(hub, folder):
 
 
 def test_new_weights_replace_the_old_ones(hub, folder):
-    """Had the old shards' index stayed, the old weights would be loaded."""
+    """If the index of the old shards stayed, the old weights would be loaded."""
     push(folder, REPO)
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
@@ -87,7 +87,7 @@ def test_a_hub_that_fails_halfway_publishes_nothing_and_the_next_push_continues(
 
     def fail(method, path):
         requests.append(path)
-        # Of the large files the first one gets through.
+        # The upload of the first large file succeeds.
         return step in path and (step != "/lfs/" or bool(hub.uploads))
 
     hub.fail = fail

@@ -1,4 +1,4 @@
-"""`vlv publish` and `hub_upload.py`: the repo that they build, the proof, and loading it without this package."""
+"""`vlv publish` and `hub_upload.py`: the repo that they build, its check, and loading it without this package."""
 
 import inspect
 import json
@@ -44,7 +44,7 @@ TRAINING = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tiny_model, tiny_processor):
-    """A trained VLV as `vlv train` and `vlv evaluate` leave it; its captions are cut short to save time."""
+    """A trained VLV with the files of `vlv train` and `vlv evaluate`. Its captions are short to save time."""
     folder = tmp_path_factory.mktemp("trained")
     tiny_model.save_pretrained(folder)
     tiny_processor.save_pretrained(folder)
@@ -145,7 +145,7 @@ def test_the_card_has_metrics_on_a_dataset(built, tiny_model, samples, tmp_path)
 
 @pytest.mark.slow
 def test_the_cards_python_runs(built, pictures, tmp_path):
-    """Every Python example of the card, word for word, in one process without this package on its path."""
+    """Every Python example of the card runs unchanged, in one process without this package on its path."""
     text = (built / "README.md").read_text().replace('"ada/vlv-test"', repr(str(built)))
     code = "\n".join(part.partition("```")[0] for part in text.split("```python\n")[1:])
     for name in ("picture.png", "first.png", "second.png"):
@@ -162,7 +162,7 @@ def test_pretrained_parts_are_named_and_need_a_licence(source, samples, tmp_path
     model = VLVModel.from_pretrained(source)
     model.config.encoder_config._name_or_path = "florence-community/Florence-2-large"
     model.config.decoder_config["unet"]["_name_or_path"] = "stabilityai/stable-diffusion-2-1-base"
-    model.config.caption_config._name_or_path = str(tmp_path)  # a folder: says nothing to a reader
+    model.config.caption_config._name_or_path = str(tmp_path)  # a local folder means nothing to other users
     model.save_pretrained(folder)
     tiny.processor().save_pretrained(folder)
     with pytest.raises(ValueError, match="florence-community/Florence-2-large.*--license"):
@@ -283,7 +283,7 @@ save_file({name: weight.clone().contiguous() for name, weight in model.state_dic
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["whole", "captioner"])
 def test_from_a_checkpoint_to_a_users_cold_cache(source, pictures, tmp_path, name):
-    """The command as a user runs it, then `from_pretrained("user/name")` by somebody who has never seen the repo."""
+    """The command as a user runs it, then `from_pretrained("user/name")` with an empty cache."""
     options = ["--captioner-only"] if name == "captioner" else ["--space", "ada/demo", "--private"]
     with running_hub() as hub:
         environment = {

@@ -81,7 +81,7 @@ def test_record_of_a_run(parts):
     assert {"torch", "transformers", "diffusers"} <= record["versions"].keys()
 
 
-# ---- stopping and going on -----------------------------------------------------------------------------------------
+# ---- stopping and resuming -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", ["language", "encoder", "teacher"])

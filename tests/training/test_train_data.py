@@ -1,4 +1,4 @@
-"""What `vlv train` reads: datasets of every kind, captions in lists, broken files, and what it keeps on disk."""
+"""The data of `vlv train`: every kind of dataset, captions in lists, broken files, and caches on disk."""
 
 import functools
 import itertools
@@ -34,7 +34,7 @@ def make_stage(recipe, output_dir, **settings):
 
 
 def captions_in(stage, batch):
-    """The captions that a batch of samples teaches."""
+    """The captions of a batch of samples."""
     return stage.processor.batch_decode(stage.collate(batch)["input_ids"])
 
 
@@ -48,7 +48,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory, pictures):
-    """The same pictures with the same captions, by the kind of dataset: where it lies, and its two columns."""
+    """The same pictures and captions as every kind of dataset: its path, and the names of its two columns."""
     folder = tmp_path_factory.mktemp("kinds")
     files = folder / "imagefolder"
     files.mkdir()
@@ -154,7 +154,7 @@ def test_one_of_several_captions_is_drawn_per_epoch(pictures, tiny_repo, tmp_pat
         return draw_captions(data[:])
 
     drawn = [epoch(number) for number in range(12)]
-    for captions in zip(*drawn, strict=True):  # of one image, over the epochs
+    for captions in zip(*drawn, strict=True):  # the captions of one image in all epochs
         number = captions[0].split()[0]
         assert set(captions) == {f"{number} one", f"{number} two"}
     assert epoch(5) == drawn[5]
@@ -180,12 +180,12 @@ def test_captions_are_padded_to_the_longest_of_the_batch_and_grouped_by_length(p
     assert padding("group_by_length") < padding("random") / 2
 
 
-# ---- what cannot be read ---------------------------------------------------------------------------------------
+# ---- files that cannot be read ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """A photograph and a drawing in every mode, size and orientation that people have, and three broken files."""
+    """A photograph and a drawing in all common modes, sizes and orientations, and three broken files."""
     folder = tmp_path_factory.mktemp("mixed")
     with get_sample_data("grace_hopper.jpg") as file:
         photo = Image.open(file).convert("RGB").resize((128, 150))
@@ -267,7 +267,7 @@ def test_a_cache_is_shared_only_by_equal_runs(tiny_repo, scenes, tmp_path):
         return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
 
     first = files()
-    assert len(first) == 2  # to train on, and to evaluate on
+    assert len(first) == 2  # one for the images to train on, and one for the images to evaluate on
     assert files() == first
     other = tmp_path / "other"
     tiny.model(seed=1).save_pretrained(other)

@@ -1,4 +1,4 @@
-"""LoRA in stage 2: what it trains, what it leaves behind, and that it can be put together again."""
+"""LoRA in stage 2: what it trains, what it saves, and merging and loading the adapters."""
 
 import json
 from shutil import rmtree
@@ -25,7 +25,7 @@ def logits(model, processor):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_repo, scenes):
-    """The output folders of one training: adapters beside the base model, and merged."""
+    """The output folders of one training: with adapters beside the base model, and with merged adapters."""
     folder = tmp_path_factory.mktemp("lora")
     for merge in (False, True):
         run(
@@ -61,7 +61,7 @@ def test_loading_the_folder_loads_the_adapters(model_class, trained, tiny_proces
 
 def test_adapters_are_in_the_layers_of_both_language_models(trained):
     config = json.loads((trained["adapters"] / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] is None  # the folder of this machine that it came from
+    assert config["base_model_name_or_path"] is None  # not the local folder of the base model
     assert config["r"] == 4 and config["modules_to_save"] == ["prefix_projection"]
     targets = config["target_modules"]
     assert {name.rpartition(".")[2] for name in targets} == {"q_proj", "v_proj"}

@@ -1,4 +1,4 @@
-"""Settings that make a run faster or smaller; what a run tells, and what its checkpoints hold."""
+"""Settings that make a run faster or smaller; the output of a run, and the contents of its checkpoints."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, tiny_repo, scenes):
-    """By recipe: the output folder of a run with no more settings, and its record."""
+    """By recipe: the output folder of a run without these settings, and its record."""
     folder = tmp_path_factory.mktemp("plain")
     return {
         recipe: (folder / name, run(recipe, folder / name, dataset=scenes, model=tiny_repo, logging_steps=1))
@@ -48,7 +48,7 @@ def test_speed_settings_do_not_change_the_losses(recipe, settings, tolerance, pl
 
 @pytest.mark.slow
 def test_a_compiled_model_has_the_losses_of_the_model(plain, tiny_repo, scenes, tmp_path):
-    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager"}  # which needs no C++ compiler
+    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager"}  # this backend needs no C++ compiler
     record = run(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, **settings)
     assert losses(record) == pytest.approx(losses(plain[CAPTION][1]), abs=1e-3)
     assert VLVModel.from_pretrained(tmp_path).caption_head is not None  # names of weights are the model's own
@@ -88,7 +88,7 @@ def test_a_setting_without_its_package_is_refused(tiny_repo, scenes, tmp_path, c
     assert "needs the package liger-kernel, which is not installed" in capsys.readouterr().err
 
 
-# ---- what a run tells ------------------------------------------------------------------------------------------
+# ---- the output of a run ---------------------------------------------------------------------------------------
 
 
 def test_the_overview_is_printed_before_the_first_step(tiny_repo, tiny_model, scenes, tmp_path, monkeypatch, capsys):

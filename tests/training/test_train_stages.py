@@ -1,4 +1,4 @@
-"""What a recipe may name as its stage, and when a run tells what it will train."""
+"""The stages that a recipe can name, and the overview before a run."""
 
 import json
 import textwrap
@@ -32,7 +32,7 @@ def test_the_overview_is_printed_before_an_image_is_read(recipe, scenes, tiny_re
 
 @pytest.fixture
 def own_stage(tmp_path, monkeypatch):
-    """A module of the user's with a stage and a recipe for it."""
+    """A user's module with a stage, and a recipe for it."""
     (tmp_path / "mine.py").write_text(
         textwrap.dedent(
             """
@@ -92,7 +92,7 @@ def test_a_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
     assert stage_type is stage_class("caption")
     (tmp_path / "finetune-caption").write_text(
         "stage: language\noutput_dir: mine\n"
-    )  # a file of that name comes first
+    )  # a file of that name has priority
     stage_type, _, args = read_recipe(["finetune-caption"])
     assert stage_type is stage_class("language") and args.output_dir == "mine"
 
