@@ -32,17 +32,20 @@ try:
     from .layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_pixels, device_of
     from .pipeline_vlv import VLVImageToTextPipeline  # noqa: F401
     from .processing_vlv import VLVProcessor  # noqa: F401
+    from .stopping_vlv import stopping_criteria
 except ImportError:
     from components_vlv import HUB_KWARGS, TASK_PROMPT, load_components
     from configuration_vlv import VLVConfig
     from diffusion_vlv import VLVDiffusionMixin
     from families_vlv import build_decoder
     from layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_pixels, device_of
+    from stopping_vlv import stopping_criteria
 
 # The files of a Hub repo's code. `save_pretrained` writes them beside the weights.
 CODE_FILES = (
     *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py", "decoders_vlv.py"),
     *("families_vlv.py", "diffusion_vlv.py", "processing_vlv.py", "images_vlv.py", "pipeline_vlv.py"),
+    "stopping_vlv.py",
 )
 # Parts and buffers that a checkpoint may hold and a model leave out.
 PARTS_LEFT_OUT = (
@@ -414,6 +417,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         defaults = self.generation_config.to_dict()
         generation_config.update(**defaults, defaults_only=True, allow_custom_entries=True)
         kwargs = generation_config.update(**kwargs)  # left over: streamer, logits_processor, ...
+        kwargs["stopping_criteria"] = stopping_criteria(generation_config, kwargs.get("stopping_criteria"))
         return self.caption_head.generate(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=generation_config, **kwargs
         )

@@ -17,9 +17,11 @@ from transformers.image_processing_base import ImageProcessingMixin
 try:
     from .configuration_vlv import VLVConfig  # noqa: F401
     from .images_vlv import load_image
+    from .stopping_vlv import clean_caption
 except ImportError:
     from configuration_vlv import VLVConfig  # noqa: F401
     from images_vlv import load_image
+    from stopping_vlv import clean_caption
 
 # The parts' own tokenizers. They are kept so that `vlv export` can write the parts again. A part may come without one.
 PART_TOKENIZERS = ("encoder_tokenizer", "decoder_tokenizer")
@@ -38,6 +40,8 @@ class VLVProcessor(ProcessorMixin):
         decoder_image_size (`int`): pixels of a side of the square image that the decoder rebuilds.
         crop (`str`, *optional*): `None` reads the whole image, stretched to the encoder's size as in Florence-2.
             `"center"` first resizes the shorter side to `decoder_image_size` and cuts out the centre, as in the paper.
+        clean_captions (`bool`): captions are cut at their last full stop, and repeated sentences are dropped, for a
+            caption head that never learnt to end (see `stopping_vlv.py`).
         encoder_tokenizer, decoder_tokenizer (*optional*): the Florence-2's and the text-to-image model's own.
     """
 
@@ -50,6 +54,7 @@ class VLVProcessor(ProcessorMixin):
         image_std: Sequence[float] = (0.229, 0.224, 0.225),
         decoder_image_size: int = 384,
         crop: str | None = None,
+        clean_captions: bool = False,
         chat_template: str | None = None,
         **parts,
     ):
@@ -58,6 +63,7 @@ class VLVProcessor(ProcessorMixin):
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.decoder_image_size = decoder_image_size
         self.crop = _check_crop(crop)
+        self.clean_captions = clean_captions
         self._part_tokenizers = {name: parts[name] for name in PART_TOKENIZERS if parts.get(name) is not None}
 
     @property
@@ -78,10 +84,10 @@ class VLVProcessor(ProcessorMixin):
 
     def preprocess_image(self, image: Any, crop: str | None = None) -> Image.Image:
         """The part of an image that the model sees (see `crop`), as a PIL image in RGB."""
-        image = load_image(image)
-        if (crop or self.crop) != "center":
-            return image
-        return _centre(image, self.decoder_image_size)
+        return self._crop(load_image(image), crop)
+
+    def _crop(self, image, crop):
+        return _centre(image, self.decoder_image_size) if (crop or self.crop) == "center" else image
 
     def __call__(
         self,
@@ -122,7 +128,8 @@ class VLVProcessor(ProcessorMixin):
         _check_crop(crop)
         data = {}
         if images:
-            seen = [self.preprocess_image(image, crop) for image in images]
+            # Nothing here changes an image, so none is copied: a large one would be held twice.
+            seen = [self._crop(load_image(image, copy=False), crop) for image in images]
             data["pixel_values"] = self._normalise(seen)
             if return_decoder_pixel_values:
                 data["decoder_pixel_values"] = self._for_decoder(seen)
@@ -170,13 +177,22 @@ class VLVProcessor(ProcessorMixin):
         return captions
 
     def decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> str | list[str]:
-        """Token ids (T,) of one caption -> the caption; (B, T) of several -> a list, as the tokenizers do."""
+        """
+        Token ids (T,) of one caption -> the caption; (B, T) of several -> a list, as the tokenizers do. With
+        `skip_special_tokens=False` the text is what was written, also where the processor cleans captions.
+        """
         text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
-        return text.strip() if isinstance(text, str) else [caption.strip() for caption in text]
+        finish = self.finish_caption if skip_special_tokens else str
+        return finish(text).strip() if isinstance(text, str) else [finish(caption).strip() for caption in text]
+
+    def finish_caption(self, text: str) -> str:
+        """The text of a caption, or of what continues one, cleaned where this checkpoint needs it; else as it is."""
+        return clean_caption(text) if self.clean_captions else text
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
         """What the image-text-to-text pipeline calls: decoding that keeps the space between text and caption."""
-        return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens)
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens)
+        return [self.finish_caption(text) for text in texts] if skip_special_tokens else texts
 
     # ---- saving and loading --------------------------------------------------------------------------------
 

@@ -25,6 +25,9 @@ HERE = Path(__file__).parent
 MAX_FILE_SIZE = "20mb"
 CONCURRENCY = 2  # one request's file is read and its answer sent while another one's is computed
 SHOWN_PIXELS = 768  # of the longer side of an original on the page
+# PIL takes memory in blocks of this size. malloc gives blocks as large as this one back to the system when an image is
+# done with; PIL's own 16 MB stay with the thread that read the image.
+IMAGE_BLOCK = 64 * 2**20
 FRAME = 300  # height of a picture's frame on the page, in pixels
 
 INTRODUCTION = """
@@ -329,6 +332,7 @@ def main(argv: list[str] | None = None, prog: str = "spaces_app.py") -> None:
         description="Caption, rebuild and compose images in the browser.",
         epilog="GRADIO_SERVER_NAME and GRADIO_SERVER_PORT set the address (default: 127.0.0.1, from port 7860 on).",
     )
+    Image.core.set_block_size(IMAGE_BLOCK)
     try:
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         studio = Studio(arguments.model or default_model())

@@ -1,5 +1,5 @@
 """
-Writes the tables of docs/speed.md and docs/training.md anew, from the JSON in benchmarks/results.
+Writes the tables of docs/speed.md and docs/training.md again, from the JSON in benchmarks/results.
 
     python -m benchmarks.report
 """
@@ -86,7 +86,7 @@ def table(record: dict) -> str:
 
 
 def filled(page: str) -> str:
-    """The page with its tables drawn anew."""
+    """The page with its tables redrawn."""
     for name in re.findall(r"<!-- ([\w-]+) -->", page):
         if (file := RESULTS / f"{name}.json").is_file():
             record = json.loads(file.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """The paper's questions, asked at tiny scale.
 
     python -m experiments [NAME ...]      measure (what is already in docs/results is left as it is)
-    python -m experiments.report          draw docs/results.md's tables and plots anew from the JSON
+    python -m experiments.report          redraw docs/results.md's tables and plots from the JSON
 
 An experiment of `MEASURED` asks the bundled checkpoint. It is a module with `run(model, processor, num) -> rows` and
 `plot(rows, figure)`, and leaves one JSON of rows. A row is a flat dict of settings and of measurements, each of these

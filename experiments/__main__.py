@@ -38,7 +38,7 @@ def main(argv: list[str], plan: Plan | None = None) -> None:
         ExperimentArguments,
         prog="python -m experiments",
         description=f"Measure what docs/results.md shows: {', '.join(names)}. Whatever has its JSON is left as it is: "
-        "delete the file to measure again. Interrupted, a training goes on where it was. The command can run several "
+        "delete the file to measure again. An interrupted training resumes. The command can run several "
         "times at once: each does what no other one is at.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments to run (default: all)")

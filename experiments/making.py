@@ -79,7 +79,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Training:
-    """One run of `vlv train`, which goes on where it was interrupted."""
+    """One run of `vlv train`, which resumes where it was interrupted."""
 
     recipe: str
     settings: dict[str, Any]
@@ -93,7 +93,7 @@ class Training:
             values = value if isinstance(value, list) else [value]
             argv += [f"--{name}", *(str(one.make(work) if hasattr(one, "make") else one) for one in values)]
         train.main(argv)
-        gc.collect()  # the Trainer's circles hold the data set
+        gc.collect()  # the Trainer's circles hold the dataset
 
     def folder(self, work: Path) -> Path:
         return work / f"{Path(self.recipe).stem}-{digest(self)}"

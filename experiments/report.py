@@ -1,4 +1,4 @@
-"""Draws the tables and plots of docs/results.md anew from docs/results: `python -m experiments.report`."""
+"""Redraws the tables and plots of docs/results.md from docs/results: `python -m experiments.report`."""
 
 import json
 import re

@@ -8,9 +8,9 @@ from vlv.arguments import CommandParser
 def main(argv: list[str]) -> None:
     parser = CommandParser(
         prog="vlv info",
-        description="Print the parts of a VLV with their parameters, and their bytes in fp32 and bf16, from "
-        "the config alone: no weights are read or made. Of a recipe of stage 1 that names its parts, also what a step "
-        "holds in memory on one device.",
+        description="Print the parts of a VLV with their parameters, and their bytes in fp32 and bf16. Only the "
+        "config is read, no weights. Of a recipe of stage 1 that names its parts, also print what a step holds in "
+        "memory on one device.",
         epilog="examples: vlv info my-vlv; vlv info stage1-sana",
     )
     parser.add_argument(
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     )
     (inputs,) = parser.parse(argv)
 
-    # Imported only now: torch would keep --help and wrong arguments waiting.
+    # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
     from vlv import tiny_checkpoint
     from vlv.models.info import count_parts, format_parts
     from vlv.models.loading import read_config

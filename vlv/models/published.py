@@ -13,7 +13,7 @@ CAPTION_HEADS = {
 
 def published_config(caption_head: str = "3B") -> VLVConfig:
     """
-    The config of the paper's models; its prompt ids are placeholders of the right number, for want of tokenizers.
+    The config of the paper's models. Its prompt ids are placeholders of the right number: no tokenizer is read here.
 
     Args:
         caption_head: "0.5B", "1.5B" or "3B".

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ def _metrics(results):
 
 
 def _eval_result(metric, results):
-    """For the metadata; what was measured on no data set was measured on drawn scenes, whose images are a split."""
+    """For the metadata; what was measured on no dataset was measured on drawn scenes, whose images are a split."""
     name, score = metric["images"], metric["score"]
     dataset = {"dataset_type": name, "dataset_name": name, "metric_type": score}
     if "dataset" not in results:
@@ -181,22 +181,27 @@ def _trainings(folder):
             name: value for name, value in record["recipe"].items() if value is not None and name != "output_dir"
         }
         record["yaml"] = yaml.safe_dump(recipe, sort_keys=False).strip()
-    records.sort(key=lambda record: record["file"])
+    records.sort(
+        key=lambda record: (record["file"] == "training.json", record["file"])
+    )  # the last training is at the top
     made = {record["recipe"].get("output_dir"): number for number, record in enumerate(records)}
     starts = {
         number: {made[v] for v in record["recipe"].values() if isinstance(v, str) and made.get(v, number) != number}
         for number, record in enumerate(records)
     }
-    return [records[number] for number in TopologicalSorter(starts).static_order()]
+    try:
+        return [records[number] for number in TopologicalSorter(starts).static_order()]
+    except CycleError:  # trained back and forth between two folders: no order is the right one
+        return records
 
 
 def _datasets(trainings):
-    """What the recipes trained on, where that is a data set of the Hub."""
+    """What the recipes trained on, where that is a dataset of the Hub."""
     return sorted({record["recipe"]["dataset"] for record in trainings if _is_hub_id(record["recipe"].get("dataset"))})
 
 
 def _command(repo_id, results):
-    """What measures the same again: on drawn scenes unless the results name a data set."""
+    """What measures the same again: on drawn scenes unless the results name a dataset."""
     settings = {name: value for name, value in results.items() if name not in ("metrics", "commit", "versions")}
     if "dataset" in results:
         settings["metrics"] = ",".join(dict.fromkeys(f"{m['what']}/{m['score']}" for m in _metrics(results)))

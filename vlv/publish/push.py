@@ -90,7 +90,7 @@ def _claim(api, repo_id, repo_type, private):
 
 
 def _sentence(error, repo_id, endpoint):
-    """What went wrong, and the mend, in one sentence."""
+    """What went wrong and how to fix it, in one sentence."""
     while error.__cause__ is not None and not isinstance(error, HTTPError):
         error = error.__cause__  # the failed request is wrapped where several files are sent at once
     if isinstance(error, LocalTokenNotFoundError):

@@ -58,7 +58,7 @@ def put(picture: np.ndarray, tile: np.ndarray, corner: tuple[int, int], cell: in
 
 
 def _sample(grid: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Bilinear values of `grid` (H, W, C) at pixel coordinates, whose border goes on outside."""
+    """Bilinear values of `grid` (H, W, C) at pixel coordinates, whose border continues outside."""
     height, width, _ = grid.shape
     x, y = x.clip(0, width - 1.001), y.clip(0, height - 1.001)
     left, top = x.astype(int), y.astype(int)

@@ -2,7 +2,7 @@
 
 It is how reconstructions are scored: an image that a diffusion decoder painted is read back into a `Scene` and
 compared with the true one. It learned from drawings of the train split, blurred, tinted and made noisy, since painted
-pictures are never clean. The trained one is bundled, see `scene_reader`; `python -m vlv.scenes.reader` trains it anew.
+pictures are never clean. The trained one is bundled (see `scene_reader`); `python -m vlv.scenes.reader` trains it.
 """
 
 import json

@@ -1,0 +1,296 @@
+"""The experiments' own arithmetic, and that docs/results.md shows what their JSON holds."""
+
+import dataclasses
+import json
+import shutil
+from importlib import import_module
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from transformers import Florence2ForConditionalGeneration
+
+from experiments import MEASURED, report
+from experiments.__main__ import main, write
+from experiments.composition import join
+from experiments.making import ENCODER, Bundled, Scenes, Training, claimed, once
+from experiments.peers import load_florence, load_llava
+from experiments.sampling import reader_features
+from experiments.spatial import cell_centre, centre
+from experiments.trained import Plan, Run
+from modeling_vlv import VLVForConditionalGeneration, VLVModel
+from processing_vlv import VLVProcessor
+from vlv import tiny_checkpoint
+from vlv.evaluation.metrics.frechet import frechet_distance
+from vlv.scenes import WORLD, Scene, SceneObject, sample_picture
+from vlv.training.trainer import StageTrainer
+
+
+@pytest.mark.parametrize("place, cell", list(zip(WORLD.places, ((0, 0), (16, 0), (0, 16), (16, 16)), strict=True)))
+def test_the_centre_of_an_object_is_its_centre_of_mass(place, cell):
+    item = SceneObject("small", "red", "square", place)
+    scene = Scene((item,), "mint")
+    picture = Image.new("RGB", (32, 32), WORLD.backgrounds["mint"])
+    left, top = cell[0] + 3, cell[1] + 5
+    picture.paste(WORLD.colours["red"], (left, top, left + 6, top + 4))
+    np.testing.assert_allclose(centre(picture, scene, item), (left + 3, top + 2))
+    np.testing.assert_allclose(cell_centre(item), (cell[0] + 8, cell[1] + 8))
+
+
+def test_joined_embeddings_are_the_first_ones_of_one_and_then_the_others():
+    first, second = torch.arange(5.0)[None, :, None], 10 + torch.arange(5.0)[None, :, None]
+    assert join(first, second, 2, "from its start").flatten().tolist() == [0, 1, 10, 11, 12]
+    assert join(first, second, 2, "in its place").flatten().tolist() == [0, 1, 12, 13, 14]
+    for how in ("from its start", "in its place"):
+        assert torch.equal(join(first, second, 0, how), second)
+        assert torch.equal(join(first, second, 5, how), first)
+
+
+def test_a_table_shows_settings_and_measurements():
+    rows = [{"steps": 20, "share": {"value": 0.51, "n": 10, "standard_error": 0.02}, "FID": 1.23456}]
+    assert report.table(rows).splitlines() == [
+        "| steps | share | FID |",
+        "| --- | --- | --- |",
+        "| 20 | 0.510 ± 0.020 | 1.235 |",
+    ]
+    assert report.fill("a\n<!-- x -->\nold\n<!-- /x -->\nb", "x", "new\n") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
+    with pytest.raises(ValueError, match="no place for y"):
+        report.fill("text", "y", "new")
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_page_shows_what_was_measured(name):
+    page = (report.DOCS / "results.md").read_text(encoding="utf-8")
+    rows = json.loads((report.DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    assert report.table(rows) in page
+    figure = Figure()
+    import_module(f"experiments.{name}").plot(rows, figure)
+    assert all(axes.lines for axes in figure.axes)
+
+
+def test_a_set_is_no_distance_from_itself():
+    images, others = (
+        reader_features([sample_picture("test", index)[0] for index in range(first, first + 20)]) for first in (0, 20)
+    )
+    assert 0 <= frechet_distance(images, images) < 1e-6
+    assert frechet_distance(images, others) > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEASURED)
+def test_an_experiment_can_be_run_again(name):
+    from vlv.models.loading import load_whole
+
+    model, processor = load_whole(None)
+    rows = import_module(f"experiments.{name}").run(model.float().eval(), processor, 4)
+    recorded = json.loads((report.DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    assert [row.keys() for row in rows] == [row.keys() for row in recorded]
+    json.dumps(rows, allow_nan=False)
+
+
+# ---- experiments that train --------------------------------------------------------------------------------
+
+SMALL = Plan(
+    stage1=2,
+    stage2=2,
+    heads=2,
+    batch=4,
+    images=12,
+    captions=8,
+    few_captions=(8,),
+    few_images=(8,),
+    language=1,
+    evaluation=4,
+    save_steps=2,
+    seeds=(0,),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Where a command of two runs has trained and written: `work`, `results`, and what it takes to say it again."""
+    folder = tmp_path_factory.mktemp("experiments")
+    argv = ["text_encoder", "--num", "2", "--work", str(folder / "work"), "--output", str(folder / "results")]
+    main(argv, SMALL)
+    return folder, argv
+
+
+def test_a_run_says_what_it_comes_from(trained):
+    folder, _ = trained
+    record = json.loads((folder / "results" / "text_encoder" / "bypassed-seed0.json").read_text())
+    assert {"captions/test/exact", "reconstruction/test/objects_right"} <= record["scores"].keys()
+    assert all(0 <= score["value"] <= 1 for score in record["scores"].values())
+    assert (record["num"], record["seed"]) == (2, 0)
+    assert record["commit"]
+    assert record["versions"].keys() == {"vlv", "torch", "transformers", "diffusers"}
+    stages = {training["recipe"]["stage"]: training for training in record["trainings"]}
+    assert list(stages) == ["autoencode", "language", "caption"]
+    for training in stages.values():
+        assert training["steps"] == training["recipe"]["max_steps"]
+        assert training["commit"] and training["versions"] and "log" not in training
+    assert stages["caption"]["recipe"]["dataset"].endswith("scenes-train-8")
+    assert stages["caption"]["recipe"]["train_parts"] == ["prefix_projection", "caption_head"]
+    model = VLVForConditionalGeneration.from_pretrained(stages["caption"]["recipe"]["output_dir"])
+    assert model.config.bypass_text_encoder
+    assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_what_has_been_made_is_not_made_again(trained, monkeypatch):
+    def fail(*args):
+        raise AssertionError("made again")
+
+    folder, argv = trained
+    before = {file: file.read_text() for file in folder.glob("results/**/*.json")}
+    assert len(before) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.trained.Run.make", fail)
+        main(argv, SMALL)
+    (folder / "results" / "base" / "seed0.json").unlink()
+    monkeypatch.setattr("vlv.commands.train.main", fail)
+    main(argv, SMALL)  # measures again what was trained
+    after = {file: file.read_text() for file in folder.glob("results/**/*.json")}
+    assert after.keys() == before.keys()
+    for file, text in before.items():
+        assert json.loads(after[file])["scores"] == json.loads(text)["scores"]
+
+
+def test_processes_leave_each_other_what_they_are_at(tmp_path):
+    with claimed(tmp_path / "work" / "one"):
+        assert not write(tmp_path / "one.json", tmp_path / "work" / "one", lambda: {"made": True})
+        with pytest.raises(BlockingIOError):
+            once(tmp_path / "work" / "one", "last", lambda: None)
+    assert write(tmp_path / "one.json", tmp_path / "work" / "one", lambda: {"made": True})
+    assert json.loads((tmp_path / "one.json").read_text()) == {"made": True}
+
+
+def test_an_interrupted_run_goes_on(trained, monkeypatch):
+    """Killed at its third step of four; its first two come from the checkpoint."""
+    folder, _ = trained
+    plan = dataclasses.replace(SMALL, stage1=4, evaluation=3)
+    training = plan.autoencode(plan.start(0))
+    step, steps = StageTrainer.training_step, []
+
+    def killed(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        training.make(folder / "work")
+    made = training.make(folder / "work")
+    record = json.loads((made / "training.json").read_text())
+    assert (record["resumed_from"], record["steps"]) == ("checkpoint-2", 4)
+    assert steps == [0, 1, 2, 2, 3]
+
+
+@pytest.mark.slow
+def test_llava_is_made_of_the_same_parts(trained):
+    """It sees VLV's own image tokens, and writes what its language model finds likeliest behind them."""
+    folder, _ = trained
+    made = SMALL.llava(8, 0).make(folder / "work")
+    peer = load_llava(made)
+    vlv = VLVModel.from_pretrained(SMALL.start(0).make(folder / "work"))
+    image, _ = sample_picture("test", 0)
+    pixel_values = VLVProcessor.from_pretrained(SMALL.start(0).make(folder / "work"))(images=image)["pixel_values"]
+    with torch.inference_mode():
+        tokens = vlv.get_image_features(pixel_values)
+        tower = peer.model.model.vision_tower(pixel_values).last_hidden_state
+        torch.testing.assert_close(tower, tokens, rtol=1e-4, atol=1e-4)
+        states = peer.model.model.multi_modal_projector(tokens)
+        ids = []
+        for _ in range(5):
+            logits = peer.model.lm_head(peer.model.model.language_model(inputs_embeds=states).last_hidden_state)
+            ids.append(logits[0, -1].argmax())
+            states = torch.cat([states, peer.model.get_input_embeddings()(ids[-1])[None, None]], dim=1)
+    (caption,) = peer.write([image], max_new_tokens=5)
+    assert caption.text == peer.tokenizer.decode(torch.stack(ids), skip_special_tokens=True)
+
+
+def test_florence_goes_on_from_the_pretrained_encoder(trained):
+    folder, _ = trained
+    run = Run("florence", SMALL.florence(8, 0))
+    record = run.make(folder / "work", 2)
+    assert "captions/test/exact" in record["scores"] and "reconstruction/test/exact" not in record["scores"]
+    peer = load_florence(run.model.folder(folder / "work"))
+    before = Florence2ForConditionalGeneration.from_pretrained(ENCODER, dtype=torch.float32)
+    for name, weight in before.named_parameters():  # two steps of warm-up move it by next to nothing
+        torch.testing.assert_close(dict(peer.model.named_parameters())[name], weight, rtol=0, atol=1e-3)
+
+
+def test_the_bundled_stage_1_is_vlv_tiny_without_its_captioning(trained):
+    """Its encoder is vlv-tiny's, bit for bit; what stage 2 trains is new."""
+    folder, _ = trained
+    whole = VLVModel.from_pretrained(tiny_checkpoint(), dtype=torch.float32)
+    model, loading = VLVModel.from_pretrained(Bundled().make(folder / "work"), output_loading_info=True)
+    assert not any(loading.values())
+    assert model.caption_head is None and model.prefix_projection is None
+    weights = whole.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+def test_all_captioners_train_alike():
+    """As many steps, of as many captions a step, whether there is a stage 1 or none; vlv-tiny's was trained before."""
+    plan = Plan()
+    runs = plan.runs()
+    assert len({run.name for run in runs}) == len(runs)
+    for row in plan.compare_captioners().rows:
+        assert len(row.runs) == len(plan.seeds)
+        for run in row.runs:
+            steps, training = 0, run.model
+            while isinstance(training, Training):
+                steps += training.settings["max_steps"]
+                assert training.settings["per_device_train_batch_size"] == plan.batch
+                training = training.settings.get("model")
+            assert steps == (plan.stage2 if isinstance(training, Bundled) else plan.stage1 + plan.stage2)
+            assert run.model.settings["dataset"] == Scenes(row.settings["captions"])
+
+
+def test_report_of_what_there_is(trained, tmp_path):
+    """Whatever is missing is said, in the text and in the table."""
+    folder, _ = trained
+    docs = tmp_path / "docs"
+    shutil.copytree(folder / "results", docs / "results")
+    for name in MEASURED:
+        shutil.copy(report.DOCS / "results" / f"{name}.json", docs / "results")
+    shutil.copy(report.DOCS / "results.md", docs)
+    plan = dataclasses.replace(SMALL, seeds=(0, 1))
+    report.main(docs, plan)
+    page = (docs / "results.md").read_text()
+    assert report.progress(plan, docs / "results") in page
+    (experiment,) = [one for one in plan.experiments() if one.name == "text_encoder"]
+    rows = report.gather(experiment, docs / "results")
+    assert [row["seeds"] for row in rows] == ["1 of 2", "1 of 2"]
+    assert report.table(rows) in page
+    queries = report.gather(plan.compare_queries(), docs / "results")
+    assert [row["seeds"] for row in queries] == ["0 of 2"] * 3 + ["1 of 2"]
+    assert "| 1 | – | 0 of 2 | – | – | – |" in page
+
+
+def test_spread_over_seeds():
+    scores = [{"value": value, "n": 10, "standard_error": 0.1} for value in (0.25, 0.75, 0.5)]
+    assert report.spread(scores) == {"value": 0.5, "lowest": 0.25, "highest": 0.75}
+    assert report.spread([None, scores[0], None]) == scores[0]
+    assert report.spread([None]) is None
+    assert "0.500 (0.250 to 0.750)" in report.table([{"score": report.spread(scores)}])
+
+
+def test_bypassed_text_encoder_leaves_the_embeddings_as_they_are():
+    model = tiny.model(bypass_text_encoder=True)
+    embeds = torch.randn(2, 10, model.config.text_encoder_config.hidden_size)
+    assert torch.equal(model.encode_context(embeds), embeds)
+    assert not torch.equal(tiny.model().encode_context(embeds), embeds)
+    assert torch.equal(model.empty_context(), tiny.model().empty_context())
+
+
+def test_the_page_shows_the_trainings_that_are_in():
+    page = (report.DOCS / "results.md").read_text(encoding="utf-8")
+    assert report.progress(Plan(), report.DOCS / "results") in page, "run `make results`"
+    for experiment in Plan().experiments():
+        rows = report.gather(experiment, report.DOCS / "results")
+        if any(row["parameters"] for row in rows):
+            assert report.table(rows) in page, "run `make results`"
