@@ -16,18 +16,28 @@ from vlv.training.caching import AUTO, parse_switch
 from vlv.training.examples import Table, fixed_noise
 from vlv.training.vlv_stage import VLVSettings, VLVStage
 
+# Settings that the model's config holds for its loss.
+LOSS_SETTINGS = (
+    "sample_latents",
+    "denoising_loss",
+    "min_snr_gamma",
+    "timestep_density",
+    "noise_draws",
+    "context_dropout",
+)
+
 
 @dataclass
 class AutoencodeSettings(VLVSettings):
     encoder: str | None = field(default=None, metadata={"help": "Without --model: folder or id of a Florence-2."})
     decoder: str | None = field(
-        default=None, metadata={"help": "Without --model: folder or id of a Stable Diffusion."}
+        default=None, metadata={"help": "Without --model: folder or id of a text-to-image model of diffusers."}
     )
     caption_head: str | None = field(
         default=None, metadata={"help": "Without --model: folder or id of the language model that stage 2 will train."}
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of the rebuilt images (default: the UNet's)."}
+        default=None, metadata={"help": "Side of the rebuilt images (default: the teacher's)."}
     )
     crop: str | None = field(
         default=None,
@@ -48,11 +58,19 @@ class AutoencodeSettings(VLVSettings):
     )
     denoising_loss: str = field(default="mse", metadata={"help": "mse or l1."})
     min_snr_gamma: float | None = field(default=None, metadata={"help": "Weight the loss by min(SNR, gamma)."})
+    timestep_density: str = field(
+        default="uniform", metadata={"help": "How timesteps are drawn: uniform, logit_normal or mode."}
+    )
+    noise_draws: int = field(
+        default=1, metadata={"help": "Noise levels that a step draws for each image, which is encoded once."}
+    )
     context_dropout: float = field(default=0.0, metadata={"help": "Share of contexts replaced by the empty prompt's."})
 
     def __post_init__(self):
         super().__post_init__()
         self.cache_latents = parse_switch("cache_latents", self.cache_latents)
+        if self.noise_draws < 1:
+            raise ValueError(f"noise_draws is {self.noise_draws}: draw at least 1 noise level for each image.")
 
 
 class AutoencodeStage(VLVStage):
@@ -73,7 +91,7 @@ class AutoencodeStage(VLVStage):
             self.processor = VLVProcessor.from_components(**parts, crop=settings.crop)
         else:
             raise ValueError("Nothing to start from: give --model, or --encoder and --decoder.")
-        for name in ("sample_latents", "denoising_loss", "min_snr_gamma", "context_dropout"):
+        for name in LOSS_SETTINGS:
             setattr(self.model.config, name, getattr(settings, name))
         self.choose_parts()
 
@@ -83,7 +101,7 @@ class AutoencodeStage(VLVStage):
         features = {"cache_features": self.features()}
         self.prepare_data({"cache_latents": latents, **features}, features, besides=("latents",))
         shape = self.eval_dataset[0]["latents"].shape
-        timesteps = self.model.noise_scheduler.config.num_train_timesteps
+        timesteps = self.model.teacher.num_timesteps
         self.eval_dataset.cached.append(Table(**fixed_noise(len(self.eval_rows), shape, timesteps)))
 
     def collate(self, batch: dict[str, Any] | list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -109,7 +127,7 @@ class AutoencodeStage(VLVStage):
             batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
             count = len(batch["latents"])
             own = model(**batch).denoising_loss
-            empty = model.empty_context().expand(count, -1, -1)
+            empty = model.empty_prompt(batch_size=count)
             noise = {name: batch[name] for name in ("noise", "timesteps")}
             floor = model.compute_denoising_loss(batch["latents"], empty, **noise)
             for name, loss in zip(total, (own, floor), strict=True):

@@ -60,8 +60,8 @@ class VLVSettings(Settings):
     gradient_checkpointing_parts: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Parts that save memory by a second forward pass: encoder, unet, caption_head"
-            " (--gradient_checkpointing: all of them)."
+            "help": "Parts that save memory by a second forward pass: encoder, unet or transformer (the teacher's),"
+            " caption_head (--gradient_checkpointing: all of them)."
         },
     )
     cache_features: str = field(
@@ -164,7 +164,8 @@ class VLVStage(Stage):
                 " language_model or another of its parts in train_parts."
             )
         if settings.gradient_checkpointing_parts is not None:
-            known = [name for name in ("encoder", "unet", "caption_head") if getattr(self.model, name) is not None]
+            parts = ("encoder", "unet", "transformer", "caption_head")
+            known = [name for name in parts if getattr(self.model, name) is not None]
             if unknown := set(settings.gradient_checkpointing_parts) - set(known):
                 raise ValueError(
                     f"gradient_checkpointing_parts can be {', '.join(known)} in this stage, not {', '.join(unknown)}."
@@ -328,16 +329,10 @@ class VLVStage(Stage):
             if "caption_embeds" in names:
                 found["caption_embeds"] = model.encode(batch["pixel_values"])
             if "decoder_pixel_values" in batch:
-                found |= dict(zip(("latent_mean", "latent_std"), self.latents(batch), strict=True))
+                latents = model.latent_distribution(batch["decoder_pixel_values"])
+                found |= dict(zip(("latent_mean", "latent_std"), latents, strict=True))
                 found["latents"] = found["latent_mean"]
         return {name: found[name].to(torch.float32 if half is None else torch.float16) for name in names}
-
-    def latents(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the images' latents, (B, C, h/f, w/f) each, in the UNet's scale."""
-        vae = self.model.vae
-        posterior = vae.encode(batch["decoder_pixel_values"].to(vae.device, vae.dtype)).latent_dist
-        scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-        return (posterior.mean - shift) * scale, posterior.std * scale
 
     def cache_key(self, computed: Collection[str]) -> list[Any]:
         """All that decides what `compute` makes of an image: settings, and the weights of the parts that it uses."""
