@@ -157,7 +157,9 @@ class VLVConfig(PreTrainedConfig):
             return
         # Imported only now: it brings torch and diffusers along, which a captioner's config does not need.
         try:
+            from .decoders_vlv import Decoder  # noqa: F401  (transformers 5.0 copies what this file names)
             from .families_vlv import build_decoder
+            from .layers_vlv import device_of  # noqa: F401
         except ImportError:
             from families_vlv import build_decoder
         build_decoder(self.decoder_config).check(self)

@@ -84,7 +84,7 @@ class Decoder:
     @property
     def context_width(self) -> int:
         """Width E of the context that the denoiser attends to."""
-        return self.model_config[self.width_key]
+        return self.model_config.get(self.width_key)
 
     @property
     def pooled_width(self) -> int | None:

@@ -16,6 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 try:
     from .configuration_vlv import VLVConfig
     from .decoders_vlv import Decoder, Prompt
+    from .families_vlv import FAMILIES  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
     from .layers_vlv import cast_for, check_images, device_of
 except ImportError:
     from configuration_vlv import VLVConfig
@@ -164,7 +165,8 @@ class VLVDiffusionMixin:
                 does not depend on the others in its batch.
             height, width (`int`, *optional*): pixels; `config.image_size` or the teacher's own size by default.
             scheduler (*optional*): a diffusers scheduler. The default is the teacher's own; with Stable Diffusion 1
-                and 2 it is second-order DPM-Solver++ (arXiv 2211.01095), which needs fewest steps (docs/results.md).
+                and 2 it is second-order DPM-Solver++ (arXiv 2211.01095), which needs the fewest steps
+                (docs/results.md).
             output_type (`str`): `"pil"`, `"np"` or `"pt"`.
             callback_on_step_end: called as `(model, step, timestep, {"latents": latents})` after each step, as in
                 diffusers' pipelines. The dictionary that it returns may hold new latents.

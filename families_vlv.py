@@ -156,7 +156,7 @@ class Sana(MaskedPrompt, FlowDecoder):
     denoiser_class = "SanaTransformer2DModel"
     vae_class = "AutoencoderDC"
     width_key = "caption_channels"
-    call = {"use_resolution_binning": False}
+    call = {"use_resolution_binning": False, "negative_prompt": None}
     # The default puts an instruction for users' short prompts in front. The empty prompt has none in training either.
     encoding = {"complex_human_instruction": None}
 
@@ -353,10 +353,7 @@ FAMILIES: dict[str, type[Decoder]] = {
 
 def family_of(config: dict) -> type[Decoder]:
     """
-    The class that describes a teacher.
-
-    Args:
-        config: holds the pipeline's name as `_class_name`; without it, `StableDiffusionPipeline`.
+    The class that describes a teacher, by its pipeline's name, `_class_name`.
 
     Raises:
         ValueError: the pipeline is of no known family, or too new for the installed diffusers.
@@ -373,23 +370,18 @@ def family_of(config: dict) -> type[Decoder]:
 
 def build_decoder(config: dict) -> Decoder:
     """
-    The object that describes a teacher, without weights.
-
-    Args:
-        config: `decoder_config` of [`VLVConfig`].
+    The object that describes a teacher, without weights, from `decoder_config` of [`VLVConfig`].
 
     Raises:
         ValueError: the family is not known, or a part of the teacher is missing.
     """
     family = family_of(config)
     parts = (family.denoiser, "vae", "scheduler")
-    if missing := [part for part in parts if not config.get(part)]:
-        raise ValueError(f"decoder_config lacks {', '.join(missing)}: for {family.pipeline} it holds {_list(parts)}.")
+    if missing := sorted(set(parts) - config.keys()):
+        raise ValueError(
+            f"decoder_config lacks {', '.join(missing)}: for {family.pipeline} it holds {', '.join(parts)}."
+        )
     return family(config)
-
-
-def _list(names):
-    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _unpadded(prompt):

@@ -101,6 +101,7 @@ class Training:
     def records(self, work: Path) -> Iterator[dict[str, Any]]:
         """What this training and those before it left of themselves, but for their loss logs."""
         for before in self.settings.values():
+            before = before.decoder if isinstance(before, Assembled) else before
             if isinstance(before, Training):
                 yield from before.records(work)
         record = json.loads((self.folder(work) / "training.json").read_text(encoding="utf-8"))
@@ -108,21 +109,33 @@ class Training:
 
 
 @dataclass(frozen=True)
+class TinysPart:
+    """A folder of what vlv-tiny is exported as. No stage of a VLV changes its teacher, `decoder`."""
+
+    name: str = "decoder"
+
+    def make(self, work: Path) -> Path:
+        def export():
+            with atomic_folder(work / "vlv-tiny") as unfinished:
+                export_parts(*load_whole(None), unfinished)
+
+        return once(work / "vlv-tiny", "decoder", export) / self.name
+
+
+@dataclass(frozen=True)
 class Assembled:
-    """
-    A VLV put together from pretrained parts, without a caption head: the decoder is vlv-tiny's, queries and projection
-    are new.
-    """
+    """A VLV put together from pretrained parts, without a caption head: its queries and projection are new."""
 
     seed: int
     settings: dict[str, Any] = field(default_factory=dict)  # of its config
+    decoder: TinysPart | Training = TinysPart()
 
     def make(self, work: Path) -> Path:
         folder = work / f"assembled-{digest(self)}"
         return once(folder, "config.json", lambda: self._assemble(work, folder))
 
     def _assemble(self, work, folder):
-        parts = {"encoder": ENCODER, "decoder": str(_decoder(work))}
+        parts = {"encoder": ENCODER, "decoder": str(self.decoder.make(work))}
         config = dict(self.settings)
         set_seed(self.seed)
         model = VLVModel.from_components(**parts, num_queries=config.pop("num_queries", None), dtype="float32")
@@ -150,13 +163,3 @@ def _save(folder, model, processor):
     with atomic_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
-
-
-def _decoder(work):
-    """vlv-tiny's teacher, which no stage of a VLV changes."""
-
-    def export():
-        with atomic_folder(work / "vlv-tiny") as unfinished:
-            export_parts(*load_whole(None), unfinished)
-
-    return once(work / "vlv-tiny", "decoder", export) / "decoder"

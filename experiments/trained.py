@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import peers
-from experiments.making import ENCODER, Assembled, Bundled, Scenes, Training
+from experiments.making import ENCODER, Assembled, Bundled, Scenes, TinysPart, Training
 from modeling_vlv import VLVForConditionalGeneration
 from vlv.evaluation.results import Measurement
 from vlv.models.loading import load_whole
@@ -120,6 +120,7 @@ class Plan:
         images: to train stage 1 on, and how many scenes' captions the language models know as text.
         captions: to train stage 2 on, where that is not the question.
         language: steps of the language models.
+        flow_teacher: steps of the second tiny teacher.
         seeds: of the experiments that are to show their spread; the others have the first.
     """
 
@@ -132,6 +133,8 @@ class Plan:
     few_captions: Sequence[int] = (100, 1000, 50_000)
     few_images: Sequence[int] = (100, 1000, 10_000)
     language: int = 500
+    flow_teacher: int = 1600
+    flow_images: int = 30_000
     evaluation: int = 100
     save_steps: int = 400
     seeds: Sequence[int] = (0, 1, 2)
@@ -142,6 +145,7 @@ class Plan:
             self.compare_captioners(),
             self.compare_queries(),
             self.compare_text_encoder(),
+            self.compare_teachers(),
             self.compare_images(),
             self.compare_parts(),
             self.compare_heads(),
@@ -195,6 +199,22 @@ class Plan:
         bypassed = [Run(f"text_encoder/bypassed-seed{s}", self.whole(s, bypass_text_encoder=True)) for s in self.seeds]
         rows = [Row({"text encoder": "in the path"}, self.base()), Row({"text encoder": "bypassed"}, bypassed)]
         return Experiment("text_encoder", rows, x="text encoder")
+
+    def compare_teachers(self) -> Experiment:
+        """The bundled UNet and a flow-matching transformer, which has no text encoder in a VLV."""
+        bypassed = [Run(f"text_encoder/bypassed-seed{s}", self.whole(s, bypass_text_encoder=True)) for s in self.seeds]
+        teacher = self.training(
+            "tiny/flow_teacher", self.flow_images, self.flow_teacher, 0, vae=TinysPart("decoder/vae")
+        )
+        seed = self.seeds[0]
+        start = Assembled(seed, {"num_queries": 24}, teacher)
+        flow = Run(f"teachers/flow-seed{seed}", self.caption(self.autoencode(start), self.captions, seed))
+        rows = [
+            Row({"teacher": "UNet", "text encoder": "in the path"}, self.base()),
+            Row({"teacher": "UNet", "text encoder": "bypassed"}, bypassed),
+            Row({"teacher": "flow transformer", "text encoder": "bypassed"}, [flow]),
+        ]
+        return Experiment("teachers", rows, x="teacher")
 
     def compare_images(self) -> Experiment:
         def run(images):

@@ -6,8 +6,8 @@ from vlv.arguments import CommandParser
 def main(argv: list[str]) -> None:
     parser = CommandParser(
         prog="vlv info",
-        description="Print the parts of a VLV with their parameters, and their bytes in fp32 and bf16, from "
-        "the config alone: no weights are read or made.",
+        description="Print the parts of a VLV with their parameters, and their bytes in fp32 and bf16. Only the "
+        "config is read, no weights.",
         epilog="example: vlv info my-vlv",
     )
     parser.add_argument(
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     )
     (inputs,) = parser.parse(argv)
 
-    # Imported only now: torch would keep --help and wrong arguments waiting.
+    # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
     from vlv import tiny_checkpoint
     from vlv.models.info import count_parts, format_parts
     from vlv.models.loading import read_config
