@@ -88,7 +88,8 @@ class VLVDiffusionMixin:
         `config.sample_latents` decides.
         """
         sample = self.config.sample_latents if sample is None else sample
-        return self.teacher.encode_latents(self.vae, self._check_decoder_pixels(decoder_pixel_values), sample)
+        pixels = self._check_decoder_pixels(decoder_pixel_values)
+        return self.teacher.encode_latents(self.vae, pixels, sample)
 
     def latent_distribution(self, decoder_pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As [`encode_latents`]: mean and standard deviation of the latents, (B, C, h/f, w/f) each."""
