@@ -43,6 +43,11 @@ class Prompt(NamedTuple):
             torch.where(dropped, other.context, self.context), torch.where(rows, other.mask, self.mask), pooled
         )
 
+    def repeat(self, times: int) -> "Prompt":
+        """Each prompt so many times in a row: B times as many."""
+        pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, 0)
+        return Prompt(self.context.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0), pooled)
+
     def followed_by(self, words: torch.Tensor) -> "Prompt":
         """With embeddings (B or 1, T, E) of words behind its own."""
         words = words.to(self.context).expand(len(self.context), -1, -1)

@@ -7,6 +7,7 @@ them (see `decoders_vlv.py`).
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,13 @@ class VLVDiffusionMixin:
 
     config: VLVConfig
     teacher: Decoder | None
+    training: bool
+    # Parts that the model may lack are None; see `VLVModel.named_parts`.
+    vae: Any
+    text_encoder: Any
+    pooled_projection: Any
+    empty_prompt_embeds: Any
+    empty_pooled_embeds: Any
 
     @property
     def denoiser(self) -> torch.nn.Module | None:
@@ -80,7 +88,8 @@ class VLVDiffusionMixin:
         `config.sample_latents` decides.
         """
         sample = self.config.sample_latents if sample is None else sample
-        return self.teacher.encode_latents(self.vae, self._check_decoder_pixels(decoder_pixel_values), sample)
+        pixels = self._check_decoder_pixels(decoder_pixel_values)
+        return self.teacher.encode_latents(self.vae, pixels, sample)
 
     def latent_distribution(self, decoder_pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As [`encode_latents`]: mean and standard deviation of the latents, (B, C, h/f, w/f) each."""
@@ -112,15 +121,18 @@ class VLVDiffusionMixin:
         """
         The stage-1 objective (paper section 3.1): the teacher predicts the noise in the noisy `latents`
         (B, C, h/f, w/f) from `context` (B, Q, E) alone. `noise` (shaped as latents) and `timesteps` (B,) are drawn
-        where not given.
+        where not given; in training `config.noise_draws` times for each image.
         """
         latents = latents.to(device_of(self.denoiser))
+        prompt = context if isinstance(context, Prompt) else self._as_prompt(context)
+        if self.training and noise is None and timesteps is None:
+            draws = self.config.noise_draws
+            latents, prompt = latents.repeat_interleave(draws, 0), prompt.repeat(draws)
         if noise is None:
             noise = torch.randn_like(latents)
         if timesteps is None:
             timesteps = self.teacher.draw_timesteps(len(latents), self.config.timestep_density, latents.device)
         noise, timesteps = noise.to(latents.device), timesteps.to(latents.device)
-        prompt = context if isinstance(context, Prompt) else self._as_prompt(context)
         if self.training and self.config.context_dropout > 0:
             rows, length = prompt.context.shape[:2]
             dropped = torch.rand(rows, 1, 1, device=prompt.context.device) < self.config.context_dropout

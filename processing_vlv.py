@@ -252,20 +252,19 @@ class VLVProcessor(ProcessorMixin):
         """
         # Imported only now: it brings the models along, which preparing images and captions does not need.
         try:
-            from .components_vlv import read_decoder_config
+            from .components_vlv import read_decoder_config, read_index
             from .decoders_vlv import Decoder  # noqa: F401  (as above)
-            from .families_vlv import build_decoder
+            from .families_vlv import build_decoder, family_of
             from .layers_vlv import device_of  # noqa: F401
         except ImportError:
-            from components_vlv import read_decoder_config
-            from families_vlv import build_decoder
+            from components_vlv import read_decoder_config, read_index
+            from families_vlv import build_decoder, family_of
         images, _ = ImageProcessingMixin.get_image_processor_dict(encoder, **hub_kwargs)
-        teacher = None if decoder is None else build_decoder(read_decoder_config(decoder, **hub_kwargs))
         if image_size is None:
-            image_size = teacher.image_size
+            image_size = build_decoder(read_decoder_config(decoder, **hub_kwargs)).image_size
         encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **hub_kwargs)
         decoder_tokenizer = None
-        if teacher is not None and teacher.reads_text_encoder:
+        if decoder is not None and family_of(read_index(decoder, **hub_kwargs)).reads_text_encoder:
             decoder_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
         tokenizer = decoder_tokenizer or encoder_tokenizer
         if caption_head is not None:
