@@ -2,9 +2,9 @@
 
 The data flow, with Q queries, D the encoder's width, E the text encoder's, L the caption head's:
 
-    pixel_values (B, 3, H, W) ─ Florence-2, asked by the queries ─► (B, Q, D) ─ projection ─► caption_embeds (B, Q, E)
-    caption_embeds ─ CLIP text encoder, entered at its embedding layer ─► context (B, Q, E)
-                     (with the teachers that have no text encoder here, they are the context)
+    pixel_values (B, 3, H, W) ─ Florence-2, with queries as words ─► (B, Q, D) ─ projection ─► caption_embeds (B, Q, E)
+    caption_embeds ─ CLIP text encoder, in place of word embeddings ─► context (B, Q, E)
+                     (without a text encoder, the caption embeddings are the context)
     context ─ frozen teacher: denoiser and VAE ─► the image again  (stage 1 trains this: the denoising loss)
     context ─ prefix_projection ─► (B, Q, L) ─ LLM ─► the caption  (stage 2 trains this: the caption loss)
 """

@@ -25,7 +25,7 @@ except ImportError:
 
 # The parts' own tokenizers. They are kept so that `vlv export` can write the parts again. A part may come without one.
 PART_TOKENIZERS = ("encoder_tokenizer", "decoder_tokenizer")
-STRIP = 16  # an image that is this many times longer than wide is a strip
+STRIP = 16  # an image that is at least this many times longer than wide is a strip
 
 
 class VLVProcessor(ProcessorMixin):
