@@ -41,7 +41,7 @@ class VLVProcessor(ProcessorMixin):
         crop (`str`, *optional*): `None` reads the whole image, stretched to the encoder's size as in Florence-2.
             `"center"` first resizes the shorter side to `decoder_image_size` and cuts out the centre, as in the paper.
         clean_captions (`bool`): captions are cut at their last full stop, and repeated sentences are dropped, for a
-            caption head that never learnt to end (see `stopping_vlv.py`).
+            caption head that never learned to end them (see `stopping_vlv.py`).
         encoder_tokenizer, decoder_tokenizer (*optional*): the Florence-2's and the text-to-image model's own.
     """
 

@@ -1,4 +1,4 @@
-"""A caption head that never learnt to end: it stops where it repeats itself, and its captions are cleaned."""
+"""A caption head that never learned to end captions: they stop after a repetition, and they are cleaned."""
 
 import copy
 import re
@@ -33,7 +33,7 @@ CLEANED = ("a dog runs. it is big.", "a red cat. 1.1.1.1. yes.", WRITTEN[2][:LON
 
 
 class Dictate(LogitsProcessor):
-    """Makes the model write a text for each image, whatever it would write itself."""
+    """Makes the model write a given text for each image."""
 
     def __init__(self, texts):
         self.ids = [TOKENIZER(text).input_ids for text in texts]
@@ -68,7 +68,7 @@ def processor(captioner):
 
 
 def the_papers(text):
-    """What the paper's code does with a caption, written down a second time."""
+    """The paper's cleaning of a caption, written independently."""
     if "." in text:
         text = text[: len(text) - text[::-1].index(".")]
     kept, rest = [], text
@@ -129,7 +129,7 @@ def test_generate_stops_each_caption_where_it_repeats_itself(model, processor):
     pixel_values, _ = tiny.pixels(3)
     dictate = LogitsProcessorList([Dictate(WRITTEN)])
     ids = model.generate(pixel_values, logits_processor=dictate, max_new_tokens=LONG, do_sample=False)
-    assert ids.shape == (3, LONG)  # as long as the longest, the others padded
+    assert ids.shape == (3, LONG)  # the others are padded to the longest
     assert processor.batch_decode(ids) == list(CLEANED)
     first = model.generate(
         pixel_values[:1], logits_processor=LogitsProcessorList([Dictate(WRITTEN[:1])]), max_new_tokens=LONG

@@ -122,7 +122,7 @@ def test_the_card_has_the_records_of_the_checkpoint(built, samples):
     assert "| caption | 4,200 | 11 | cuda:0 | 7 | `0123abc` | [training.json](training.json) |" in text
     assert text.index("| vae | 1,000 |") < text.index("| caption | 4,200 |")
     assert "learning_rate: 0.001" in text
-    assert "no captioner of photographs" in text
+    assert "It cannot caption photographs." in text
     steps = inspect.signature(VLVModel.reconstruct).parameters["num_inference_steps"].default
     assert f"rebuilt in {steps} steps" in text
     assert "{{" not in text
