@@ -235,6 +235,7 @@ class VLVProcessor(ProcessorMixin):
         *,
         image_size: int | None = None,
         crop: str | None = None,
+        tokenizer: Any = None,
         **hub_kwargs,
     ) -> "VLVProcessor":
         """
@@ -248,6 +249,7 @@ class VLVProcessor(ProcessorMixin):
                 a caption head, the decoder's tokenizer takes its place.
             image_size (`int`, *optional*): pixels of a reconstruction's side; the UNet's own by default.
             crop (`str`, *optional*): as above.
+            tokenizer (*optional*): of the captions, loaded already, instead of the caption head's.
             hub_kwargs: `revision`, `token`, `local_files_only`, ... as every part's `from_pretrained` takes them.
         """
         images, _ = ImageProcessingMixin.get_image_processor_dict(encoder, **hub_kwargs)
@@ -258,9 +260,9 @@ class VLVProcessor(ProcessorMixin):
         decoder_tokenizer = None
         if decoder is not None:
             decoder_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
-        tokenizer = (
-            decoder_tokenizer if caption_head is None else AutoTokenizer.from_pretrained(caption_head, **hub_kwargs)
-        )
+        if tokenizer is None and caption_head is not None:
+            tokenizer = AutoTokenizer.from_pretrained(caption_head, **hub_kwargs)
+        tokenizer = tokenizer or decoder_tokenizer
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return cls(
