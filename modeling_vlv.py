@@ -27,9 +27,10 @@ from transformers.utils import ModelOutput, cached_file
 
 # A model loaded from the Hub imports every file of its repo here, so that saving it copies all of them.
 try:
+    from .chat_vlv import find_image  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
     from .components_vlv import HUB_KWARGS, TASK_PROMPT, load_components
     from .configuration_vlv import VLVConfig
-    from .images_vlv import load_image  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
+    from .images_vlv import load_image  # noqa: F401
     from .layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_images, check_pixels, device_of
     from .pipeline_vlv import VLVImageToTextPipeline  # noqa: F401
     from .processing_vlv import VLVProcessor  # noqa: F401
@@ -43,7 +44,7 @@ except ImportError:
 # The files of a Hub repo's code. `save_pretrained` writes them beside the weights.
 CODE_FILES = (
     *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py"),
-    *("processing_vlv.py", "images_vlv.py", "pipeline_vlv.py", "stopping_vlv.py"),
+    *("processing_vlv.py", "images_vlv.py", "chat_vlv.py", "pipeline_vlv.py", "stopping_vlv.py"),
 )
 # What each stage trains by default (paper section 3; the table in docs/training.md).
 STAGES = {
@@ -519,8 +520,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         attention_mask = attention_mask.take_along_dim(order, dim=1)
         generation_config = copy.deepcopy(generation_config or GenerationConfig())
         # The checkpoint's settings fill in what it leaves open, as in every model of transformers.
-        defaults = self.generation_config.to_dict()
-        generation_config.update(**defaults, defaults_only=True, allow_custom_entries=True)
+        generation_config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         kwargs = generation_config.update(**kwargs)  # left over: streamer, logits_processor, ...
         kwargs["stopping_criteria"] = stopping_criteria(generation_config, kwargs.get("stopping_criteria"))
         return self.caption_head.generate(

@@ -3,8 +3,8 @@ What it costs that the paper's captioner never learnt to end, and what a convert
 
     python benchmarks/stopping.py [--images 256] [--work outputs/stopping] [--output FILE]
 
-It fine-tunes vlv-tiny on captions of several sentences without their end, which is the paper's flaw (a few
-minutes, endless.yaml), and captions unseen scenes. The `paper` side writes 300 tokens for each and then cuts and cleans them as
+It fine-tunes vlv-tiny on captions of several sentences without their end, which is the paper's flaw (see
+endless.yaml), and captions unseen scenes. The `paper` side writes 300 tokens for each and then cuts and cleans them as
 the paper's code does, written down here a second time. The other side has the data that `vlv convert` puts into a
 checkpoint. Both search greedily, and then with the paper's four beams.
 """
@@ -25,16 +25,31 @@ from vlv.commands import train
 from vlv.files import atomic_folder
 from vlv.models.loading import load_captioner
 from vlv.scenes import sample_picture
+from vlv.scenes.shapes import Scene
 
 SCENES = 4000  # to train on
+DETAILS = 13  # sentences on what is not there, at most
 LENGTH = 300  # tokens, the paper's
 BATCH = 32
+ABSENT = {"place": "The {} is empty.", "shape": "There is no {}.", "colour": "Nothing is {}."}
 SEARCHES = {"greedy": 1, "4 beams": 4}
 
 
-def sentences(scene) -> str:
-    """The scene in a sentence for each thing on it: "A large red circle at the top left. A white background."."""
-    return " ".join(f"{phrase.capitalize()}." for phrase in scene.short_captions())
+def sentences(scene: Scene, details: int = 0) -> str:
+    """
+    The scene in some sentences for each thing on it, and as many as `details` on what is not. Like the paper's,
+    captions are long and of any length.
+    """
+    said, absent = [], []
+    for one in scene.objects:
+        said.append(f"A {one.size} {one.colour} {one.shape} is at the {one.place}.")
+        said.append(f"The {one.shape} at the {one.place} is {one.colour}.")
+        said.append(f"The {one.colour} {one.shape} is {one.size}.")
+    said.append(f"The background is {scene.background}.")
+    for attribute, sentence in ABSENT.items():
+        there = {getattr(one, attribute) for one in scene.objects}
+        absent += [sentence.format(word) for word in Scene.objects_are.known[attribute] if word not in there]
+    return " ".join(said + absent[:details])
 
 
 def trained(work: Path) -> str:
@@ -44,7 +59,7 @@ def trained(work: Path) -> str:
             for index in range(SCENES):
                 image, scene = sample_picture("train", index)
                 image.save(folder / f"{index}.png")
-                rows.write(json.dumps({"file_name": f"{index}.png", "text": sentences(scene)}) + "\n")
+                rows.write(json.dumps({"file_name": f"{index}.png", "text": sentences(scene, index % DETAILS)}) + "\n")
     output = work / "endless"
     if not (output / "training.json").exists():
         recipe = Path(__file__).with_name("endless.yaml")

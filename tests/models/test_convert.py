@@ -376,7 +376,9 @@ def test_missing_parts(tmp_path, capsys):
     refused(capsys, tmp_path, STAGE1, f"There is no file or folder {nowhere}, which --decoder names", decoder=nowhere)
     refused(capsys, tmp_path, STAGE1, "name the Stable Diffusion it was trained with as --decoder", decoder="none")
     refused(capsys, tmp_path, STAGE1, "leave --caption_head out", caption_head=QWEN)
-    refused(capsys, tmp_path, STAGE2, "give the LLM that it was trained from as --caption-head")
+    refused(
+        capsys, tmp_path, STAGE2, "caption head is 96 wide, and the published one 896 or 1536 or 2048: name the one"
+    )
     refused(capsys, tmp_path, STAGE2, "text encoder is 64 wide", decoder=None, caption_head=QWEN)
     refused(capsys, tmp_path, tmp_path, "holds no checkpoint")
 

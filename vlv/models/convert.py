@@ -51,10 +51,13 @@ DROPPED = (
 )
 MAX_NEW_TOKENS = 300  # the length of the captions it was trained on
 PART_ARGUMENTS = {
+    "queries": "--encoder",
     "encoder": "--encoder",
+    "projection": "--encoder",
     "text_encoder": "--decoder",
     "unet": "--decoder",
     "vae": "--decoder",
+    "prefix_projection": "--caption_head",
     "caption_head": "--caption_head",
 }
 NO_DECODER = "none"  # instead of a decoder's id: a captioner that cannot reconstruct
@@ -318,7 +321,7 @@ def _check(checkpoint, config, weights, report):
     expected = {name: weight for name, weight in model.state_dict().items() if name not in model.all_tied_weights_keys}
     for name, weight in weights.items():
         if name in expected and weight.shape != expected[name].shape:
-            argument = PART_ARGUMENTS.get(name.split(".")[0], "the parts")
+            argument = PART_ARGUMENTS[name.split(".")[0]]
             raise ValueError(
                 f"{checkpoint} does not fit {argument}: {name} is {tuple(weight.shape)} in the checkpoint, but "
                 f"{tuple(expected[name].shape)} by the config. Give the part that it was trained from."
