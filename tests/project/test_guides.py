@@ -56,6 +56,14 @@ def test_training(tmp_path):
 
 
 @pytest.mark.slow
+def test_captioning(tmp_path):
+    by_message, begun, alone = follow("docs/captioning", tmp_path).splitlines()[-3:]
+    (first, _) = rows(tmp_path / "scenes" / "metadata.jsonl")
+    assert first["text"] in by_message and first["text"] in alone
+    assert "'role': 'assistant', 'content': [{'type': 'text', 'text': 'a large " in begun
+
+
+@pytest.mark.slow
 def test_readme(tmp_path):
     follow("README", tmp_path)
     assert len(rows(tmp_path / "captions.jsonl")) == 12
