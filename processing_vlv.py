@@ -281,26 +281,35 @@ class VLVProcessor(ProcessorMixin):
 
         Args:
             encoder: id or folder of a Florence-2: its image size, normalisation and tokenizer.
-            decoder (*optional*): id or folder of a Stable Diffusion 1.x or 2.x in diffusers' layout: its tokenizer.
-                Without a decoder, give `image_size`.
+            decoder (*optional*): id or folder of a text-to-image model in diffusers' layout: its image size, and the
+                tokenizer of a Stable Diffusion 1.x or 2.x. Without a decoder, give `image_size`.
             caption_head (*optional*): id or folder of a decoder-only language model: the captions' tokenizer. Without
-                a caption head, the decoder's tokenizer takes its place.
-            image_size (`int`, *optional*): pixels of a reconstruction's side; the UNet's own by default.
+                a caption head, the decoder's or the encoder's tokenizer takes its place.
+            image_size (`int`, *optional*): pixels of a reconstruction's side; the teacher's own by default.
             crop (`str`, *optional*): as above.
             tokenizer (*optional*): of the captions, loaded already, instead of the caption head's.
             hub_kwargs: `revision`, `token`, `local_files_only`, ... as every part's `from_pretrained` takes them.
         """
+        # Imported only now: it brings the models along, which preparing images and captions does not need.
+        try:
+            from .components_vlv import read_decoder_config
+            from .decoders_vlv import Decoder  # noqa: F401  (as above)
+            from .families_vlv import build_decoder
+            from .layers_vlv import device_of  # noqa: F401
+        except ImportError:
+            from components_vlv import read_decoder_config
+            from families_vlv import build_decoder
         images, _ = ImageProcessingMixin.get_image_processor_dict(encoder, **hub_kwargs)
+        teacher = None if decoder is None else build_decoder(read_decoder_config(decoder, **hub_kwargs))
         if image_size is None:
-            unet, _ = PreTrainedConfig.get_config_dict(decoder, subfolder="unet", **hub_kwargs)
-            vae, _ = PreTrainedConfig.get_config_dict(decoder, subfolder="vae", **hub_kwargs)
-            image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+            image_size = teacher.image_size
+        encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **hub_kwargs)
         decoder_tokenizer = None
-        if decoder is not None:
+        if teacher is not None and teacher.reads_text_encoder:
             decoder_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
         if tokenizer is None and caption_head is not None:
             tokenizer = AutoTokenizer.from_pretrained(caption_head, **hub_kwargs)
-        tokenizer = tokenizer or decoder_tokenizer
+        tokenizer = tokenizer or decoder_tokenizer or encoder_tokenizer
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return cls(
@@ -311,7 +320,7 @@ class VLVProcessor(ProcessorMixin):
             image_std=images["image_std"],
             decoder_image_size=image_size,
             crop=crop,
-            encoder_tokenizer=AutoTokenizer.from_pretrained(encoder, **hub_kwargs),
+            encoder_tokenizer=encoder_tokenizer,
             decoder_tokenizer=decoder_tokenizer,
         )
 

@@ -12,7 +12,7 @@ class ConvertArguments:
     encoder: str | None = field(
         default=None,
         metadata={
-            "help": "Id or folder of the Florence-2 it began with: config, tokenizer, image settings (default: the "
+            "help": "Id or folder of the Florence-2 that it started from: config, tokenizer, image settings (default: the "
             "published one of the checkpoint's size; likewise below)."
         },
     )
@@ -24,10 +24,10 @@ class ConvertArguments:
         },
     )
     caption_head: str | None = field(
-        default=None, metadata={"help": "Id or folder of the language model that a stage-2 checkpoint began with."}
+        default=None, metadata={"help": "Id or folder of the language model that a stage-2 checkpoint started from."}
     )
     image_size: int = field(
-        default=384, metadata={"help": "Pixels of a side of its training images; no checkpoint tells them."}
+        default=384, metadata={"help": "Side of its training images in pixels; a checkpoint does not record it."}
     )
 
 
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(
         ConvertArguments,
         prog="vlv convert",
-        description="Bring a checkpoint of the paper's own code over, tensor by tensor: either stage, .bin, .pt or "
-        ".safetensors, sharded or not. Nothing in it is run, and every tensor in it is accounted for.",
+        description="Convert a checkpoint of the paper's own code, tensor by tensor: of either stage, .bin, .pt or "
+        ".safetensors, sharded or not. No code in it is run, and the report names every tensor.",
         epilog="example: vlv convert lambertxiao/Vision-Language-Vision-Captioner-Qwen2.5-3B --output vlv-3b",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="File, folder, index of shards, or Hub id.")
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     for option in ("encoder", "decoder", "caption_head"):
         check_source(getattr(arguments, option), option)
     with atomic_folder(arguments.output) as folder:
-        # Imported only now: torch would keep --help and wrong arguments waiting.
+        # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
         from vlv.models.convert import convert_checkpoint
 
         model, processor, report = convert_checkpoint(
