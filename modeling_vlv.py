@@ -23,9 +23,10 @@ from transformers.utils import ModelOutput, cached_file
 
 # A model loaded from the Hub imports every file of its repo here, so that saving it copies all of them.
 try:
+    from .chat_vlv import find_image  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
     from .components_vlv import HUB_KWARGS, TASK_PROMPT, load_components
     from .configuration_vlv import VLVConfig
-    from .decoders_vlv import Prompt  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
+    from .decoders_vlv import Prompt  # noqa: F401
     from .diffusion_vlv import VLVDiffusionMixin
     from .families_vlv import build_decoder
     from .images_vlv import load_image  # noqa: F401
@@ -45,7 +46,7 @@ except ImportError:
 CODE_FILES = (
     *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py", "decoders_vlv.py"),
     *("families_vlv.py", "diffusion_vlv.py", "processing_vlv.py", "images_vlv.py", "pipeline_vlv.py"),
-    "stopping_vlv.py",
+    *("stopping_vlv.py", "chat_vlv.py"),
 )
 # Parts and buffers that a checkpoint may hold and a model leave out.
 PARTS_LEFT_OUT = (
@@ -414,8 +415,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         attention_mask = attention_mask.take_along_dim(order, dim=1)
         generation_config = copy.deepcopy(generation_config or GenerationConfig())
         # The checkpoint's settings fill in what it leaves open, as in every model of transformers.
-        defaults = self.generation_config.to_dict()
-        generation_config.update(**defaults, defaults_only=True, allow_custom_entries=True)
+        generation_config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         kwargs = generation_config.update(**kwargs)  # left over: streamer, logits_processor, ...
         kwargs["stopping_criteria"] = stopping_criteria(generation_config, kwargs.get("stopping_criteria"))
         return self.caption_head.generate(
