@@ -9,6 +9,7 @@ from PIL.Image import Image
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from layers_vlv import check_encoder_size
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.sheets import Pair, contact_sheet
@@ -38,6 +39,10 @@ class AutoencodeSettings(VLVSettings):
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the rebuilt images (default: the teacher's)."}
+    )
+    encoder_image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the images that the encoder reads (default: the encoder's, or that of --model)."},
     )
     crop: str | None = field(
         default=None,
@@ -83,12 +88,17 @@ class AutoencodeStage(VLVStage):
         if settings.model is not None:
             self.model = self.load_model(VLVModel)
             self.processor = VLVProcessor.from_pretrained(self.source)
+            if settings.encoder_image_size is not None:
+                check_encoder_size(settings.encoder_image_size, self.model.config.encoder_config)
+                self.processor.image_height = self.processor.image_width = settings.encoder_image_size
         elif settings.encoder and settings.decoder:
             parts = {name: getattr(settings, name) for name in ("encoder", "decoder", "caption_head", "image_size")}
+            self.processor = VLVProcessor.from_components(
+                **parts, encoder_image_size=settings.encoder_image_size, crop=settings.crop
+            )
             self.model = VLVModel.from_components(
                 **parts, dtype=torch.float32, attn_implementation=settings.attn_implementation
             )
-            self.processor = VLVProcessor.from_components(**parts, crop=settings.crop)
         else:
             raise ValueError("There is no model to start from: give --model, or --encoder and --decoder.")
         for name in LOSS_SETTINGS:

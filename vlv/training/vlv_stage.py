@@ -75,6 +75,13 @@ class VLVSettings(Settings):
             "const": True,
         },
     )
+    nested_queries: bool = field(
+        default=False,
+        metadata={
+            "help": "Train half of the steps with a random number of the leading queries, so that the model captions"
+            " and rebuilds with any number of them (num_queries)."
+        },
+    )
     streaming: bool = field(
         default=False,
         metadata={
@@ -151,6 +158,7 @@ class VLVStage(Stage):
     def choose_parts(self) -> None:
         """Sets which parts train and which are frozen. No other code does."""
         settings = self.settings
+        self.model.config.nested_queries = settings.nested_queries
         if settings.train_parts == []:
             raise ValueError("train_parts is empty, so nothing would train: name parts, or leave the setting out.")
         self.train_parts = set(settings.train_parts or STAGES[self.stage])
