@@ -7,6 +7,7 @@ them (see `decoders_vlv.py`).
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,13 @@ class VLVDiffusionMixin:
 
     config: VLVConfig
     teacher: Decoder | None
+    training: bool
+    # Parts that the model may lack are None; see `VLVModel.named_parts`.
+    vae: Any
+    text_encoder: Any
+    pooled_projection: Any
+    empty_prompt_embeds: Any
+    empty_pooled_embeds: Any
 
     @property
     def denoiser(self) -> torch.nn.Module | None:

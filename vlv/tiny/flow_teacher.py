@@ -94,6 +94,7 @@ class FlowTeacherStage(TeacherStage):
         return FlowTeacherTraining(denoiser, scheduler, empty_ids, settings.caption_dropout)
 
     def pipeline(self) -> StableDiffusion3Pipeline:
+        self.vae.register_to_config(shift_factor=self.vae.config.shift_factor or 0.0)  # the pipeline adds it
         return StableDiffusion3Pipeline(
             **self.model.average.eval(),
             vae=self.vae.to(self.args.device),

@@ -76,6 +76,17 @@ def find_recipe(name: str) -> Path:
     raise FileNotFoundError(f"There is no recipe {name}, neither as a file nor in the package; {hint}")
 
 
+def read_recipe_file(file: Path) -> dict[str, Any]:
+    """A recipe as it is written; raises ValueError when it is not a flat YAML mapping, or names no stage."""
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(recipe, dict) or "stage" not in recipe:
+        raise ValueError(f"{file} must be a YAML mapping of settings that names its stage, e.g. 'stage: caption'.")
+    return recipe
+
+
 def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]:
     """Reads the recipe that `argv` names, and the settings after it.
 
@@ -84,13 +95,7 @@ def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]
         FileNotFoundError: when there is no such recipe.
     """
     file = find_recipe(argv[0])
-    try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from None
-    if not isinstance(recipe, dict) or "stage" not in recipe:
-        raise ValueError(f"{file} must be a YAML mapping of settings that names its stage, e.g. 'stage: caption'.")
-
+    recipe = read_recipe_file(file)
     stage_type = stage_class(recipe["stage"])
     parser = recipe_parser(stage_type.Settings)
     known = [entry.name for kind in (stage_type.Settings, TrainArguments) for entry in fields(kind) if entry.init]

@@ -209,6 +209,9 @@ class Stage:
     def callbacks(self) -> list[TrainerCallback]:
         return []
 
+    def finish(self) -> None:
+        """Called when all steps are trained, before the final evaluation."""
+
     def samples(self) -> Samples | None:
         """The model's output for a few evaluation rows, for people to look at after each evaluation."""
         return None
