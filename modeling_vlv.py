@@ -540,6 +540,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         image_size: int | None = None,
         prompt: str = TASK_PROMPT,
         dtype: torch.dtype | str | None = None,
+        projection_start: str = "zero",
         **kwargs,
     ) -> "VLVModel":
         """
@@ -555,6 +556,8 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
             image_size (`int`, *optional*): pixels of a reconstruction's side; the teacher's own by default.
             prompt (`str`): the task prompt, in words.
             dtype (`torch.dtype`, *optional*): of all weights; by default the narrowest that holds each weight exactly.
+            projection_start (`str`): around what the new caption embeddings start: `"zero"`, or `"mean"`, that of the
+                text encoder's word embeddings, or of the empty prompt's embeddings where there is no text encoder.
             kwargs: `revision`, `token`, `local_files_only`, `cache_dir`, ... are used to read each part; the rest
                 (`device_map`, `quantization_config`, `attn_implementation`, ...) goes to `from_pretrained`.
 
@@ -564,7 +567,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         """
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         components = load_components(
-            encoder, decoder, caption_head, num_queries, image_size, prompt, dtype, **hub_kwargs
+            encoder, decoder, caption_head, num_queries, image_size, prompt, dtype, projection_start, **hub_kwargs
         )
         # from_pretrained places the weights, ties what each part ties, and initialises what no part has.
         model = cls.from_pretrained(

@@ -15,7 +15,8 @@ from processing_vlv import VLVProcessor
 from vlv.sheets import Pair, contact_sheet
 from vlv.training.caching import AUTO, parse_switch
 from vlv.training.examples import Table, fixed_noise
-from vlv.training.vlv_stage import VLVSettings, VLVStage
+from vlv.training.vlv_settings import VLVSettings
+from vlv.training.vlv_stage import VLVStage
 
 # Settings that the model's config holds for its loss.
 LOSS_SETTINGS = (
@@ -43,6 +44,13 @@ class AutoencodeSettings(VLVSettings):
     encoder_image_size: int | None = field(
         default=None,
         metadata={"help": "Side of the images that the encoder reads (default: the encoder's, or that of --model)."},
+    )
+    projection_start: str = field(
+        default="zero",
+        metadata={
+            "help": "Without --model: around what new caption embeddings start, zero or the mean of the teacher's word"
+            " embeddings: zero or mean."
+        },
     )
     crop: str | None = field(
         default=None,
@@ -97,7 +105,10 @@ class AutoencodeStage(VLVStage):
                 **parts, encoder_image_size=settings.encoder_image_size, crop=settings.crop
             )
             self.model = VLVModel.from_components(
-                **parts, dtype=torch.float32, attn_implementation=settings.attn_implementation
+                **parts,
+                dtype=torch.float32,
+                projection_start=settings.projection_start,
+                attn_implementation=settings.attn_implementation,
             )
         else:
             raise ValueError("There is no model to start from: give --model, or --encoder and --decoder.")

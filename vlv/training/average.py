@@ -15,6 +15,10 @@ class MovingAverage(TrainerCallback):
     def __init__(self, trained: Iterable[torch.Tensor], average: Iterable[torch.Tensor], decay: float):
         self.trained, self.average, self.decay = list(trained), list(average), decay
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # In place, because the trained weights and the checkpoint that was loaded before are on the device only now.
+        self.average[:] = [mean.to(weight.device) for mean, weight in zip(self.average, self.trained, strict=True)]
+
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
         # Early on the average follows faster, so that the random start leaves it soon.
