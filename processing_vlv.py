@@ -272,6 +272,7 @@ class VLVProcessor(ProcessorMixin):
         caption_head: str | os.PathLike | None = None,
         *,
         image_size: int | None = None,
+        encoder_image_size: int | None = None,
         crop: str | None = None,
         tokenizer: Any = None,
         **hub_kwargs,
@@ -286,20 +287,30 @@ class VLVProcessor(ProcessorMixin):
             caption_head (*optional*): id or folder of a decoder-only language model: the captions' tokenizer. Without
                 a caption head, the decoder's or the encoder's tokenizer takes its place.
             image_size (`int`, *optional*): pixels of a reconstruction's side; the teacher's own by default.
+            encoder_image_size (`int`, *optional*): pixels of a side that the encoder reads; by default the size that
+                it was trained at, 768 for Florence-2. With 384 the vision tower does a quarter of the work; its
+                positions of rows and columns stay as they are.
             crop (`str`, *optional*): as above.
             tokenizer (*optional*): of the captions, loaded already, instead of the caption head's.
             hub_kwargs: `revision`, `token`, `local_files_only`, ... as every part's `from_pretrained` takes them.
+
+        Raises:
+            ValueError: the encoder cannot read images of `encoder_image_size`.
         """
         # Imported only now: it brings the models along, which preparing images and captions does not need.
         try:
-            from .components_vlv import read_decoder_config, read_index
+            from .components_vlv import load_florence_config, read_decoder_config, read_index
             from .decoders_vlv import Decoder  # noqa: F401  (as above)
             from .families_vlv import build_decoder, family_of
-            from .layers_vlv import device_of  # noqa: F401
+            from .layers_vlv import check_encoder_size
         except ImportError:
-            from components_vlv import read_decoder_config, read_index
+            from components_vlv import load_florence_config, read_decoder_config, read_index
             from families_vlv import build_decoder, family_of
+            from layers_vlv import check_encoder_size
         images, _ = ImageProcessingMixin.get_image_processor_dict(encoder, **hub_kwargs)
+        if encoder_image_size is not None:
+            check_encoder_size(encoder_image_size, load_florence_config(encoder, **hub_kwargs))
+            images["size"] = {"height": encoder_image_size, "width": encoder_image_size}
         if image_size is None:
             image_size = build_decoder(read_decoder_config(decoder, **hub_kwargs)).image_size
         encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **hub_kwargs)

@@ -33,6 +33,13 @@ class ReconstructArguments:
     guidance_scale: float = field(
         default=2.0, metadata={"help": "How closely to follow the embeddings; 1 switches guidance off."}
     )
+    num_queries: int | None = field(
+        default=None,
+        metadata={
+            "help": "Read only so many of the leading caption embeddings, for a model that was trained with "
+            "nested_queries (default: all)."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the noise that sampling starts from."})
     batch_size: int = field(default=8, metadata={"help": "Images to rebuild at once."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the accelerator."})
@@ -71,6 +78,7 @@ def _rebuild(
     from vlv.models.rebuilding import reconstruct_images, see
 
     model, processor = load_autoencoder(arguments.model, arguments.device, caption_config=None)
+    model.check_num_queries(arguments.num_queries)
     pairs = []
     with tqdm(total=len(files), desc="Rebuilding", unit="image") as progress, writing_to(folder):
 
@@ -85,6 +93,7 @@ def _rebuild(
             seed=arguments.seed,
             num_inference_steps=arguments.num_inference_steps,
             guidance_scale=arguments.guidance_scale,
+            num_queries=arguments.num_queries,
         )
         for file, image, reconstruction in rebuilt:
             try:
