@@ -18,9 +18,6 @@ try:
 except ImportError:
     from layers_vlv import cast_for, device_of, restore_tables
 
-# A scheduler that goes from noise to image along straight lines (flow matching) says so in one of these ways.
-FLOW_SCHEDULERS = ("FlowMatch", "flow_prediction")
-
 
 class Prompt(NamedTuple):
     """What conditions a denoiser: B prompts of L embeddings, E wide."""
@@ -42,12 +39,6 @@ class Prompt(NamedTuple):
         return Prompt(
             torch.where(dropped, other.context, self.context), torch.where(rows, other.mask, self.mask), pooled
         )
-
-    def followed_by(self, words: torch.Tensor) -> "Prompt":
-        """With embeddings (B or 1, T, E) of words behind its own."""
-        words = words.to(self.context).expand(len(self.context), -1, -1)
-        mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
-        return Prompt(torch.cat([self.context, words], 1), torch.cat([self.mask, mask], 1), self.pooled)
 
 
 class Decoder:
@@ -401,8 +392,8 @@ class MaskedPrompt(Decoder):
 
 def is_flow(name: str, config: Any) -> bool:
     """Whether a scheduler is one of flow matching."""
-    flow, prediction = FLOW_SCHEDULERS
-    return name.startswith(flow) or config.get("prediction_type") == prediction or bool(config.get("use_flow_sigmas"))
+    flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    return name.startswith("FlowMatch") or bool(flow)
 
 
 __all__ = ["Decoder", "FlowDecoder", "MaskedPrompt", "NoiseDecoder", "PooledPrompt", "Prompt", "is_flow"]

@@ -562,9 +562,12 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
     # ---- checks --------------------------------------------------------------------------------------------
 
     def _context(self, pixel_values, caption_embeds):
+        return self.encode_context(self._caption_embeds(pixel_values, caption_embeds))
+
+    def _caption_embeds(self, pixel_values, caption_embeds):
         if (pixel_values is None) == (caption_embeds is None):
             raise ValueError("Give either pixel_values or caption_embeds.")
-        return self.encode_context(self.encode(pixel_values) if caption_embeds is None else caption_embeds)
+        return self.encode(pixel_values) if caption_embeds is None else caption_embeds
 
     def _require_caption_head(self, purpose):
         if self.caption_head is None:

@@ -33,6 +33,10 @@ class ReconstructArguments:
     guidance_scale: float = field(
         default=2.0, metadata={"help": "How closely to follow the embeddings; 1 switches guidance off."}
     )
+    text: str | None = field(
+        default=None,
+        metadata={"help": "Words to add to each image, for teachers whose text encoder the model holds."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the noise that sampling starts from."})
     batch_size: int = field(default=8, metadata={"help": "Images to rebuild at once."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the accelerator."})
@@ -85,6 +89,8 @@ def _rebuild(
             seed=arguments.seed,
             num_inference_steps=arguments.num_inference_steps,
             guidance_scale=arguments.guidance_scale,
+            text=arguments.text,
+            tokenizer=processor.decoder_tokenizer,
         )
         for file, image, reconstruction in rebuilt:
             try:
