@@ -596,18 +596,21 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         return length if torch.rand(()) < 0.5 else int(torch.randint(1, length + 1, ()))
 
     def _context(self, pixel_values, caption_embeds, num_queries=None):
+        return self.encode_context(self._caption_embeds(pixel_values, caption_embeds, num_queries))
+
+    def _caption_embeds(self, pixel_values, caption_embeds, num_queries=None):
         if (pixel_values is None) == (caption_embeds is None):
             raise ValueError("Give either pixel_values or caption_embeds.")
         if caption_embeds is None:
-            caption_embeds = self.encode(pixel_values, num_queries=num_queries)
-        elif num_queries is not None:
-            if not 1 <= num_queries <= caption_embeds.shape[1]:
-                raise ValueError(
-                    f"num_queries is {num_queries}, but there are {caption_embeds.shape[1]} caption_embeds for each "
-                    f"image: choose between 1 and {caption_embeds.shape[1]}."
-                )
-            caption_embeds = caption_embeds[:, :num_queries]
-        return self.encode_context(caption_embeds)
+            return self.encode(pixel_values, num_queries=num_queries)
+        if num_queries is None:
+            return caption_embeds
+        if not 1 <= num_queries <= caption_embeds.shape[1]:
+            raise ValueError(
+                f"num_queries is {num_queries}, but there are {caption_embeds.shape[1]} caption_embeds for each "
+                f"image: choose between 1 and {caption_embeds.shape[1]}."
+            )
+        return caption_embeds[:, :num_queries]
 
     def _require_caption_head(self, purpose):
         if self.caption_head is None:
