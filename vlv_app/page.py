@@ -1,0 +1,87 @@
+"""The page: a tab for each thing that the model has the parts for."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gradio as gr
+
+from vlv_app.caption_tab import caption_tab
+from vlv_app.compose_tab import compose_tab
+from vlv_app.endpoints import add_endpoints
+from vlv_app.parts import CONCURRENCY, MEGABYTES, Page, Wrapper, picture_input
+from vlv_app.rebuild_tab import rebuild_tab
+from vlv_app.studio import Studio
+
+HERE = Path(__file__).parent
+INTRODUCTION = """
+# Vision · Language · Vision
+A VLV reads an image into a few *caption embeddings*, vectors where a text-to-image model expects words.
+A language model writes them down as a caption; a diffusion model rebuilds the image from nothing else.
+"""
+MANY = "Many images at once: install the `vlv` package and run `vlv app`, which has a tab for collections."
+THEME = gr.themes.Soft(
+    primary_hue="teal",
+    secondary_hue="teal",
+    neutral_hue="slate",
+    # A font that Gradio brings along: the page fetches nothing from elsewhere.
+    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "sans-serif"],
+)
+# A tab of a collection of images, which a computer with the whole package adds.
+Tab = tuple[str, Callable[[Page], dict[str, gr.components.Component]]]
+
+
+def build_app(
+    studio: Studio, examples: Sequence[str] = (), on_gpu: Wrapper = lambda function: function, more: Sequence[Tab] = ()
+) -> gr.Blocks:
+    """
+    Args:
+        examples: files of example pictures.
+        on_gpu: what a function is wrapped in that needs a GPU, on ZeroGPU.
+        more: other tabs, each with its name.
+    """
+    tabs: list[Tab] = []
+    if studio.writes:
+        tabs.append(("Caption", caption_tab))
+    if studio.rebuilds:
+        tabs += [("Reconstruct", rebuild_tab), ("Compose", compose_tab)]
+    with gr.Blocks(title="VLV", delete_cache=(3600, 86400), analytics_enabled=False) as app:
+        gr.Markdown(f"{INTRODUCTION}\n{MANY if not more else ''}")
+        with gr.Row(elem_id="page"):
+            with gr.Column(elem_id="shared", min_width=280):
+                picture = picture_input(studio.files, examples, "Image", "image")
+                gr.Markdown(f"The model is **{studio.name}**. {studio.purpose or 'Its card does not say what it is for.'}")
+            page = Page(studio, picture, on_gpu, examples)
+            with gr.Column(scale=3, elem_id="work"), gr.Tabs():
+                for name, build in (*tabs, *more):
+                    with gr.Tab(name) as tab:
+                        kept = build(page)
+                    tab.select(None, None, None, js=f"() => vlv.tabSelected({json.dumps(name)})")
+                    _keep(app, name, kept)
+        app.load(None, None, None, js="() => vlv.loaded()")
+        add_endpoints(studio, on_gpu)
+    app.temp_file_sets.append(studio.files.made)
+    return app.queue(default_concurrency_limit=CONCURRENCY)
+
+
+def _keep(app: gr.Blocks, tab: str, fields: dict[str, gr.components.Component]) -> None:
+    """Keep what is in the fields of a tab when the page is loaded again in the same window of the browser."""
+    if not fields:
+        return
+    names, components = json.dumps(list(fields)), list(fields.values())
+    arguments = f"{json.dumps(tab)}, {names}, values"
+    app.load(None, components, components, js=f"(...values) => vlv.restore({arguments})")
+    changes = [component.change for component in components]
+    gr.on(changes, None, components, None, js=f"(...values) => vlv.keep({arguments})")
+
+
+def launch_settings() -> dict[str, object]:
+    """What `Blocks.launch` needs for this page."""
+    return {
+        "max_file_size": f"{MEGABYTES}mb",
+        "footer_links": ["api", "settings"],
+        "theme": THEME,
+        "css_paths": HERE / "page.css",
+        "head": f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
+        "ssr_mode": False,
+    }
