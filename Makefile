@@ -10,10 +10,10 @@ CPU_TORCH = $(if $(shell command -v nvidia-smi),,$(1) -m pip install --quiet --n
 	--index-url https://download.pytorch.org/whl/cpu $(shell grep '^torch==' constraints.txt) || true)
 OLDEST := .venv-oldest/bin
 OLDEST_INSTALLED := .venv-oldest/.installed
-OLDEST_TESTS := $(wildcard tests/test_model*.py tests/test_doors*.py tests/test_*loading.py) \
-	tests/test_processing.py tests/test_caption_command.py tests/test_reconstruct_command.py \
-	tests/test_hub_upload.py::test_the_proof_accepts_what_was_built \
-	'tests/test_hub_upload.py::test_from_a_checkpoint_to_a_strangers_cold_cache[captioner]'
+OLDEST_TESTS := $(wildcard tests/hub_files/test_model*.py tests/*/test_*loading.py) tests/hub_files/test_entry_points.py \
+	tests/hub_files/test_processing.py tests/captioning/test_caption_command.py tests/commands/test_reconstruct_command.py \
+	tests/publish/test_hub_upload.py::test_the_proof_accepts_what_was_built \
+	'tests/publish/test_hub_upload.py::test_from_a_checkpoint_to_a_users_cold_cache[captioner]'
 
 .PHONY: demo test test-fast test-oldest tiny emoji experiments results lint format clean
 
@@ -89,7 +89,7 @@ experiments: $(INSTALLED)
 results: $(INSTALLED)
 	$(BIN)/python -m experiments.report
 
-# The model, its doors, the main job and publishing on the oldest versions that setup.py allows.
+# The model, its entry points, the main job and publishing on the oldest versions that setup.py allows.
 test-oldest: $(OLDEST_INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 $(OLDEST_TESTS)
 

@@ -54,7 +54,7 @@ for _name in ("pillow_heif", "pillow_avif", "pillow_jxl"):
             _plugin.register_heif_opener()
 
 
-def load_image(source: Any) -> Image.Image:
+def load_image(source: Any, copy: bool = True) -> Image.Image:
     """
     Any image in RGB, as people expect to see it. EXIF orientation is applied, transparency is drawn over white, and
     the colours of an ICC profile are converted to sRGB. 16-bit and float values are scaled to 8 bits, CMYK and
@@ -63,6 +63,8 @@ def load_image(source: Any) -> Image.Image:
     Args:
         source: a path, an http(s) or `data:` URL, a base64 string, the bytes of a file, a file object, a PIL image, an
             (H, W[, C]) array of uint8, or a row of `datasets` (`{"bytes": ..., "path": ...}`).
+        copy: a PIL image that needs no conversion is copied. Without it the image itself is returned: it must not be
+            changed then.
 
     Raises:
         OSError: there is no such file, it may not be read, or the URL cannot be fetched.
@@ -74,7 +76,7 @@ def load_image(source: Any) -> Image.Image:
             warnings.simplefilter("ignore")  # large images and odd metadata are fine; a decompression bomb is an error
             opened = isinstance(source, Image.Image)
             with nullcontext(source) if opened else Image.open(source, formats=_formats()) as image:
-                return _to_rgb(image, copy=opened)
+                return _to_rgb(image, is_own=not opened, copy=copy)
     except UnidentifiedImageError as error:
         plugin = PLUGINS.get(os.path.splitext(name)[1].lower())
         needs = f" Such files need a plugin: pip install {plugin}" if plugin else ""
@@ -204,15 +206,17 @@ def _formats():
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _to_rgb(image, copy):
-    """The image in RGB and upright. `copy`: it belongs to the caller and must not change."""
+def _to_rgb(image, is_own, copy):
+    """The image in RGB and upright. `is_own`: nobody else has it. `copy`: else, it is copied even as it is."""
     _load(image)
     profile = image.info.get("icc_profile") or b""
     # Older releases of PIL open a 16-bit PNG in the 32-bit mode.
     is_16_bits = image.mode.startswith("I;16") or image.format == "PNG"
     turned = _upright(image)
     if turned.mode == "RGB" and not turned.has_transparency_data and _to_srgb(profile, "RGB") is None:
-        rgb = turned.copy() if copy and turned is image else turned
+        if turned is image and not is_own and not copy:
+            return image
+        rgb = turned if is_own or turned is not image else turned.copy()
     else:
         scale = _scale(turned, is_16_bits)
         rgb = Image.new("RGB", turned.size)

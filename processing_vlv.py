@@ -78,10 +78,10 @@ class VLVProcessor(ProcessorMixin):
 
     def preprocess_image(self, image: Any, crop: str | None = None) -> Image.Image:
         """The part of an image that the model sees (see `crop`), as a PIL image in RGB."""
-        image = load_image(image)
-        if (crop or self.crop) != "center":
-            return image
-        return _centre(image, self.decoder_image_size)
+        return self._crop(load_image(image), crop)
+
+    def _crop(self, image, crop):
+        return _centre(image, self.decoder_image_size) if (crop or self.crop) == "center" else image
 
     def __call__(
         self,
@@ -122,7 +122,8 @@ class VLVProcessor(ProcessorMixin):
         _check_crop(crop)
         data = {}
         if images:
-            seen = [self.preprocess_image(image, crop) for image in images]
+            # Nothing here changes an image, so none is copied: a large one would be held twice.
+            seen = [self._crop(load_image(image, copy=False), crop) for image in images]
             data["pixel_values"] = self._normalise(seen)
             if return_decoder_pixel_values:
                 data["decoder_pixel_values"] = self._for_decoder(seen)

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
+from paths import FIXTURES
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-PARITY = Path(__file__).parent / "data" / "parity"
+PARITY = FIXTURES / "parity"
 # Runs what it is given and prints, in MB, how much memory that took at its peak above what the imports had taken.
 MEASURE = r"""
 import re, sys

@@ -50,6 +50,18 @@ def tiny_processor():
     return tiny.processor()
 
 
+@pytest.fixture(scope="module")
+def pixel_values():
+    """Three images for `tiny_model`'s encoder."""
+    return tiny.pixels(3)[0]
+
+
+@pytest.fixture(scope="module")
+def captions():
+    """Three captions of different lengths, padded on the right, with their labels."""
+    return tiny.processor()(text=["a cat", "two small dogs", "sky"], return_labels=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_repo(tmp_path_factory, tiny_model, tiny_processor):
     """The folder of a complete saved VLV: `tiny_model`, `tiny_processor` and the code."""

@@ -88,10 +88,10 @@ class Captioner:
 
     def caption_images(self, images: Iterable[tuple[str, Image.Image]]) -> Iterator[tuple[str, list[Caption]]]:
         """Captions of PIL images of any mode and size, each behind its name, in order."""
-        images = iter(images)
-        while batch := list(islice(images, self.largest)):
-            names = [name for name, _ in batch]
-            pixel_values = [self.processor(images=image)["pixel_values"][0] for _, image in batch]
+        # Each is made small as it comes: a batch of large images would fill the memory.
+        prepared = ((name, self.processor(images=image)["pixel_values"][0]) for name, image in images)
+        while batch := list(islice(prepared, self.largest)):
+            names, pixel_values = zip(*batch, strict=True)
             yield from zip(names, self(names, pixel_values), strict=True)
 
     @torch.no_grad()

@@ -8,6 +8,9 @@ ACCELERATE = Path(__file__).parents[1] / "training" / "accelerate"
 
 
 def main(argv: list[str]) -> None:
+    if argv[:1] == ["--accelerate_config"]:
+        return launch(argv[1:])
+
     # Imported only now: torch would keep other commands' --help waiting.
     from vlv.files import locked
     from vlv.processes import check_launch, said_when_lost
@@ -16,8 +19,6 @@ def main(argv: list[str]) -> None:
     from vlv.training.run import run
     from vlv.training.sharding import check_fsdp
 
-    if argv[:1] == ["--accelerate_config"]:
-        return launch(argv[1:])
     if not argv or argv[0] in ("-h", "--help"):
         print(overview_of_recipes())
         if not argv:
@@ -62,7 +63,7 @@ def launch(argv: list[str]) -> None:
             f"--accelerate_config {config}: there is no such file, and the package has {', '.join(names)}."
         )
     # accelerate reads its own options up to the module, and leaves everything behind it to the module.
-    recipe = next((place for place, word in enumerate(rest) if is_recipe(rest, place)), None)
+    recipe = next((place for place, word in enumerate(rest) if is_recipe(word)), None)
     if recipe is None:
         raise ValueError(f"--accelerate_config {config}: name a recipe behind it.")
     options, training = rest[:recipe], rest[recipe:]
@@ -71,8 +72,8 @@ def launch(argv: list[str]) -> None:
     )
 
 
-def is_recipe(words: list[str], place: int) -> bool:
+def is_recipe(word: str) -> bool:
     """Whether a word is the recipe, and not an option of `accelerate launch` or its value."""
     from vlv.training.recipe import recipe_names
 
-    return words[place].endswith((".yaml", ".yml")) or words[place] in recipe_names()
+    return word.endswith((".yaml", ".yml")) or word in recipe_names()

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Models as a whole: loading, assembling from pretrained parts, converting, exporting, counting and rebuilding."""

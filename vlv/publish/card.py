@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -181,13 +181,18 @@ def _trainings(folder):
             name: value for name, value in record["recipe"].items() if value is not None and name != "output_dir"
         }
         record["yaml"] = yaml.safe_dump(recipe, sort_keys=False).strip()
-    records.sort(key=lambda record: record["file"])
+    records.sort(
+        key=lambda record: (record["file"] == "training.json", record["file"])
+    )  # the last training is at the top
     made = {record["recipe"].get("output_dir"): number for number, record in enumerate(records)}
     starts = {
         number: {made[v] for v in record["recipe"].values() if isinstance(v, str) and made.get(v, number) != number}
         for number, record in enumerate(records)
     }
-    return [records[number] for number in TopologicalSorter(starts).static_order()]
+    try:
+        return [records[number] for number in TopologicalSorter(starts).static_order()]
+    except CycleError:  # trained back and forth between two folders: no order is the right one
+        return records
 
 
 def _datasets(trainings):

@@ -1,4 +1,4 @@
-"""The proof before the push: a stranger's Python gets from the folder what its author got from the checkpoint."""
+"""The proof before the push: a clean environment gets from the folder what its author got from the checkpoint."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from processing_vlv import load_image
-from vlv.publish import stranger
+from vlv.publish import clean_environment
 from vlv.publish.samples import Sample
 
 # Mean difference of two pictures, of 255 levels: kernels may round differently for another batch size.
@@ -20,7 +20,7 @@ TOLERANCE = 1.0
 
 def prove(folder: Path, samples: Sequence[Sample]) -> None:
     """
-    Load the repo in `folder` through every documented door, offline, in a fresh process that cannot import this
+    Load the repo in `folder` through every documented entry point, offline, in a fresh process that cannot import this
     package, and compare captions and reconstructions with the author's.
 
     Raises:
@@ -32,7 +32,7 @@ def prove(folder: Path, samples: Sequence[Sample]) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": scratch, "HF_MODULES_CACHE": f"{scratch}/modules"}
         run = subprocess.run(
-            [sys.executable, "-P", stranger.__file__, str(folder.resolve()), str(report)],
+            [sys.executable, "-P", clean_environment.__file__, str(folder.resolve()), str(report)],
             capture_output=True,
             text=True,
             cwd=scratch,
@@ -42,11 +42,10 @@ def prove(folder: Path, samples: Sequence[Sample]) -> None:
             last_line = (run.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"{folder} cannot be loaded without this package, so it is not published: {last_line}")
         expected = [sample.caption for sample in samples]
-        for door, captions in json.loads(report.read_text()).items():
+        for entry_point, captions in json.loads(report.read_text()).items():
             if captions != expected:
-                raise ValueError(
-                    f"{folder} is not published: through {door} it captions {_first_difference(captions, samples)}."
-                )
+                difference = _first_difference(captions, samples)
+                raise ValueError(f"{folder} is not published: through {entry_point} it captions {difference}.")
         for sample in samples:
             if sample.reconstruction is not None:
                 rebuilt = load_image(Path(scratch) / f"{sample.name}.png")

@@ -24,7 +24,7 @@ def build_model_repo(
     max_shard_size: str = "5GB",
 ) -> None:
     """
-    Write everything that a stranger needs of the VLV `source` into `folder`: weights, configs, processor and code
+    Write everything that a user needs of the VLV `source` into `folder`: weights, configs, processor and code
     (`save_pretrained` leaves those), licence, records, sample pictures and the model card.
 
     Args:

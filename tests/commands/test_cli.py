@@ -1,0 +1,201 @@
+"""The `vlv` command itself: the overview, the errors, the exit status."""
+
+import os
+import signal
+import subprocess
+import sys
+from importlib import import_module
+from importlib.metadata import version
+
+import pytest
+
+from vlv.cli import COMMANDS, Command, main
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Adds a command `sample` whose `main` has the body given."""
+
+    def add(body):
+        (tmp_path / "sample_command.py").write_text(f"def main(argv):\n    {body}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "sample_command", raising=False)
+        monkeypatch.setitem(COMMANDS, "sample", Command("sample_command", "does what a test asks"))
+
+    return add
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_overview_names_every_command(argv, capsys):
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, command in COMMANDS.items():
+        assert any(line.split()[:1] == [name] and line.endswith(command.summary) for line in lines)
+
+
+def test_overview_and_wrong_names_load_no_library():
+    code = (
+        "import sys; from vlv.cli import main; main(['--help']); main(['captoin']);"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'PIL') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_helps(name, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([name, "--help"])
+    assert exit.value.code == 0
+    help_text = capsys.readouterr().out
+    assert f"vlv {name}" in help_text
+    assert "(default: None)" not in help_text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_wrong_option_is_one_line(name, capsys):
+    try:
+        status = main([name, "--no_such_option", "1"])
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vlv {name}: error: ")
+
+
+def test_misspelt_option_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["caption", "a.png", "--num_bems", "4"])
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--num_bems" in line and "did you mean --num_beams?" in line
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vlv {version('vlv')}\n"
+
+
+@pytest.mark.parametrize(
+    "name, mend", [("captoin", "did you mean caption?"), ("xyz", f"choose from {', '.join(COMMANDS)}")]
+)
+def test_unknown_command(name, mend, capsys):
+    assert main([name]) == 2
+    assert capsys.readouterr().err == f"vlv: error: there is no command '{name}'; {mend}\n"
+
+
+def test_arguments_and_status_pass_through(command):
+    command("return len(argv)")
+    assert main(["sample", "a", "--b", "c"]) == 3
+    assert main(["sample"]) == 0
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        ("ValueError('The size is 3;\\n  give 4.')", "The size is 3; give 4."),
+        ("FileNotFoundError('a.png: there is no such file.')", "a.png: there is no such file."),
+        ("PermissionError(13, 'Permission denied', 'a.png')", "a.png: Permission denied"),
+        ("ValueError()", "ValueError"),
+    ],
+)
+def test_input_errors_are_one_line(error, line, command, capsys):
+    command(f"raise {error}")
+    assert main(["sample"]) == 2
+    assert capsys.readouterr().err == f"vlv sample: error: {line}\n"
+
+
+def test_bugs_keep_their_traceback(command):
+    command("raise KeyError('a bug')")
+    with pytest.raises(KeyError):
+        main(["sample"])
+
+
+def _start(body, tmp_path):
+    """`vlv sample` as a process of its own, with the body given."""
+    (tmp_path / "sample_command.py").write_text(f"import time\ndef main(argv):\n    {body}\n")
+    code = (
+        "import sys; from vlv.cli import COMMANDS, Command, main;"
+        "COMMANDS['sample'] = Command('sample_command', ''); sys.exit(main(['sample']))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A runner in the background is started with Ctrl-C ignored, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def test_ctrl_c_ends_cleanly(tmp_path):
+    process = _start("print('started', flush=True); time.sleep(60)", tmp_path)
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error == "\nvlv sample: interrupted\n"
+
+
+def test_ctrl_c_leaves_no_traceback_of_threads_and_child_processes(tmp_path):
+    """A terminal sends it to every process of the command, and it may come again while the command ends."""
+    (tmp_path / "sample_command.py").write_text(
+        "import atexit, multiprocessing, threading, time\n"
+        "ending = threading.Event()\n"
+        "def fail():\n"
+        "    ending.wait()\n"
+        "    raise RuntimeError('the main thread has left')\n"
+        "@atexit.register\n"
+        "def end():\n"
+        "    print('ending', flush=True)\n"
+        "    time.sleep(1)\n"
+        "def main(argv):\n"
+        "    thread = threading.Thread(target=fail)\n"
+        "    thread.start()\n"
+        "    with multiprocessing.get_context('fork').Pool(2) as pool:\n"
+        "        waiting = pool.map_async(time.sleep, [60, 60])\n"
+        "        time.sleep(1)\n"
+        "        try:\n"
+        "            print('started', flush=True)\n"
+        "            waiting.get()\n"
+        "        finally:\n"
+        "            ending.set()\n"
+    )
+    code = (
+        "import sys; from vlv.cli import COMMANDS, Command, main;"
+        "COMMANDS['sample'] = Command('sample_command', ''); sys.argv = ['vlv', 'sample']; sys.exit(main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    for line in ("started\n", "ending\n"):
+        assert process.stdout.readline() == line
+        os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "\nvlv sample: interrupted\n"
+
+
+def test_reader_that_leaves_ends_the_command_quietly(tmp_path):
+    process = _start("[print(number) for number in range(10**6)]", tmp_path)
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.wait(timeout=30) == 1
+    assert process.stderr.read() == ""
+
+
+def test_module_runs_as_the_command():
+    result = subprocess.run([sys.executable, "-m", "vlv", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"vlv {version('vlv')}\n")
+
+
+def test_registry_names_importable_modules():
+    for name, command in COMMANDS.items():
+        assert callable(import_module(command.module).main), name

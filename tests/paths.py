@@ -1,0 +1,6 @@
+"""Where tests find what lies in the checkout."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"

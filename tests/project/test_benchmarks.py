@@ -1,0 +1,91 @@
+"""The benchmarks' arithmetic, and that docs/speed.md shows what was measured."""
+
+import json
+import sys
+
+import pytest
+import torch
+from paths import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))  # as running one of them does
+
+import cost  # noqa: E402
+import measure  # noqa: E402
+
+from benchmarks import report  # noqa: E402
+
+
+def test_sides_take_turns_and_the_first_turn_warms_up():
+    turns, seconds = [], iter(range(100))
+
+    def side(name):
+        def work():
+            turns.append(name)
+            return next(seconds)
+
+        return work
+
+    measured = measure.take_turns({"paper": side("paper"), "as shipped": side("as shipped")})
+    assert turns == ["paper", "as shipped"] * 6
+    assert measured == {"paper": [2, 4, 6, 8, 10], "as shipped": [3, 5, 7, 9, 11]}
+
+
+def test_ratios_are_of_medians():
+    found = measure.compare({"paper": [4.0, 1.0, 100.0, 5.0, 4.0], "as shipped": [1.0, 0.1, 2.0, 3.0, 2.0]}, "paper")
+    assert [side["ratio"] for side in found.values()] == [1.0, 2.0]
+    assert [side["images_per_second"] for side in found.values()] == [0.25, 0.5]
+
+
+def test_lengths_are_drawn_as_stated():
+    lengths = torch.tensor(measure.draw_lengths(20_000), dtype=torch.float)
+    assert lengths.min() >= 1 and lengths.max() == 300
+    assert abs(lengths.median() - 90) < 2
+    assert abs(lengths.log().std() - 0.4) < 0.02
+    assert measure.draw_lengths(5) == lengths[:5].int().tolist()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_published_size_needs_a_gpu():
+    with pytest.raises(SystemExit, match="needs a GPU with 70 GiB of memory, and there is none here"):
+        measure.find_device("published")
+
+
+def test_cost_of_the_recipe(tmp_path, monkeypatch, capsys):
+    for stage, speed in (("stage-1", 100.0), ("stage-2", 8.0)):
+        sides = {"as shipped": {"images_per_second": speed}}
+        record = {"sides": sides, "machine": {"device": "a GPU"}}
+        (tmp_path / f"{stage}-published.json").write_text(json.dumps(record))
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--price", "2.5", "--results", str(tmp_path)])
+    cost.main()
+    lines = capsys.readouterr().out.splitlines()
+    # 102.4 million images at 100 a second are 284.4 hours; 6.4 million at 8 a second 222.2.
+    assert "| stage 1 | as shipped | 100.00 | 284 | 711 | 0.71 |" in lines
+    assert "| stage 2 | as shipped | 8.00 | 222 | 556 | 0.56 |" in lines
+    assert "need 75.6 images/s" in lines[-1]  # 108.8 million in 400 hours
+    (tmp_path / "stage-2-published.json").unlink()
+    with pytest.raises(SystemExit, match="There is no .*stage-2-published.json"):
+        cost.main()
+
+
+def test_the_pages_show_what_was_measured():
+    speed, training = (page.read_text(encoding="utf-8") for page in report.PAGES)
+    for page in (speed, training):
+        assert report.filled(page) == page
+    assert "<!-- training_levers-tiny -->" in training
+    # The table of targets: a row for each subject, the ratio of the mid size and then that of vlv-tiny.
+    rows = {row[1].strip(): row for row in (line.split("|") for line in speed.splitlines()) if len(row) > 5}
+    files = {"a step of stage 1": "stage-1", "a step of stage 2": "stage-2"}
+    for subject, name in ({name: name for name in ("captioning", "reconstruction")} | files).items():
+        for size, cell in zip(("mid", "tiny"), rows[subject][3:5], strict=True):
+            sides = json.loads((report.RESULTS / f"{name}-{size}.json").read_text())["sides"]
+            assert cell.split()[0] == f"{sides['as shipped']['ratio']:.1f}x"
+    sides = json.loads((report.RESULTS / "stage-2-tiny.json").read_text())["sides"]
+    bf16 = sides["as shipped"]["images_per_second"] / sides["paper"]["images_per_second"]
+    assert rows["the same, the paper in bf16"][4].strip() == f"{bf16:.0f}x" and f", {bf16:.0f}x on `tiny`," in speed
+
+
+def test_the_page_shows_what_the_mid_size_would_cost(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--price", "0.1", "--size", "mid"])
+    cost.main()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert "\n".join(table) in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")

@@ -1,0 +1,105 @@
+"""The guides and the notebook, followed word for word.
+
+The blocks that a page marks as `sh` or `python` run in their order, each in a process of its own and all of a page in
+one folder that is empty at first. Blocks that need a download, a GPU or hours are marked as `text`, or indented.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from paths import ROOT
+
+NOTEBOOK = ROOT / "notebooks" / "zero_to_captioner.ipynb"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+RUN = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+PAGES = [
+    "README",
+    *(f"docs/{name}" for name in ("training", "captioning", "evaluation", "publish", "convert", "extending")),
+]
+
+
+def follow(page, folder):
+    """Runs the blocks of a page in `folder` and returns all that they printed."""
+    blocks = [(kind, text) for kind, text in BLOCK.findall((ROOT / f"{page}.md").read_text()) if kind in RUN]
+    assert blocks, f"{page}.md has no block that can be run"
+    printed = ""
+    for kind, text in blocks:
+        done = subprocess.run(
+            [*RUN[kind], text], cwd=folder, env={**os.environ, "PATH": PATH}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{page}.md\n{text}\n{done.stderr[-3000:]}"
+        printed += done.stdout
+    return printed
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_training(tmp_path):
+    follow("docs/training", tmp_path)
+    captions = [row["text"] for row in rows(tmp_path / "captions.jsonl")]
+    assert len(captions) == 200
+    assert sum(caption.startswith("view: a ") for caption in captions) > 150
+    record = json.loads((tmp_path / "my_captioner" / "training.json").read_text())
+    assert record["steps"] == 90 and record["resumed_from"] == "checkpoint-80"
+    assert "| view: a " in (tmp_path / "my_captioner" / "samples" / "step-80.md").read_text()
+
+
+@pytest.mark.slow
+def test_readme(tmp_path):
+    follow("README", tmp_path)
+    assert len(rows(tmp_path / "captions.jsonl")) == 12
+    assert (tmp_path / "rebuilt.png").is_file() and (tmp_path / "rebuilt" / "contact_sheet.png").is_file()
+    assert (tmp_path / "stage2" / "final" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_evaluation(tmp_path):
+    assert "'bleu_1': " in follow("docs/evaluation", tmp_path)
+
+
+@pytest.mark.slow
+def test_extending(tmp_path):
+    printed = follow("docs/extending", tmp_path)
+    assert (tmp_path / "captions.csv").read_text().startswith("file_name,text\n")
+    assert json.loads((tmp_path / "shouting" / "training.json").read_text())["steps"] == 2
+    assert "colours" in printed
+
+
+@pytest.mark.slow
+def test_notebook(tmp_path):
+    """It runs in an empty folder, and the captioner that it trains has learnt the new wording."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "view: a " in printed
+    assert (tmp_path / "my_captioner" / "config.json").is_file()
+
+
+def test_notebook_is_committed_without_outputs():
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_are_python(page):
+    for kind, text in BLOCK.findall((ROOT / f"{page}.md").read_text()):
+        if kind == "python":
+            compile(text, f"{page}.md", "exec")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_linked_files_exist(page):
+    file = ROOT / f"{page}.md"
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", file.read_text()):
+        assert (file.parent / link).exists(), f"{page}.md links to {link}"

@@ -1,0 +1,57 @@
+"""The recipes of vlv-emoji, each for a few steps: one VLV comes out of the six of them."""
+
+import pytest
+import torch
+from running_train import run
+
+from vlv.cli import main as vlv
+from vlv.models.loading import load_autoencoder
+from vlv.scenes import world, write_scenes
+
+EMOJI = world("emoji")
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emoji")
+    # So many that the tokenizers know every word.
+    write_scenes(folder / "scenes", 600, split="train", world=EMOJI)
+    common = {"dataset": folder / "scenes"}
+    starts = {
+        "vae": {},
+        "teacher": {"vae": folder / "vae"},
+        "encoder": {},
+        "language": {},
+        "autoencode": {
+            "encoder": folder / "encoder",
+            "decoder": folder / "teacher",
+            "caption_head": folder / "language",
+        },
+        "caption": {"model": folder / "autoencode"},
+    }
+    for step, start in starts.items():
+        run(f"emoji/{step}", folder / step, **common, **start)
+    return folder
+
+
+@pytest.mark.slow
+def test_six_recipes_make_one_small_vlv(outputs):
+    assert (outputs / "caption" / "model.safetensors").stat().st_size < 40e6
+    model, processor = load_autoencoder(str(outputs / "caption"), "cpu")
+    picture, scene = EMOJI.sample_picture("test", 0)
+    (rebuilt,) = model.reconstruct(processor(images=picture)["pixel_values"], num_inference_steps=2)
+    assert rebuilt.size == (EMOJI.image_size,) * 2
+    # The longest caption fits both tokenizers' lengths.
+    longest = max((EMOJI.sample_scene("train", index).caption for index in range(3000)), key=len)
+    positions = model.config.text_encoder_config.max_position_embeddings
+    assert len(processor.decoder_tokenizer(longest).input_ids) <= positions == model.config.num_queries
+    assert torch.isfinite(model.encode(processor(images=picture)["pixel_values"])).all()
+
+
+@pytest.mark.slow
+def test_a_model_of_one_world_is_not_measured_on_the_other(outputs, capsys):
+    arguments = ["--num", "2", "--num_inference_steps", "1", "--world"]
+    for model, other in ((["--model", str(outputs / "caption")], "shapes"), ([], "emoji")):
+        assert vlv(["evaluate", *model, *arguments, other]) == 2
+        (complaint,) = capsys.readouterr().err.splitlines()
+        assert f"cannot be measured on the world {other}" in complaint

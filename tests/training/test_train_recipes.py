@@ -1,0 +1,138 @@
+"""The recipes that come with the project, read by the real parser and by accelerate."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, patch_environment
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from paths import ROOT
+
+import vlv
+from vlv.training.recipe import changed_arguments, read_recipe
+
+TRAINING = ROOT / "vlv" / "training"
+RECIPES, ACCELERATE = TRAINING / "recipes", TRAINING / "accelerate"
+
+
+def read(name, *argv):
+    _, settings, args = read_recipe([str(RECIPES / name), "--output_dir", "out", *argv])
+    return settings, args
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_read(recipe):
+    if recipe.parent.name != "accelerate":
+        read(recipe.relative_to(RECIPES))
+
+
+def test_paper_stage_1_is_the_published_recipe():
+    settings, args = read("paper-stage1.yaml")
+    assert (settings.stage, settings.model) == ("autoencode", None)
+    assert settings.encoder.endswith("Florence-2-large") and settings.decoder.endswith("stable-diffusion-2-1-base")
+    assert set(settings.train_parts) == {"queries", "projection", "language_model"}
+    assert (settings.image_size, settings.crop, settings.denoising_loss) == (384, "center", "mse")
+    assert settings.sample_latents and settings.min_snr_gamma is None and settings.context_dropout == 0
+    assert settings.gradient_checkpointing_parts == ["unet"]
+    assert args.optim.startswith("adamw")
+    assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay) == (5e-5, 0.9, 0.99, 0.01)
+    assert (args.max_grad_norm, args.lr_scheduler_type, args.warmup_steps) == (1.0, "cosine", 0)
+    assert (8 * args.per_device_train_batch_size * args.gradient_accumulation_steps, args.max_steps) == (512, 200_000)
+    assert not args.bf16 and not args.fp16
+    zero = load_config_from_file(str(ACCELERATE / "deepspeed_zero2.yaml"))
+    assert (zero.num_processes, zero.deepspeed_config["zero_stage"]) == (8, 2)
+
+
+def test_paper_stage_2_is_the_published_recipe():
+    settings, args = read("paper-stage2.yaml", "--model", "stage1")
+    assert (settings.stage, settings.caption_head) == ("caption", "Qwen/Qwen2.5-3B")
+    assert set(settings.train_parts) == {"prefix_projection", "caption_head", "language_model"}
+    assert settings.lora_rank is None and settings.max_length == 300
+    assert settings.dataset == "ccvl/LAION-High-Qualtiy-Pro-6M-VLV"
+    assert args.optim.startswith("adamw")
+    assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps) == (1e-5, "linear", 0)
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+    assert 20_000 <= args.max_steps <= 100_000
+    assert args.bf16
+
+
+def test_fine_tuning_starts_from_the_bundled_checkpoint_wherever_it_is_run(tmp_path, monkeypatch, scenes):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(RECIPES / "finetune-caption.yaml"), "--output_dir", "out", "--dataset", str(scenes)]
+    stage_type, settings, args = read_recipe(argv)
+    assert stage_type(settings, args).source == vlv.tiny_checkpoint()
+    _, settings, _ = read_recipe([*argv, "--model", "another"])
+    assert settings.model == "another"
+
+
+@pytest.mark.parametrize("recipe", sorted((RECIPES / "tiny").glob("*.yaml")), ids=lambda path: path.stem)
+def test_bundled_checkpoint_tells_how_these_recipes_made_it(recipe):
+    folder = Path(vlv.tiny_checkpoint()) / "training" / recipe.stem
+    settings_now = yaml.safe_load(recipe.read_text())
+    settings_now.pop("world", None)  # there was one drawn world when it was trained
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == settings_now
+    record = json.loads((folder / "training.json").read_text())
+    settings, args = read(recipe.relative_to(RECIPES))
+    expected = {**vars(settings), **changed_arguments(args)}
+    for key in settings_now:
+        assert record["recipe"].get(key) == expected.get(key), key
+    assert record["seed"] == args.seed and re.fullmatch("[0-9a-f]{40}", record["commit"])
+    logged = [row for row in record["log"] if "loss" in row]
+    assert logged[-1]["step"] == record["steps"] == args.max_steps
+    assert logged[-1]["loss"] < logged[0]["loss"] / 2
+
+
+# ---- accelerate ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Runs `accelerate launch` with one of the files up to where it would start processes; returns its arguments."""
+    launched = []
+    for launcher in ("multi_gpu_launcher", "deepspeed_launcher"):
+        monkeypatch.setattr(f"accelerate.commands.launch.{launcher}", launched.append)
+
+    def launch(name):
+        file = str(ACCELERATE / f"{name}.yaml")
+        argv = ["--config_file", file, "--main_process_port", "0", "-m", "vlv.train", "RECIPE.yaml"]
+        launch_command(launch_command_parser().parse_args(argv))
+        return launched.pop()
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ddp", DistributedType.MULTI_GPU),
+        ("fsdp2", DistributedType.FSDP),
+        ("deepspeed_zero2", DistributedType.DEEPSPEED),
+    ],
+)
+def test_accelerate_knows_every_key(name, kind, launch):
+    config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))  # raises for keys that it does not know
+    assert config.distributed_type == kind and config.num_processes == 8
+    assert config.mixed_precision == "no"  # which leaves precision to the recipe
+    args = launch(name)
+    for group in ("fsdp_config", "deepspeed_config"):
+        for key in yaml.safe_load((ACCELERATE / f"{name}.yaml").read_text()).get(group, {}):
+            assert hasattr(args, key), key
+
+
+def test_fsdp2_as_launched(launch):
+    environment = prepare_multi_gpu_env(launch("fsdp2"))
+    with patch_environment(**{k: v for k, v in environment.items() if k.startswith(("FSDP_", "ACCELERATE_"))}):
+        plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT" and not plugin.cpu_ram_efficient_loading
+
+
+def test_zero2_as_launched(launch):
+    _, environment = prepare_deepspeed_cmd_env(launch("deepspeed_zero2"))
+    assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+    assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+    assert environment["ACCELERATE_GRADIENT_CLIPPING"] == "1.0"

@@ -1,0 +1,142 @@
+"""What a recipe may name as its stage, and when a run tells what it will train."""
+
+import json
+import textwrap
+
+import pytest
+from running_train import arguments, run
+
+from vlv.cli import main
+from vlv.publish.card import _trainings
+from vlv.training.recipe import read_recipe, recipe_names
+from vlv.training.registry import STAGE_CLASSES, stage_class
+
+
+@pytest.mark.parametrize("recipe", ["tiny/vae", "tiny/encoder", "tiny/language", "tiny/autoencode", "tiny/caption"])
+def test_what_trains_is_told_before_an_image_is_read(recipe, scenes, tiny_repo, tmp_path, monkeypatch, capsys):
+    class Stop(Exception):
+        pass
+
+    def stop(self):
+        raise Stop
+
+    model = {"model": tiny_repo} if recipe in ("tiny/autoencode", "tiny/caption") else {}
+    stage_type, _, _ = read_recipe(arguments(recipe, tmp_path, dataset=scenes, **model))
+    monkeypatch.setattr(stage_type, "prepare", stop)
+    monkeypatch.setattr("vlv.data.rows.load_image", lambda *_: pytest.fail("An image was read."))
+    with pytest.raises(Stop):
+        run(recipe, tmp_path, dataset=scenes, **model)
+    out = capsys.readouterr().out
+    assert "trains" in out and "frozen" in out and "gradients" in out
+
+
+@pytest.fixture
+def own_stage(tmp_path, monkeypatch):
+    """A module of the user's with a stage and a recipe for it."""
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent(
+            """
+            from vlv.training.caption import CaptionStage
+
+            class Shouting(CaptionStage):
+                def collate(self, batch):
+                    print("SHOUTING", flush=True)
+                    return super().collate(batch)
+
+            def function():
+                pass
+            """
+        )
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stage: mine:Shouting\nmax_steps: 1\nper_device_train_batch_size: 4\neval_size: 4\n")
+    return recipe
+
+
+def test_a_stage_of_ones_own(own_stage, scenes, tiny_repo, tmp_path, capsys):
+    settings = ["--dataset", str(scenes), "--model", str(tiny_repo), "--output_dir", str(tmp_path / "out")]
+    assert main(["train", str(own_stage), *settings]) == 0
+    assert "SHOUTING" in capsys.readouterr().out
+    assert (tmp_path / "out" / "training.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("captions", "There is no stage 'captions'; a recipe's stage is one of vae, teacher"),
+        ("nowhere.to_be:Found", "The stage 'nowhere.to_be:Found' cannot be imported: No module named 'nowhere'"),
+        (5, "There is no stage '5'"),
+        (":Shouting", "The stage ':Shouting' cannot be imported: name a class as package.module:Class"),
+        ("mine:", "The stage 'mine:' cannot be imported: name a class as package.module:Class"),
+        ("mine:Whispering", "The stage 'mine:Whispering' cannot be imported: module 'mine' has no attribute"),
+        ("mine:function", "The stage 'mine:function' is not a subclass of vlv.training.stage.Stage"),
+    ],
+)
+def test_what_is_not_a_stage(own_stage, name, sentence):
+    with pytest.raises(ValueError) as error:
+        stage_class(name)
+    assert str(error.value).startswith(sentence)
+
+
+def test_each_stage_of_the_package_is_found():
+    assert {stage_class(name).__name__ for name in STAGE_CLASSES} == {
+        *("VAEStage", "TeacherStage", "EncoderStage", "LanguageStage", "AutoencodeStage", "CaptionStage")
+    }
+
+
+def test_a_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {"finetune-caption", "paper-stage1", "paper-stage2", "tiny/vae"} <= set(recipe_names())
+    stage_type, _, args = read_recipe(["finetune-caption", "--output_dir", "out"])
+    assert stage_type is stage_class("caption")
+    (tmp_path / "finetune-caption").write_text(
+        "stage: language\noutput_dir: mine\n"
+    )  # a file of that name comes first
+    stage_type, _, args = read_recipe(["finetune-caption"])
+    assert stage_type is stage_class("language") and args.output_dir == "mine"
+
+
+@pytest.mark.parametrize("name", ["finetune-captions", "recipes/finetune-caption.yaml"])
+def test_a_misspelt_recipe_names_the_nearest(name, capsys):
+    assert main(["train", name]) == 2
+    assert f"There is no recipe {name}" in (error := capsys.readouterr().err)
+    assert "did you mean finetune-caption?" in error
+
+
+def test_help_before_a_recipe_is_chosen(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert exit.value.code == 0
+    assert "finetune-caption" in text and "autoencode" in text and "vlv train RECIPE --help" in text
+    assert main(["train"]) == 2
+    assert main(["train", "--max_steps", "3"]) == 2
+    assert "The recipe comes first" in capsys.readouterr().err
+
+
+def test_a_configuration_of_accelerate_by_its_name(monkeypatch, capsys):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.multi_gpu_launcher", launched.append)
+    argv = ["ddp", "--num_processes", "2", "tiny/caption", "--output_dir", "out", "--max_steps", "3"]
+    main(["train", "--accelerate_config", *argv])
+    (args,) = launched
+    assert args.num_processes == 2 and args.module and args.training_script == "vlv.train"
+    assert args.training_script_args == ["tiny/caption", "--output_dir", "out", "--max_steps", "3"]
+    assert main(["train", "--accelerate_config", "ddb", "tiny/caption"]) == 2
+    assert "the package has ddp, deepspeed_zero2, fsdp2" in capsys.readouterr().err
+    assert main(["train", "--accelerate_config", "ddp"]) == 2
+    assert "name a recipe behind it" in capsys.readouterr().err
+
+
+def test_the_card_lists_a_training_after_those_that_it_starts_from(tmp_path):
+    recipes = {
+        "a": {"stage": "caption", "model": "runs/one", "output_dir": "runs/two"},
+        "b": {"stage": "own_stages:OwnStage", "encoder": "runs/zero", "output_dir": "runs/one"},
+        "c": {"stage": "encoder", "output_dir": "runs/zero"},
+    }
+    for name, recipe in recipes.items():
+        folder = tmp_path / "training" / name
+        folder.mkdir(parents=True)
+        (folder / "training.json").write_text(json.dumps({"recipe": recipe}))
+    assert [record["recipe"]["output_dir"] for record in _trainings(tmp_path)] == ["runs/zero", "runs/one", "runs/two"]

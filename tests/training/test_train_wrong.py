@@ -1,0 +1,97 @@
+"""What `vlv train` says to wrong input and to a full disk: one clear line, and a non-zero exit."""
+
+import resource
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import tiny
+from running_train import arguments, run
+
+from vlv.cli import main as vlv
+
+AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
+
+
+def error_of(capsys, recipe, output_dir, **settings):
+    """What a refused run ends with: one line."""
+    assert vlv(["train", *arguments(recipe, output_dir, **settings)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("vlv train: error:") == 1 and "Traceback" not in told
+    return told.rpartition("vlv train: error: ")[2].removesuffix("\n")
+
+
+@pytest.mark.parametrize("recipe", [AUTOENCODE, CAPTION], ids=["stage1", "stage2"])
+def test_a_folder_with_no_images(recipe, tiny_repo, tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "list.txt").write_text("nothing to see")
+    error = error_of(capsys, recipe, tmp_path / "out", dataset=tmp_path / "notes", model=tiny_repo)
+    assert error == f"There are no images in {tmp_path / 'notes'}, and neither parquet files nor WebDataset tars."
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_missing_caption_column(streaming, tiny_repo, tmp_path, capsys):
+    (tmp_path / "bare").mkdir()
+    for number, image in enumerate(tiny.images(12)):
+        image.save(tmp_path / "bare" / f"{number}.png")
+    error = error_of(
+        capsys, CAPTION, tmp_path / "out", dataset=tmp_path / "bare", model=tiny_repo, streaming=streaming
+    )
+    assert error == "The data set has no column 'text', but image: choose one with caption_column."
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lacking", "message"),
+    [
+        (CAPTION, {"caption_config": None}, "has no caption head yet: name a language model with --caption_head."),
+        (AUTOENCODE, {"decoder_config": None}, "needs the part unet, which this checkpoint does not have."),
+    ],
+    ids=["stage2", "stage1"],
+)
+def test_a_stage_whose_parts_the_checkpoint_lacks(recipe, lacking, message, scenes, tmp_path, capsys):
+    tiny.model(**lacking).save_pretrained(tmp_path / "model")
+    tiny.processor().save_pretrained(tmp_path / "model")
+    error = error_of(capsys, recipe, tmp_path / "out", dataset=scenes, model=tmp_path / "model")
+    assert error.startswith(f"{tmp_path / 'model'}") and message in error
+
+
+def test_a_resume_folder_of_another_model(tiny_repo, scenes, tmp_path, capsys):
+    run(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, max_steps=2)
+    error = error_of(capsys, AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo, resume=True)
+    assert error.startswith(f"{tmp_path / 'checkpoint-2'} is a checkpoint of another model")
+
+
+# ---- a full disk -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def room_for(size):
+    """Files can grow to `size` bytes: a disk that takes no more, which needs no disk to fill."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache_features": True}, "Choose a cache_dir with more room"),
+        ({"cache_features": False}, "What was saved before is whole."),  # the training checkpoint
+        ({"cache_features": False, "save_strategy": "no"}, "What was saved before is whole."),  # the model itself
+    ],
+    ids=["cache", "checkpoint", "model"],
+)
+def test_a_full_disk_leaves_the_model_from_before(settings, message, tiny_repo, scenes, tmp_path, capsys):
+    settings = {"dataset": scenes, "model": tiny_repo, "max_steps": 2, **settings}
+    run(CAPTION, tmp_path, **settings)
+    for folder in ("cache", "checkpoint-2"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    capsys.readouterr()
+    with room_for(20_000):
+        error = error_of(capsys, CAPTION, tmp_path, **settings)
+    assert message in error
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
