@@ -1,7 +1,7 @@
 """The tab that captions one picture."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import gradio as gr
@@ -9,7 +9,7 @@ import gradio as gr
 from vlv_app.markup import captions as caption_list
 from vlv_app.markup import done
 from vlv_app.parts import Page, connect, markup_output, read_picture, result_status, run_buttons, settings_inputs
-from vlv_app.studio import Caption
+from vlv_app.studio import Caption, Step
 
 NUMBERS = ("max_new_tokens", "num_beams", "temperature", "num_captions")
 
@@ -17,37 +17,20 @@ NUMBERS = ("max_new_tokens", "num_beams", "temperature", "num_captions")
 def caption_tab(page: Page) -> dict[str, gr.components.Component]:
     """Build the tab; its settings by their names in the API."""
     with gr.Row():
-        with gr.Column():
-            prefix = gr.Textbox(label="Beginning", info="The caption continues it. It may be empty.", elem_id="prefix")
-            settings = settings_inputs(*NUMBERS)
-            button, stop = run_buttons("Caption")
-        with gr.Column(scale=2):
-            status = result_status("caption")
-            text = gr.Textbox(
-                label="Caption", info="You can edit it.", lines=6, buttons=["copy"], elem_id="caption-text"
-            )
-            others = markup_output("captions")
-            with gr.Row():
-                save = gr.Button("Download as text", size="sm")
-                link = gr.Button("Link to this result", size="sm")
-            address = gr.Textbox(
-                label="Link",
-                info="It opens this page with the same picture and settings, while the server keeps the picture.",
-                buttons=["copy"],
-                interactive=False,
-                elem_id="link",
-            )
+        prefix = gr.Textbox(label="Beginning", info="The caption continues it. It may be empty.", scale=2)
+        button, stop = run_buttons("Caption")
+    settings = settings_inputs(*NUMBERS)
+    status = result_status("caption")
+    text = gr.Textbox(label="Caption", info="You can edit it.", lines=5, buttons=["copy"], elem_id="caption-text")
+    others = markup_output("captions")
+    with gr.Row():
+        save = gr.Button("Download as text", size="sm")
+        link = gr.Button("Link to this result", size="sm")
+    address = markup_output("link")
 
     def run(picture: dict[str, Any] | None, prefix: str, *numbers: Any) -> Iterator[Any]:
         pixel_values, _, _ = read_picture(page.files, picture, "Image")
-        steps = page.studio.caption(pixel_values, *numbers, prefix=prefix)
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as stop:
-                break
-            yield [step.text, "", ""] if step.text else None, step
-        written = stop.value
+        written = yield from streamed(page.studio.caption(pixel_values, *numbers, prefix=prefix))
         texts = [caption.text for caption in written]
         yield [texts[0], caption_list(texts), ""], done(lengths(written))
 
@@ -62,6 +45,16 @@ def caption_tab(page: Page) -> dict[str, gr.components.Component]:
         js=f"(picture, ...values) => vlv.link('Caption', picture, {json.dumps(names)}, values)",
     )
     return dict(zip(names, fields, strict=True)) | {"caption": text}
+
+
+def streamed(computation: Generator[Step, None, Any]) -> Generator[Any, None, Any]:
+    """As `steps_of`, with the caption so far in the first output."""
+    while True:
+        try:
+            step = next(computation)
+        except StopIteration as ended:
+            return ended.value
+        yield [step.text, "", ""] if step.text else None, step
 
 
 def lengths(captions: list[Caption]) -> str:

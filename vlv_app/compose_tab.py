@@ -1,6 +1,6 @@
 """The tab that composes two pictures into one."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import gradio as gr
@@ -16,8 +16,8 @@ from vlv_app.parts import (
     result_status,
     run_buttons,
     settings_inputs,
+    steps_of,
 )
-from vlv_app.rebuild_tab import steps_of
 from vlv_app.settings import SETTINGS, check_settings
 
 
@@ -29,15 +29,15 @@ def compose_tab(page: Page) -> dict[str, gr.components.Component]:
             second = picture_input(files, page.examples, "Second image", "second")
         with gr.Column(scale=2):
             share = SETTINGS["share"].component()
-            settings = settings_inputs(*SAMPLING, "num_shares")
             button, stop = run_buttons("Compose")
             row = gr.Button("Compose several shares")
-            status = result_status("compose")
-            composed = markup_output("composed")
+            settings = settings_inputs(*SAMPLING, "num_shares")
+    status = result_status("compose")
+    composed = markup_output("composed")
 
-    def composition(first: Any, other: Any, share: float, sampling: Any, with_caption: bool, count: int, number: int):
-        pictures = (first[0], other[0], share, *sampling, with_caption)
-        image, caption = yield from steps_of(studio.compose(*pictures), count, number)
+    def composition(first: Any, other: Any, share: float, sampling: Any, part: str = "") -> Generator[Any, None, str]:
+        computation = studio.compose(first[0], other[0], share, *sampling, with_caption=bool(part))
+        image, caption = yield from steps_of(computation, part)
         shown = files.show(image, f"{first[2]}-{other[2]}-{share:.2f}")
         return figure(shown, f"{share:.0%} of the first image", caption)
 
@@ -47,7 +47,7 @@ def compose_tab(page: Page) -> dict[str, gr.components.Component]:
     def run(picture: Any, other: Any, share: Any, *numbers: Any) -> Iterator[Any]:
         first, second = read(picture, other)
         (share,) = check_settings(share=share).values()
-        result = yield from composition(first, second, share, numbers[:-1], False, 1, 1)
+        result = yield from composition(first, second, share, numbers[:-1])
         yield [figures([result])], done("The picture is composed.")
 
     def run_row(picture: Any, other: Any, share: Any, *numbers: Any) -> Iterator[Any]:
@@ -56,8 +56,9 @@ def compose_tab(page: Page) -> dict[str, gr.components.Component]:
         (count,) = check_settings(num_shares=count).values()
         results: list[str] = []
         for number in range(count):
+            part = f"picture {number + 1} of {count}"
             each = 1 - number / (count - 1)
-            results.append((yield from composition(first, second, each, sampling, True, count, number + 1)))
+            results.append((yield from composition(first, second, each, sampling, part)))
             yield [figures(results)], None
         yield [figures(results)], done(f"{count} pictures are composed.")
 

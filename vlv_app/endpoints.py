@@ -65,20 +65,20 @@ class Endpoints:
         if len(images) > MOST_FILES:
             raise refusal(f"images holds {len(images)} files: give at most {MOST_FILES} at once.")
         rows: list[dict[str, str]] = []
-        yield rows
+        yield []
         for image in images:
             row = {"file_name": Path(image).name}
             try:
                 pixel_values, _ = self.files.read(image, "images")
             except gr.Error as error:
                 rows.append({**row, "error": error.message.removeprefix("images, ")})
-                yield rows
+                yield list(rows)
                 continue
             steps = self.studio.caption(pixel_values, max_new_tokens, num_beams, prefix=prefix or "")
-            written = yield from _told(steps, None, lambda step: gr.skip())
+            written = yield from _told(steps, None, lambda step: list(rows))
             rows.append({**row, "text": written[0].text})
             progress((len(rows), len(images)), desc="Captioning", unit="images")
-            yield rows
+            yield list(rows)
 
     def reconstruct(
         self,

@@ -77,7 +77,7 @@ window.vlv = (() => {
       let answer;
       try { answer = await find(); } catch { answer = { error: `${options.field}: the server cannot be reached.` }; }
       if (mine !== turn) return;
-      show(answer.error ? null : { name, ...answer }, answer.error || "");
+      show(answer.id ? { name, ...answer } : null, answer.error);
       document.dispatchEvent(new CustomEvent("vlv:picture", { detail: options.key }));
     }
 
@@ -108,12 +108,12 @@ window.vlv = (() => {
     for (const kind of ["pointerenter", "focusin"]) box.addEventListener(kind, () => { pasteTarget = takeFile; });
     pasteTarget ??= takeFile;
 
-    const named = asked.get(options.key === "image" ? "image" : options.key);
+    const named = asked.get(options.key);
     const before = named ? { id: named, name: named.split("/").pop() } : kept.get(options.key);
     if (before) {
       take(async () => {
         const answer = await server.look(before.id);
-        return answer.error && !named ? { error: "" , ...answer } : answer;
+        return answer.error && !named ? { error: "" } : answer;  // a kept picture may be gone; nobody asked for it
       }, before.name);
     }
   }
@@ -163,10 +163,9 @@ window.vlv = (() => {
 
   function started() {
     // The result lies below the fold of a phone.
-    const status = document.querySelector("[role=tabpanel]:not([hidden]) .status, .status");
-    const shown = [...document.querySelectorAll(".status")].find((each) => each.offsetParent);
     requestAnimationFrame(() => {
-      const place = (shown ?? status)?.getBoundingClientRect();
+      const shown = [...document.querySelectorAll(".status:has(progress)")].find((each) => each.offsetParent);
+      const place = shown?.getBoundingClientRect();
       if (place && (place.top < 0 || place.top > innerHeight * 0.6)) {
         const smooth = !matchMedia("(prefers-reduced-motion: reduce)").matches;
         scrollBy({ top: place.top - 12, behavior: smooth ? "smooth" : "auto" });
@@ -202,10 +201,13 @@ window.vlv = (() => {
   // ---- what the page keeps, and what its address says --------------------------------------------------------
 
   function link(tab, picture, names, values) {
-    if (!picture) return "Choose a picture first.";
+    if (!picture) return "<p>Choose a picture first.</p>";
     const words = new URLSearchParams({ tab, image: picture.id });
     names.forEach((name, place) => { if (values[place] !== "") words.set(name, values[place]); });
-    return `${location.origin}${location.pathname}?${words}`;
+    const address = `${location.origin}${location.pathname}?${words}`;
+    navigator.clipboard?.writeText(address).catch(() => {});
+    const shown = element("a", { href: address }, address).outerHTML;
+    return `<p>It opens this picture with these settings, while the server keeps the picture (a day):</p><p>${shown}</p>`;
   }
 
   function restore(tab, names, values) {

@@ -26,6 +26,24 @@ THEME = gr.themes.Soft(
     neutral_hue="slate",
     # A font that Gradio brings along: the page fetches nothing from elsewhere.
     font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "sans-serif"],
+).set(  # text has a contrast of 4.5 to what is behind it, in both themes
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_800",
+    button_secondary_background_fill_dark="*neutral_700",
+    button_secondary_background_fill_hover_dark="*neutral_600",
+    block_title_background_fill="transparent",
+    block_title_background_fill_dark="transparent",
+    block_title_text_color="*neutral_800",
+    block_title_text_color_dark="*neutral_100",
+    block_title_padding="0",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    color_accent="*primary_700",
+    slider_color="*primary_700",
 )
 # A tab of a collection of images, which a computer with the whole package adds.
 Tab = tuple[str, Callable[[Page], dict[str, gr.components.Component]]]

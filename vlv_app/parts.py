@@ -3,8 +3,9 @@
 import base64
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,26 @@ def connect(
         picture.input(None, None, [*outputs, status], js=f"() => {cleared}", cancels=[event])
 
 
+def steps_of(computation: Generator[Step, None, Any], part: str = "") -> Generator[tuple[None, Step], None, Any]:
+    """
+    Passes on the steps of a computation of the studio in the form that [`connect`] takes. Its result is the
+    computation's.
+
+    Args:
+        part: of what this is one part, such as "picture 2 of 4".
+    """
+    while True:
+        try:
+            step = next(computation)
+        except StopIteration as ended:
+            return ended.value
+        yield None, step.within(part) if part else step
+
+
 def said(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     """A generator whose unexpected errors reach the visitor as a sentence. The log has the rest."""
 
+    @wraps(function)
     def speaking(*values: Any) -> Iterator[Any]:
         try:
             yield from function(*values)
@@ -181,5 +199,4 @@ def said(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]
                 duration=None,
             ) from error
 
-    speaking.__name__ = function.__name__
     return speaking

@@ -16,6 +16,7 @@ from vlv_app.parts import (
     result_status,
     run_buttons,
     settings_inputs,
+    steps_of,
 )
 from vlv_app.settings import LARGEST_SEED, check_settings, refusal
 
@@ -23,26 +24,24 @@ from vlv_app.settings import LARGEST_SEED, check_settings, refusal
 def rebuild_tab(page: Page) -> dict[str, gr.components.Component]:
     """Build the tab; its settings by their names in the API."""
     studio, files = page.studio, page.files
-    with gr.Row():
-        with gr.Column():
-            settings = settings_inputs(*SAMPLING, "num_pictures")
-            button, stop = run_buttons("Reconstruct")
-        with gr.Column(scale=2):
-            status = result_status("reconstruct")
-            compared, pictures = markup_output("comparison"), markup_output("rebuilt")
-            text = gr.Textbox(label="Caption", lines=3, buttons=["copy"], elem_id="rebuilt-caption")
-            if studio.draws_words:
-                gr.Markdown("Edit the caption, and let the decoder draw the words in place of the embeddings.")
-                draw, stop_drawing = run_buttons("Draw these words")
-                drawing = result_status("drawing")
-                drawn = markup_output("drawn")
+    button, stop = run_buttons("Reconstruct")
+    settings = settings_inputs(*SAMPLING, "num_pictures")
+    status = result_status("reconstruct")
+    compared, pictures = markup_output("comparison"), markup_output("rebuilt")
+    text = gr.Textbox(label="Caption", lines=3, buttons=["copy"], elem_id="rebuilt-caption", visible=studio.writes)
+    if studio.draws_words:
+        gr.Markdown("Edit the caption, and let the decoder draw the words in place of the embeddings.")
+        draw, stop_drawing = run_buttons("Draw these words")
+        drawing = result_status("drawing")
+        drawn = markup_output("drawn")
 
     def run(picture: dict[str, Any] | None, *numbers: Any) -> Iterator[Any]:
         *sampling, count = numbers
         pixel_values, image, name = read_picture(files, picture, "Image")
         original, made, shown = files.show(image, name), [], ""
         for seed in seeds(sampling[-1], count):
-            rebuilt = yield from steps_of(studio.reconstruct(pixel_values, *sampling[:-1], seed), count, len(made) + 1)
+            part = f"picture {len(made) + 1} of {count}" if int(count) > 1 else ""
+            rebuilt = yield from steps_of(studio.reconstruct(pixel_values, *sampling[:-1], seed), part)
             rebuilt = files.show(rebuilt, f"{name}-rebuilt-seed-{seed}")
             made.append(figure(rebuilt, f"Seed {seed}"))
             shown = shown or comparison(original, rebuilt)
@@ -74,16 +73,3 @@ def seeds(first: Any, count: Any) -> list[int]:
     checked = check_settings(seed=first, num_pictures=count)
     last = min(checked["seed"] + checked["num_pictures"] - 1, LARGEST_SEED)
     return list(range(checked["seed"], last + 1))
-
-
-def steps_of(computation: Any, count: int = 1, number: int = 1) -> Iterator[Any]:
-    """
-    Passes on the steps of a computation of the studio, with the number of the picture where there are several.
-    The result is that of the computation.
-    """
-    while True:
-        try:
-            step = next(computation)
-        except StopIteration as ended:
-            return ended.value
-        yield None, step if count == 1 else step.within(f"picture {number} of {count}")

@@ -4,10 +4,13 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from threading import Event
+from time import monotonic
 from typing import Any, TypeVar
 
 import torch
 from transformers import StoppingCriteria
+
+INTERVAL = 0.05  # seconds between two values, each of which costs the server and the browser some work
 
 Result = TypeVar("Result")
 Report = Callable[[Any], None]
@@ -19,8 +22,8 @@ class Stopped(Exception):
 
 def watch(function: Callable[[Report], Result]) -> Generator[Any, None, Result]:
     """
-    Run `function(report)` in a thread, and yield what it reports, the newest only where it reports faster than this
-    is read. The result is the generator's return value.
+    Run `function(report)` in a thread, and yield what it reports; where it reports more often than anybody reads, the
+    newest only. The result is the generator's return value.
 
     Closing the generator stops the function: its next `report` raises [`Stopped`]. Gradio closes the generator of a
     request that is cancelled or whose visitor has left, at the next value that it yields.
@@ -36,8 +39,10 @@ def watch(function: Callable[[Report], Result]) -> Generator[Any, None, Result]:
     try:
         future = pool.submit(function, report)
         future.add_done_callback(lambda _: news.put(done))  # also when the function has failed: the loop must end
-        while (item := _newest(news, done)) is not done:
+        item = news.get()
+        while item is not done:
             yield item
+            item = _newest(news, done)
         return future.result()
     finally:
         stop.set()
@@ -45,18 +50,16 @@ def watch(function: Callable[[Report], Result]) -> Generator[Any, None, Result]:
 
 
 def _newest(news: SimpleQueue, done: object) -> Any:
-    """The next item; where several wait, the last of them. Nothing is passed over for `done`."""
-    item = news.get()
+    """The last item that comes within the interval, or later the first; `done` at once."""
+    end, item = monotonic() + INTERVAL, None
     while item is not done:
         try:
-            following = news.get_nowait()
+            item = news.get(timeout=max(0.001, end - monotonic()))
         except Empty:
             break
-        if following is done:
-            news.put(done)
+        if monotonic() >= end:
             break
-        item = following
-    return item
+    return news.get() if item is None else item
 
 
 class ReportTokens(StoppingCriteria):
