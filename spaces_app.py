@@ -5,6 +5,7 @@ try:
 except ImportError:
     spaces = None
 
+import os
 import sys
 from argparse import HelpFormatter
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from huggingface_hub import metadata_load
 from PIL import Image
 from transformers import HfArgumentParser
 
-from vlv_app.page import build_app, launch_settings
+from vlv_app.page import Tab, build_app, launch_settings
 from vlv_app.studio import Studio
 
 HERE = Path(__file__).parent
+LOCAL = ("127.0.0.1", "localhost", "::1")  # addresses that only this machine reaches
 # PIL takes memory in blocks of this size. malloc gives blocks as large as this one back to the system when an image is
 # done with; PIL's own 16 MB stay with the thread that read the image.
 IMAGE_BLOCK = 64 * 2**20
@@ -44,6 +46,15 @@ def default_model() -> str:
     except ImportError:
         raise ValueError("name a model with --model: the package with the bundled one is not installed.") from None
     return tiny_checkpoint()
+
+
+def more_tabs(is_local: bool) -> list[Tab]:
+    """The collections, where the whole `vlv` package is installed: they are captioned as `vlv caption` does."""
+    if find_spec("vlv") is None:
+        return []
+    from vlv.collection.tab import MEGABYTES, collection_tab
+
+    return [Tab("Collection", collection_tab(is_local), MEGABYTES)]
 
 
 @dataclass
@@ -75,10 +86,11 @@ def main(argv: list[str] | None = None, prog: str = "spaces_app.py") -> None:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     on_gpu = spaces.GPU if spaces else lambda function: function
-    build_app(studio, example_files(), on_gpu).launch(
+    more = more_tabs(is_local=not arguments.share and os.environ.get("GRADIO_SERVER_NAME", LOCAL[0]) in LOCAL)
+    build_app(studio, example_files(), on_gpu, more).launch(
         share=arguments.share,
         auth=tuple(arguments.auth.split(":", 1)) if arguments.auth else None,
-        **launch_settings(),
+        **launch_settings(more),
     )
 
 

@@ -29,8 +29,7 @@ def compose_tab(page: Page) -> dict[str, gr.components.Component]:
             second = picture_input(files, page.examples, "Second image", "second")
         with gr.Column(scale=2):
             share = SETTINGS["share"].component()
-            button, stop = run_buttons("Compose")
-            row = gr.Button("Compose several shares")
+            button, row, stop = run_buttons("Compose", "Compose several shares")
             settings = settings_inputs(*SAMPLING, "num_shares")
     status = result_status("compose")
     composed = markup_output("composed")

@@ -153,7 +153,9 @@ def add_endpoints(studio: Studio, on_gpu: Wrapper) -> None:
     with gr.Column(visible=False):
         search = ("max_new_tokens", "num_beams")
         if studio.writes:
-            _add(on_gpu, endpoints.caption, [_image("image"), *_numbers(search), _prefix()], gr.Textbox(label="Caption"))
+            _add(
+                on_gpu, endpoints.caption, [_image("image"), *_numbers(search), _prefix()], gr.Textbox(label="Caption")
+            )
             files = gr.File(file_count="multiple", label="images")
             _add(on_gpu, endpoints.caption_many, [files, *_numbers(search), _prefix()], gr.JSON(label="Rows"))
         if studio.rebuilds:

@@ -45,7 +45,7 @@ def comparison(original: Shown, rebuilt: Shown) -> str:
         f'<div class="comparison"><div class="two" style="{shape}">'
         f'<img class="before{looks[0]}" src="{escape(original.url)}" alt="Original">'
         f'<img class="after{looks[1]}" src="{escape(rebuilt.url)}" alt="Reconstruction"></div>'
-        '<label>Original to the left, reconstruction to the right of the border'
+        "<label>Original to the left, reconstruction to the right of the border"
         '<input type="range" min="0" max="100" value="50"></label></div>'
     )
 

@@ -10,6 +10,9 @@ window.vlv = (() => {
     },
   };
   const asked = new URLSearchParams(location.search);
+  const before = {};  // as it was before this page: its own fields, still empty, are kept soon
+
+  const fieldsBefore = (tab) => (before[tab] ??= kept.get(`fields.${tab}`) ?? {});
 
   function element(tag, attributes = {}, ...children) {
     const made = document.createElement(tag);
@@ -109,12 +112,12 @@ window.vlv = (() => {
     pasteTarget ??= takeFile;
 
     const named = asked.get(options.key);
-    const before = named ? { id: named, name: named.split("/").pop() } : kept.get(options.key);
-    if (before) {
+    const earlier = named ? { id: named, name: named.split("/").pop() } : kept.get(options.key);
+    if (earlier) {
       take(async () => {
-        const answer = await server.look(before.id);
+        const answer = await server.look(earlier.id);
         return answer.error && !named ? { error: "" } : answer;  // a kept picture may be gone; nobody asked for it
-      }, before.name);
+      }, earlier.name);
     }
   }
 
@@ -174,6 +177,8 @@ window.vlv = (() => {
     return '<p>Waiting for its turn</p><progress aria-label="Waiting for its turn"></progress>';
   }
 
+  const failed = (values, cleared) => (values.at(-1).includes("Stopped.") ? values : cleared);
+
   const stopped = (status) => (status && status.includes("<progress") ? "<p data-done>Stopped.</p>" : status);
 
   document.addEventListener("input", (event) => {
@@ -211,16 +216,17 @@ window.vlv = (() => {
   }
 
   function restore(tab, names, values) {
-    const before = kept.get(`fields.${tab}`) ?? {};
+    const fields = fieldsBefore(tab);
     const here = asked.get("tab") === tab;
     return values.map((value, place) => {
       const name = names[place];
       if (here && asked.has(name)) return typeof value === "number" ? Number(asked.get(name)) : asked.get(name);
-      return before[name] ?? value;
+      return fields[name] ?? value;
     });
   }
 
   function keep(tab, names, values) {
+    fieldsBefore(tab);
     kept.set(`fields.${tab}`, Object.fromEntries(names.map((name, place) => [name, values[place]])));
   }
 
@@ -247,5 +253,5 @@ window.vlv = (() => {
     }
   }
 
-  return { picture, started, stopped, saveText, link, restore, keep, tabSelected, loaded, element };
+  return { picture, started, stopped, failed, saveText, link, restore, keep, tabSelected, loaded, element };
 })();

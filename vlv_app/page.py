@@ -3,13 +3,15 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import gradio as gr
 
 from vlv_app.caption_tab import caption_tab
 from vlv_app.compose_tab import compose_tab
 from vlv_app.endpoints import add_endpoints
-from vlv_app.parts import CONCURRENCY, MEGABYTES, Page, Wrapper, picture_input
+from vlv_app.parts import CONCURRENCY, Page, Wrapper, picture_input
+from vlv_app.pictures import MEGABYTES
 from vlv_app.rebuild_tab import rebuild_tab
 from vlv_app.studio import Studio
 
@@ -19,7 +21,7 @@ INTRODUCTION = """
 A VLV reads an image into a few *caption embeddings*, vectors where a text-to-image model expects words.
 A language model writes them down as a caption; a diffusion model rebuilds the image from nothing else.
 """
-MANY = "Many images at once: install the `vlv` package and run `vlv app`, which has a tab for collections."
+MANY = "Many images at once: where the `vlv` package is installed, `vlv app` also has a tab for collections."
 THEME = gr.themes.Soft(
     primary_hue="teal",
     secondary_hue="teal",
@@ -45,8 +47,14 @@ THEME = gr.themes.Soft(
     color_accent="*primary_700",
     slider_color="*primary_700",
 )
-# A tab of a collection of images, which a computer with the whole package adds.
-Tab = tuple[str, Callable[[Page], dict[str, gr.components.Component]]]
+
+
+class Tab(NamedTuple):
+    """A tab of the page."""
+
+    name: str
+    build: Callable[[Page], dict[str, gr.components.Component]]  # returns the fields that the browser keeps
+    megabytes: int = MEGABYTES  # of the largest file that can be uploaded there
 
 
 def build_app(
@@ -56,26 +64,28 @@ def build_app(
     Args:
         examples: files of example pictures.
         on_gpu: what a function is wrapped in that needs a GPU, on ZeroGPU.
-        more: other tabs, each with its name.
+        more: other tabs.
     """
     tabs: list[Tab] = []
     if studio.writes:
-        tabs.append(("Caption", caption_tab))
+        tabs.append(Tab("Caption", caption_tab))
     if studio.rebuilds:
-        tabs += [("Reconstruct", rebuild_tab), ("Compose", compose_tab)]
+        tabs += [Tab("Reconstruct", rebuild_tab), Tab("Compose", compose_tab)]
     with gr.Blocks(title="VLV", delete_cache=(3600, 86400), analytics_enabled=False) as app:
         gr.Markdown(f"{INTRODUCTION}\n{MANY if not more else ''}")
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="shared", min_width=280):
                 picture = picture_input(studio.files, examples, "Image", "image")
-                gr.Markdown(f"The model is **{studio.name}**. {studio.purpose or 'Its card does not say what it is for.'}")
+                gr.Markdown(
+                    f"The model is **{studio.name}**. {studio.purpose or 'Its card does not say what it is for.'}"
+                )
             page = Page(studio, picture, on_gpu, examples)
             with gr.Column(scale=3, elem_id="work"), gr.Tabs():
-                for name, build in (*tabs, *more):
-                    with gr.Tab(name) as tab:
-                        kept = build(page)
-                    tab.select(None, None, None, js=f"() => vlv.tabSelected({json.dumps(name)})")
-                    _keep(app, name, kept)
+                for each in (*tabs, *more):
+                    with gr.Tab(each.name) as tab:
+                        kept = each.build(page)
+                    tab.select(None, None, None, js=f"() => vlv.tabSelected({json.dumps(each.name)})")
+                    _keep(app, each.name, kept)
         app.load(None, None, None, js="() => vlv.loaded()")
         add_endpoints(studio, on_gpu)
     app.temp_file_sets.append(studio.files.made)
@@ -93,10 +103,10 @@ def _keep(app: gr.Blocks, tab: str, fields: dict[str, gr.components.Component]) 
     gr.on(changes, None, components, None, js=f"(...values) => vlv.keep({arguments})")
 
 
-def launch_settings() -> dict[str, object]:
-    """What `Blocks.launch` needs for this page."""
+def launch_settings(more: Sequence[Tab] = ()) -> dict[str, Any]:
+    """What `Blocks.launch` needs for the page with these tabs."""
     return {
-        "max_file_size": f"{MEGABYTES}mb",
+        "max_file_size": f"{max([MEGABYTES, *(tab.megabytes for tab in more)])}mb",
         "footer_links": ["api", "settings"],
         "theme": THEME,
         "css_paths": HERE / "page.css",

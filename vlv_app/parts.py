@@ -13,11 +13,10 @@ import gradio as gr
 from PIL import Image
 
 from vlv_app.markup import progress
-from vlv_app.pictures import PictureFiles, formats
+from vlv_app.pictures import MEGABYTES, PictureFiles, formats
 from vlv_app.settings import SETTINGS
 from vlv_app.studio import Step, Studio
 
-MEGABYTES = 20  # of a file that a visitor uploads
 CONCURRENCY = 2  # one request's file is read and its answer sent while another one's is computed
 EXAMPLE_PIXELS = 96
 SAMPLING = ("num_inference_steps", "guidance_scale", "seed")
@@ -114,12 +113,16 @@ def markup_output(name: str) -> gr.HTML:
     return gr.HTML("", elem_id=name, elem_classes=["result"], apply_default_css=False)
 
 
-def run_buttons(label: str) -> tuple[gr.Button, gr.Button]:
+def run_buttons(*labels: str) -> list[gr.Button]:
+    """The buttons that run something, the first of them as the tab's main one, and Stop."""
     with gr.Row():
-        return (
-            gr.Button(label, variant="primary", elem_classes=["run"], scale=3),
+        return [
+            *(
+                gr.Button(label, variant="secondary" if place else "primary", elem_classes=["run"], scale=3)
+                for place, label in enumerate(labels)
+            ),
             gr.Button("Stop", scale=1, min_width=80),
-        )
+        ]
 
 
 def connect(
@@ -162,10 +165,12 @@ def connect(
         concurrency_id="model",
         concurrency_limit=CONCURRENCY,
     )
-    event.failure(None, None, [*outputs, status], js=f"() => {cleared}")
+    everything = [*outputs, status]
+    # A stopped run counts as failed, too: what it has made stays.
+    event.failure(None, everything, everything, js=f"(...values) => vlv.failed(values, {cleared})")
     stop.click(None, [status], [status], js="status => vlv.stopped(status)", cancels=[event])
     for picture in pictures:
-        picture.input(None, None, [*outputs, status], js=f"() => {cleared}", cancels=[event])
+        picture.input(None, None, everything, js=f"() => {cleared}", cancels=[event])
 
 
 def steps_of(computation: Generator[Step, None, Any], part: str = "") -> Generator[tuple[None, Step], None, Any]:

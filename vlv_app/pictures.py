@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlv_app.settings import refusal
 
+MEGABYTES = 20  # of a picture file
 SHOWN_PIXELS = 768  # of the longer side of a picture on the page
 # What visitors are told, where it can be read here: PIL reads some formats only with a plugin.
 NAMED_FORMATS = {
@@ -76,6 +77,12 @@ class PictureFiles:
         """
         if not file:
             raise refusal(f"{field}: choose a picture first.")
+        size = os.path.getsize(file) / 1e6
+        if size > MEGABYTES:
+            raise refusal(
+                f"{field}, {Path(file).name}: the file has {size:.0f} MB, and {MEGABYTES} MB is the maximum file "
+                "size: make it smaller first."
+            )
         try:
             with self._reading:
                 image = self.processor.preprocess_image(file)

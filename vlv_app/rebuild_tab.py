@@ -31,7 +31,7 @@ def rebuild_tab(page: Page) -> dict[str, gr.components.Component]:
     text = gr.Textbox(label="Caption", lines=3, buttons=["copy"], elem_id="rebuilt-caption", visible=studio.writes)
     if studio.draws_words:
         gr.Markdown("Edit the caption, and let the decoder draw the words in place of the embeddings.")
-        draw, stop_drawing = run_buttons("Draw these words")
+        draw = gr.Button("Draw these words", elem_classes=["run"])
         drawing = result_status("drawing")
         drawn = markup_output("drawn")
 
@@ -64,7 +64,7 @@ def rebuild_tab(page: Page) -> dict[str, gr.components.Component]:
 
     if studio.draws_words:
         inputs = [page.picture, text, *fields[: len(SAMPLING)]]
-        connect(page, draw, stop_drawing, run_drawing, inputs, [drawn], drawing, [page.picture])
+        connect(page, draw, stop, run_drawing, inputs, [drawn], drawing, [page.picture])
     return settings
 
 

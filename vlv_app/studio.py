@@ -105,9 +105,7 @@ class Studio:
         self, pixel_values: torch.Tensor, num_inference_steps: int = 8, guidance_scale: float = 2, seed: int = 0
     ) -> Generator[Step, None, Image.Image]:
         """An image rebuilt from its caption embeddings alone."""
-        sampling = check_settings(
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed
-        )
+        sampling = check_settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed)
         return (yield from watch(lambda report: self._sample(self._encode(pixel_values), report, **sampling)))
 
     def compose(
@@ -129,9 +127,7 @@ class Studio:
             with_caption: also write the caption of the joined embeddings; else it is empty.
         """
         (share,) = check_settings(share=share).values()
-        sampling = check_settings(
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed
-        )
+        sampling = check_settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed)
 
         def work(report: Report) -> tuple[Image.Image, str]:
             embeds = [self._encode(pixel_values) for pixel_values in (first, second)]
@@ -148,9 +144,7 @@ class Studio:
         self, words: str, num_inference_steps: int = 8, guidance_scale: float = 2, seed: int = 0
     ) -> Generator[Step, None, Image.Image]:
         """A picture of words, which the decoder's own text encoder reads. Words beyond its positions are left out."""
-        sampling = check_settings(
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed
-        )
+        sampling = check_settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed)
         return (yield from watch(lambda report: self._sample(self._embed(words), report, **sampling)))
 
     # ---- the model -----------------------------------------------------------------------------------------
@@ -195,7 +189,7 @@ class Studio:
             streams = num_beams == num_captions == 1  # beam search has no final tokens until it ends
             # A letter of several tokens is not whole yet.
             text = text_of(ids[0].tolist()).rstrip("\ufffd") if streams else ""
-            report(Step(f"Writing: {count} tokens", count, max_new_tokens, text))
+            report(Step(f"Writing: {count} token{'s' if count > 1 else ''}", count, max_new_tokens, text))
 
         report(Step("Writing", 0, max_new_tokens))
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -24,6 +24,9 @@ def repo(tmp_path_factory, tiny_model):
     folder = tmp_path_factory.mktemp("repo")
     tiny_model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    (folder / "README.md").write_text(
+        "# A model\n\n**What it is for.** It is for drawn test\npictures only.\n\nMore.\n"
+    )
     return folder
 
 

@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from running_app import NEW_TOKENS, caption_of, pixels, upload
 

@@ -42,7 +42,10 @@ def test_a_captioner_has_one_tab_and_asks_for_its_password(tmp_path, tiny_proces
         with pytest.raises(Exception, match="401|credentials|auth"):
             app.client()
         client = app.client(auth=("ada", "love:lace"))
-        assert set(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == {"/caption", "/caption_many"}
+        assert set(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == {
+            "/caption",
+            "/caption_many",
+        }
 
 
 @pytest.mark.slow
