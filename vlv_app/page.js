@@ -81,7 +81,7 @@ window.vlv = (() => {
       try { answer = await find(); } catch { answer = { error: `${options.field}: the server cannot be reached.` }; }
       if (mine !== turn) return;
       show(answer.id ? { name, ...answer } : null, answer.error);
-      document.dispatchEvent(new CustomEvent("vlv:picture", { detail: options.key }));
+      if (answer.id) document.dispatchEvent(new CustomEvent("vlv:picture", { detail: options.key }));
     }
 
     function takeFile(file) {

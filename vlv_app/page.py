@@ -44,6 +44,9 @@ THEME = gr.themes.Soft(
     block_info_text_color_dark="*neutral_300",
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_300",
+    input_border_color="*neutral_500",
+    input_border_color_dark="*neutral_400",
+    input_border_width="1px",
     color_accent="*primary_700",
     slider_color="*primary_700",
 )

@@ -150,6 +150,7 @@ def test_one_upload_serves_all_tabs_and_a_reload(page, captioner, pictures):
     picture(page).get_by_text("picture-4.png").wait_for()
     tab = open_tab(page, "Caption")
     assert tab.get_by_label("Beginning").input_value() == "a dog"
+    tab.get_by_role("button", name="Settings").click()
     assert tab.get_by_role("spinbutton", name=re.compile("Longest")).first.input_value() == "24"
     tab.get_by_label("Beginning").fill("")
     press(page, "Caption")

@@ -99,7 +99,7 @@ function collection(options, root, server, upload) {
     $("#c-run").textContent = run ? run.sentence : "";
     $("#c-progress").hidden = !run || run.ended;
     if (run && !run.ended) { $("#c-progress").max = run.total || 1; $("#c-progress").value = run.done; }
-    const changed = counts && captioned !== counts;
+    const changed = counts !== null && captioned !== counts;
     counts = captioned;
     if (changed) load();
   }
@@ -137,7 +137,9 @@ function collection(options, root, server, upload) {
         <textarea rows="3"></textarea></label><p class="note" role="status"></p></div>
         <label class="keep"><input type="checkbox"> Keep</label>`;
       item.querySelector(".name").textContent = row.name;
-      item.querySelector("img").alt = row.name;
+      const image = item.querySelector("img");
+      image.alt = row.name;
+      image.onload = () => { image.className = image.naturalWidth <= 128 ? "few-pixels" : ""; };
       const text = item.querySelector("textarea"), keep = item.querySelector("input");
       shown.set(row.number, { row, item, text, keep });
       text.oninput = () => { clearTimeout(text.timer); text.timer = setTimeout(() => send(row.number), 400); };

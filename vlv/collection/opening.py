@@ -138,7 +138,7 @@ def _wanted(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
     """Images and captions; not folders, and not what macOS adds."""
     for entry in archive.infolist():
         path = PurePosixPath(entry.filename)
-        hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+        hidden = any(part.startswith((".", "__MACOSX")) and part != ".." for part in path.parts)
         is_caption = path.suffix.lower() == SIDECAR or path.name == "metadata.jsonl"
         if not entry.is_dir() and not hidden and (is_image_name(path.name) or is_caption):
             yield entry
