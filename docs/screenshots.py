@@ -107,7 +107,9 @@ def collection(page: Page, folder: Path) -> None:
     page.wait_for_function("[...document.querySelectorAll('#c-rows img')].every(image => image.naturalWidth)")
     # The folder is a temporary one, and its name says nothing.
     page.locator("#c-path").fill("~/pictures/scenes")
-    page.evaluate("document.querySelector('#c-about').textContent = '~/pictures/scenes: 24 images, 24 with a caption.'")
+    page.evaluate(
+        "document.querySelector('#c-about').textContent = '~/pictures/scenes: 24 images, 24 with a caption.'"
+    )
 
 
 def picture(page: Page, name: str) -> None:

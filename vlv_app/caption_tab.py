@@ -8,13 +8,22 @@ import gradio as gr
 
 from vlv_app.markup import captions as caption_list
 from vlv_app.markup import done
-from vlv_app.parts import Page, connect, markup_output, read_picture, result_status, run_buttons, settings_inputs
+from vlv_app.parts import (
+    Fields,
+    Page,
+    connect,
+    markup_output,
+    read_picture,
+    result_status,
+    run_buttons,
+    settings_inputs,
+)
 from vlv_app.studio import Caption, Step
 
 NUMBERS = ("max_new_tokens", "num_beams", "temperature", "num_captions")
 
 
-def caption_tab(page: Page) -> dict[str, gr.components.Component]:
+def caption_tab(page: Page) -> Fields:
     """Build the tab; its settings by their names in the API."""
     with gr.Row():
         prefix = gr.Textbox(label="Beginning", info="The caption continues it. It may be empty.", scale=2)
@@ -29,8 +38,9 @@ def caption_tab(page: Page) -> dict[str, gr.components.Component]:
     address = markup_output("link")
 
     def run(picture: dict[str, Any] | None, prefix: str, *numbers: Any) -> Iterator[Any]:
+        length, beams, temperature, count = numbers
         pixel_values, _, _ = read_picture(page.files, picture, "Image")
-        written = yield from streamed(page.studio.caption(pixel_values, *numbers, prefix=prefix))
+        written = yield from streamed(page.studio.caption(pixel_values, length, beams, temperature, count, prefix))
         texts = [caption.text for caption in written]
         yield [texts[0], caption_list(texts), ""], done(lengths(written))
 

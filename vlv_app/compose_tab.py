@@ -8,6 +8,7 @@ import gradio as gr
 from vlv_app.markup import done, figure, figures
 from vlv_app.parts import (
     SAMPLING,
+    Fields,
     Page,
     connect,
     markup_output,
@@ -21,7 +22,7 @@ from vlv_app.parts import (
 from vlv_app.settings import SETTINGS, check_settings
 
 
-def compose_tab(page: Page) -> dict[str, gr.components.Component]:
+def compose_tab(page: Page) -> Fields:
     """Build the tab; its settings by their names in the API."""
     studio, files = page.studio, page.files
     with gr.Row():
@@ -35,7 +36,8 @@ def compose_tab(page: Page) -> dict[str, gr.components.Component]:
     composed = markup_output("composed")
 
     def composition(first: Any, other: Any, share: float, sampling: Any, part: str = "") -> Generator[Any, None, str]:
-        computation = studio.compose(first[0], other[0], share, *sampling, with_caption=bool(part))
+        steps, guidance, seed = sampling
+        computation = studio.compose(first[0], other[0], share, steps, guidance, seed, with_caption=bool(part))
         image, caption = yield from steps_of(computation, part)
         shown = files.show(image, f"{first[2]}-{other[2]}-{share:.2f}")
         return figure(shown, f"{share:.0%} of the first image", caption)

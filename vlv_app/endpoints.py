@@ -99,14 +99,14 @@ class Endpoints:
         yield None, None, ""
         pixel_values, original = self.files.read(image, "image")
         name = Path(image).stem
-        answer = [self.files.show(original, name).path, None, ""]
+        answer: tuple[str, str | None, str] = self.files.show(original, name).path, None, ""
         steps = self.studio.reconstruct(pixel_values, num_inference_steps, guidance_scale, seed)
-        rebuilt = yield from _told(steps, progress, lambda step: tuple(answer))
-        answer[1] = self.files.show(rebuilt, f"{name}-rebuilt").path
+        rebuilt = yield from _told(steps, progress, lambda step: answer)
+        answer = answer[0], self.files.show(rebuilt, f"{name}-rebuilt").path, ""
         if self.studio.writes:
-            written = yield from _told(self.studio.caption(pixel_values), progress, lambda step: tuple(answer))
-            answer[2] = written[0].text
-        yield tuple(answer)
+            written = yield from _told(self.studio.caption(pixel_values), progress, lambda step: answer)
+            answer = answer[0], answer[1], written[0].text
+        yield answer
 
     def compose(
         self,
@@ -129,8 +129,9 @@ class Endpoints:
             seed: another seed starts from other noise.
         """
         yield None
-        pixel_values = [self.files.read(file, field)[0] for file, field in ((first, "first"), (second, "second"))]
-        steps = self.studio.compose(*pixel_values, share, num_inference_steps, guidance_scale, seed)
+        first_values, _ = self.files.read(first, "first")
+        second_values, _ = self.files.read(second, "second")
+        steps = self.studio.compose(first_values, second_values, share, num_inference_steps, guidance_scale, seed)
         composed, _ = yield from _told(steps, progress, lambda step: None)
         yield self.files.show(composed, f"{Path(first).stem}-{Path(second).stem}").path
 
@@ -170,7 +171,7 @@ def _image(label: str) -> gr.Image:
     image = gr.Image(label=label, type="filepath")
     # The file goes to the processor as it was uploaded. Gradio would open it first: it clips 16-bit images, and fails
     # on what is no image. (A subclass would do, but Gradio writes a .pyi file beside every module that has one.)
-    image.preprocess = lambda payload: payload and payload.path
+    image.preprocess = lambda payload: payload and payload.path  # type: ignore
     return image
 
 

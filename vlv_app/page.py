@@ -10,7 +10,7 @@ import gradio as gr
 from vlv_app.caption_tab import caption_tab
 from vlv_app.compose_tab import compose_tab
 from vlv_app.endpoints import add_endpoints
-from vlv_app.parts import CONCURRENCY, Page, Wrapper, picture_input
+from vlv_app.parts import CONCURRENCY, Fields, Page, Wrapper, picture_input
 from vlv_app.pictures import MEGABYTES
 from vlv_app.rebuild_tab import rebuild_tab
 from vlv_app.studio import Studio
@@ -56,7 +56,7 @@ class Tab(NamedTuple):
     """A tab of the page."""
 
     name: str
-    build: Callable[[Page], dict[str, gr.components.Component]]  # returns the fields that the browser keeps
+    build: Callable[[Page], Fields]  # returns what the browser keeps
     megabytes: int = MEGABYTES  # of the largest file that can be uploaded there
 
 
@@ -95,7 +95,7 @@ def build_app(
     return app.queue(default_concurrency_limit=CONCURRENCY)
 
 
-def _keep(app: gr.Blocks, tab: str, fields: dict[str, gr.components.Component]) -> None:
+def _keep(app: gr.Blocks, tab: str, fields: Fields) -> None:
     """Keep what is in the fields of a tab when the page is loaded again in the same window of the browser."""
     if not fields:
         return

@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -22,6 +22,7 @@ EXAMPLE_PIXELS = 96
 SAMPLING = ("num_inference_steps", "guidance_scale", "seed")
 
 Wrapper = Callable[[Callable], Callable]
+Fields = Mapping[str, gr.Slider | gr.Number | gr.Textbox]  # by the names that the API has for them
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from vlv_app.caption_tab import lengths
 from vlv_app.markup import comparison, done, figure, figures
 from vlv_app.parts import (
     SAMPLING,
+    Fields,
     Page,
     connect,
     markup_output,
@@ -21,7 +22,7 @@ from vlv_app.parts import (
 from vlv_app.settings import LARGEST_SEED, check_settings, refusal
 
 
-def rebuild_tab(page: Page) -> dict[str, gr.components.Component]:
+def rebuild_tab(page: Page) -> Fields:
     """Build the tab; its settings by their names in the API."""
     studio, files = page.studio, page.files
     button, stop = run_buttons("Reconstruct")
@@ -36,12 +37,13 @@ def rebuild_tab(page: Page) -> dict[str, gr.components.Component]:
         drawn = markup_output("drawn")
 
     def run(picture: dict[str, Any] | None, *numbers: Any) -> Iterator[Any]:
-        *sampling, count = numbers
+        steps, guidance, first_seed, count = numbers
         pixel_values, image, name = read_picture(files, picture, "Image")
-        original, made, shown = files.show(image, name), [], ""
-        for seed in seeds(sampling[-1], count):
+        original, shown = files.show(image, name), ""
+        made: list[str] = []
+        for seed in seeds(first_seed, count):
             part = f"picture {len(made) + 1} of {count}" if int(count) > 1 else ""
-            rebuilt = yield from steps_of(studio.reconstruct(pixel_values, *sampling[:-1], seed), part)
+            rebuilt = yield from steps_of(studio.reconstruct(pixel_values, steps, guidance, seed), part)
             rebuilt = files.show(rebuilt, f"{name}-rebuilt-seed-{seed}")
             made.append(figure(rebuilt, f"Seed {seed}"))
             shown = shown or comparison(original, rebuilt)

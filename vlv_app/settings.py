@@ -40,7 +40,7 @@ class Setting:
                 info=self.info,
                 buttons=[],
             )
-        field.preprocess = lambda value: value
+        field.preprocess = lambda payload: payload  # type: ignore[method-assign]
         return field
 
     def check(self, value: Any) -> Any:

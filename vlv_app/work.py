@@ -28,7 +28,8 @@ def watch(function: Callable[[Report], Result]) -> Generator[Any, None, Result]:
     Closing the generator stops the function: its next `report` raises [`Stopped`]. Gradio closes the generator of a
     request that is cancelled or whose visitor has left, at the next value that it yields.
     """
-    stop, news, done = Event(), SimpleQueue(), object()
+    stop, done = Event(), object()
+    news: SimpleQueue[Any] = SimpleQueue()
 
     def report(item: Any) -> None:
         if stop.is_set():

@@ -2,8 +2,8 @@
 
 import os
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from vlv.captioning.journal import json_line
 from vlv.collection.opening import SIDECAR
@@ -11,7 +11,8 @@ from vlv.collection.store import Store
 from vlv.files import atomic_writer, read_json_lines, writing_to
 
 
-class Saved(NamedTuple):
+@dataclass(frozen=True)
+class Saved:
     """What came of it."""
 
     count: int
@@ -31,7 +32,8 @@ def save_text_files(store: Store) -> Saved:
     Write each caption into a text file beside its image. A text file that has been changed since it was read is left
     alone.
     """
-    saved, left_out, owners = [], [], {}
+    saved, left_out = [], []
+    owners: dict[Path, str] = {}
     for name, location, text, known in store.kept():
         path = Path(os.path.splitext(location)[0] + SIDECAR)
         owner = owners.setdefault(path, name)

@@ -10,7 +10,7 @@ import gradio as gr
 from vlv.collection.opening import MOST_IMAGES
 from vlv.collection.service import Service
 from vlv.collection.store import ORDERS, SHOWN
-from vlv_app.parts import Page
+from vlv_app.parts import Fields, Page
 from vlv_app.settings import SETTINGS
 
 HERE = Path(__file__).parent
@@ -21,7 +21,7 @@ METHODS = (
 MEGABYTES = 1000  # of a file that a visitor uploads: a zip may be large
 
 
-def collection_tab(is_local: bool) -> Callable[[Page], dict[str, gr.components.Component]]:
+def collection_tab(is_local: bool) -> Callable[[Page], Fields]:
     """
     The function that builds the tab.
 
@@ -29,7 +29,7 @@ def collection_tab(is_local: bool) -> Callable[[Page], dict[str, gr.components.C
         is_local: the page is served to this machine only. Then its visitor may name folders of it.
     """
 
-    def build(page: Page) -> dict[str, gr.components.Component]:
+    def build(page: Page) -> Fields:
         service = Service(page.studio, is_local)
         options: dict[str, Any] = {
             "is_local": is_local,
