@@ -17,9 +17,11 @@ from transformers.image_processing_base import ImageProcessingMixin
 try:
     from .configuration_vlv import VLVConfig  # noqa: F401
     from .images_vlv import load_image
+    from .stopping_vlv import clean_caption
 except ImportError:
     from configuration_vlv import VLVConfig  # noqa: F401
     from images_vlv import load_image
+    from stopping_vlv import clean_caption
 
 # The parts' own tokenizers. They are kept so that `vlv export` can write the parts again. A part may come without one.
 PART_TOKENIZERS = ("encoder_tokenizer", "decoder_tokenizer")
@@ -38,6 +40,8 @@ class VLVProcessor(ProcessorMixin):
         decoder_image_size (`int`): pixels of a side of the square image that the decoder rebuilds.
         crop (`str`, *optional*): `None` reads the whole image, stretched to the encoder's size as in Florence-2.
             `"center"` first resizes the shorter side to `decoder_image_size` and cuts out the centre, as in the paper.
+        clean_captions (`bool`): captions are cut at their last full stop, and repeated sentences are dropped, for a
+            caption head that never learnt to end (see `stopping_vlv.py`).
         encoder_tokenizer, decoder_tokenizer (*optional*): the Florence-2's and the text-to-image model's own.
     """
 
@@ -50,6 +54,7 @@ class VLVProcessor(ProcessorMixin):
         image_std: Sequence[float] = (0.229, 0.224, 0.225),
         decoder_image_size: int = 384,
         crop: str | None = None,
+        clean_captions: bool = False,
         chat_template: str | None = None,
         **parts,
     ):
@@ -58,6 +63,7 @@ class VLVProcessor(ProcessorMixin):
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.decoder_image_size = decoder_image_size
         self.crop = _check_crop(crop)
+        self.clean_captions = clean_captions
         self._part_tokenizers = {name: parts[name] for name in PART_TOKENIZERS if parts.get(name) is not None}
 
     @property
@@ -171,13 +177,22 @@ class VLVProcessor(ProcessorMixin):
         return captions
 
     def decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> str | list[str]:
-        """Token ids (T,) of one caption -> the caption; (B, T) of several -> a list, as the tokenizers do."""
+        """
+        Token ids (T,) of one caption -> the caption; (B, T) of several -> a list, as the tokenizers do. With
+        `skip_special_tokens=False` the text is what was written, also where the processor cleans captions.
+        """
         text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
-        return text.strip() if isinstance(text, str) else [caption.strip() for caption in text]
+        finish = self.finish_caption if skip_special_tokens else str
+        return finish(text).strip() if isinstance(text, str) else [finish(caption).strip() for caption in text]
+
+    def finish_caption(self, text: str) -> str:
+        """The text of a caption, or of what continues one, cleaned where this checkpoint needs it; else as it is."""
+        return clean_caption(text) if self.clean_captions else text
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
         """What the image-text-to-text pipeline calls: decoding that keeps the space between text and caption."""
-        return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens)
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens)
+        return [self.finish_caption(text) for text in texts] if skip_special_tokens else texts
 
     # ---- saving and loading --------------------------------------------------------------------------------
 
@@ -227,25 +242,34 @@ class VLVProcessor(ProcessorMixin):
 
         Args:
             encoder: id or folder of a Florence-2: its image size, normalisation and tokenizer.
-            decoder (*optional*): id or folder of a Stable Diffusion 1.x or 2.x in diffusers' layout: its tokenizer.
-                Without a decoder, give `image_size`.
+            decoder (*optional*): id or folder of a text-to-image model in diffusers' layout: its image size, and the
+                tokenizer of a Stable Diffusion 1.x or 2.x. Without a decoder, give `image_size`.
             caption_head (*optional*): id or folder of a decoder-only language model: the captions' tokenizer. Without
-                a caption head, the decoder's tokenizer takes its place.
-            image_size (`int`, *optional*): pixels of a reconstruction's side; the UNet's own by default.
+                a caption head, the decoder's or the encoder's tokenizer takes its place.
+            image_size (`int`, *optional*): pixels of a reconstruction's side; the teacher's own by default.
             crop (`str`, *optional*): as above.
             hub_kwargs: `revision`, `token`, `local_files_only`, ... as every part's `from_pretrained` takes them.
         """
+        # Imported only now: it brings the models along, which preparing images and captions does not need.
+        try:
+            from .components_vlv import read_decoder_config
+            from .decoders_vlv import Decoder  # noqa: F401  (as above)
+            from .families_vlv import build_decoder
+            from .layers_vlv import device_of  # noqa: F401
+        except ImportError:
+            from components_vlv import read_decoder_config
+            from families_vlv import build_decoder
         images, _ = ImageProcessingMixin.get_image_processor_dict(encoder, **hub_kwargs)
+        teacher = None if decoder is None else build_decoder(read_decoder_config(decoder, **hub_kwargs))
         if image_size is None:
-            unet, _ = PreTrainedConfig.get_config_dict(decoder, subfolder="unet", **hub_kwargs)
-            vae, _ = PreTrainedConfig.get_config_dict(decoder, subfolder="vae", **hub_kwargs)
-            image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+            image_size = teacher.image_size
+        encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **hub_kwargs)
         decoder_tokenizer = None
-        if decoder is not None:
+        if teacher is not None and teacher.reads_text_encoder:
             decoder_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
-        tokenizer = (
-            decoder_tokenizer if caption_head is None else AutoTokenizer.from_pretrained(caption_head, **hub_kwargs)
-        )
+        tokenizer = decoder_tokenizer or encoder_tokenizer
+        if caption_head is not None:
+            tokenizer = AutoTokenizer.from_pretrained(caption_head, **hub_kwargs)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return cls(
@@ -256,7 +280,7 @@ class VLVProcessor(ProcessorMixin):
             image_std=images["image_std"],
             decoder_image_size=image_size,
             crop=crop,
-            encoder_tokenizer=AutoTokenizer.from_pretrained(encoder, **hub_kwargs),
+            encoder_tokenizer=encoder_tokenizer,
             decoder_tokenizer=decoder_tokenizer,
         )
 

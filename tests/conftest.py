@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from hub_server import WRITE_TOKEN, running_hub
+from installed_wheel import Installed, build_wheel
 from transformers.utils import logging
 
 from vlv.scenes import write_scenes
@@ -81,6 +82,18 @@ def tiny_components(tmp_path_factory):
 def scenes(tmp_path_factory):
     """A folder of 40 drawn scenes with captions."""
     return write_scenes(tmp_path_factory.mktemp("scenes"), 40, split="train")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The package as a wheel."""
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """An environment that has the wheel and no checkout: `installed("vlv", "demo")` runs a program of it."""
+    return Installed(wheel, tmp_path_factory.mktemp("installed"))
 
 
 @pytest.fixture

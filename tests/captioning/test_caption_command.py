@@ -70,6 +70,7 @@ def _broken_images(folder):
     return {"empty.jpg", "text.png", "cut.png", "bomb.png"}
 
 
+@pytest.mark.slow
 def test_folder_of_every_kind_of_image(tiny_repo, tiny_model, tmp_path):
     folder = tmp_path / "photos"
     (folder / "schön").mkdir(parents=True)
@@ -208,6 +209,7 @@ def test_rows_of_tables_have_no_sidecars(tiny_repo, tmp_path, capsys):
     assert "--output .txt needs image files" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_captions_without_a_network(tiny_repo, tmp_path):
     tiny.images(1)[0].save(tmp_path / "a.png")
     code = (

@@ -123,7 +123,7 @@ def test_an_output_is_replaced_only_on_demand(suffix, tmp_path):
     path.touch()
     _write(FORMATS[suffix](path), "a")  # an empty file has nothing to lose
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="is there already: add to it with --resume, or replace it with --over"):
+    with pytest.raises(FileExistsError, match="already exists: add to it with --resume, or replace it with --over"):
         _write(FORMATS[suffix](path), "b")
     assert path.read_bytes() == before
     path.chmod(0o640)
@@ -200,7 +200,7 @@ def test_every_output_has_a_list_of_failures_of_its_own(open_again, tmp_path):
     for output in outputs:
         assert _read(output.failures) == [{"file_name": "b.png", "error": f"broken for {output.path}"}]
     assert _read(tmp_path / "failures.jsonl") == [{"file_name": "a.png", "text": "a dog"}]
-    with pytest.raises(ValueError, match="is how a list of failures is named"):
+    with pytest.raises(ValueError, match="is a name for a list of failures"):
         JsonLines(tmp_path / "a.failures.jsonl")
 
 
@@ -238,7 +238,7 @@ def test_a_byte_order_mark_gives_file_and_line(tmp_path):
 def test_damaged_parquet(tmp_path):
     path = tmp_path / "captions.parquet"
     path.write_bytes(b"PAR1 cut")
-    with pytest.raises(ValueError, match=f"{path} is not a whole parquet file"):
+    with pytest.raises(ValueError, match=f"{path} is not a complete parquet file"):
         Sink(Parquet(path), {}, resume=True)
     pyarrow.parquet.write_table(pyarrow.table({"file_name": ["a"]}), path)
     with pytest.raises(ValueError, match=f"{path} has no column text"):
@@ -263,7 +263,7 @@ def test_an_empty_sidecar_does_not_count_as_captioned(photos):
 )
 def test_existing_sidecars(existing, text, photos):
     (photos / "a.txt").write_text("by hand,")
-    for _ in range(2):  # nothing is added twice, neither by a second run nor by one that goes on with a killed one
+    for _ in range(2):  # nothing is added twice, neither by a second run nor by one that resumes a killed one
         _write(_sidecars(photos, existing=existing), "a.png", "b.png", resume=True)
         assert (photos / "a.txt").read_text() == text
         assert (photos / "b.txt").read_text() == "a dog\n"
@@ -287,7 +287,7 @@ def test_an_image_deleted_between_run_and_resume_costs_the_others_nothing(photos
     (photos / "sub" / "c.png").unlink()
     captioned, failures = _write(_sidecars(photos), "a.png", "b.png", resume=True)
     assert captioned == 2 and [row["file_name"] for row in failures] == ["sub/c.png"]
-    assert "not there any more" in failures[0]["error"]
+    assert "does not exist any more" in failures[0]["error"]
     assert {path.name for path in photos.rglob("*.txt")} == {"a.txt", "b.txt"}
 
 
@@ -326,9 +326,9 @@ def test_a_name_too_long_for_a_sidecar_costs_the_others_nothing(photos):
 
 
 def test_sidecars_are_no_images(photos):
-    with pytest.raises(ValueError, match="--output .png is the suffix of images"):
+    with pytest.raises(ValueError, match="--output .png is a suffix of images"):
         Sidecars(find_images([photos]), ".png", existing="overwrite")
-    with pytest.raises(ValueError, match="would write over the image"):
+    with pytest.raises(ValueError, match="would overwrite the image"):
         Sidecars(find_images([photos / "a.png", photos / "b.png", _copy(photos / "a.png", "b.dat")]), ".dat")
 
 

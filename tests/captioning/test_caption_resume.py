@@ -172,6 +172,7 @@ def _names(output):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.slow
 def test_resume_adds_to_a_finished_run(tiny_repo, photos, tmp_path, suffix):
     folder = tmp_path / "photos"
     folder.mkdir()

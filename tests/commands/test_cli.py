@@ -77,11 +77,11 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "name, mend", [("captoin", "did you mean caption?"), ("xyz", f"choose from {', '.join(COMMANDS)}")]
+    "name, hint", [("captoin", "did you mean caption?"), ("xyz", f"choose from {', '.join(COMMANDS)}")]
 )
-def test_unknown_command(name, mend, capsys):
+def test_unknown_command(name, hint, capsys):
     assert main([name]) == 2
-    assert capsys.readouterr().err == f"vlv: error: there is no command '{name}'; {mend}\n"
+    assert capsys.readouterr().err == f"vlv: error: there is no command '{name}'; {hint}\n"
 
 
 def test_arguments_and_status_pass_through(command):

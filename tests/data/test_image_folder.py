@@ -90,11 +90,11 @@ def test_only_folders_are_splits_and_only_where_they_hold_everything(tmp_path):
     assert numbers(load_rows(str(tmp_path / "split"))) == [0, 1]
     assert numbers(load_rows(str(tmp_path / "split"), "test")) == [2]
     assert numbers(load_rows(str(tmp_path / "split"), "validation")) == [3]
-    with pytest.raises(ValueError, match="has no split 'dev', but test, train, validation"):
+    with pytest.raises(ValueError, match="has no split 'dev'; its splits are test, train, validation"):
         load_rows(str(tmp_path / "split"), "dev")
     fill(tmp_path / "mixed", "train/a.png", "test/b.png", "c.png")
     assert sorted(numbers(load_rows(str(tmp_path / "mixed")))) == [0, 1, 2]
-    with pytest.raises(ValueError, match="has no split 'test', but train"):
+    with pytest.raises(ValueError, match="has no split 'test'; its splits are train"):
         load_rows(str(tmp_path / "mixed"), "test")
     fill(tmp_path / "alone", "test/a.png")
     assert numbers(load_rows(str(tmp_path / "alone"))) == [0]
@@ -170,7 +170,7 @@ def test_images_that_metadata_lack_are_counted(tmp_path, caplog):
     folder = fill(tmp_path / "photos", "a.png", "b.png", "c.png")
     metadata(folder, {"file_name": "b.png", "text": "b"})
     assert numbers(load_rows(str(folder))) == [1]
-    assert caplog.messages == [f"{folder}: passed over 2 images that metadata.jsonl lack."]
+    assert caplog.messages == [f"{folder}: skipped 2 images that metadata.jsonl lack."]
 
 
 def test_an_image_that_is_not_there_is_left_out_by_reading_it(tmp_path):
@@ -201,8 +201,8 @@ def test_absolute_paths_and_both_spellings_of_accents(tmp_path):
         ('"a.png"\n', r"metadata\.jsonl, line 1: this is not a JSON object"),
         ('{"text": "a"}\n', r"metadata\.jsonl, row 1: there is no file_name"),
         ('{"file_name": 3}\n', r"metadata\.jsonl, row 1: there is no file_name"),
-        ('{"file_name": "../b.png"}\n', r"metadata\.jsonl, row 1: \.\./b\.png lies outside of .*photos"),
-        ('{"file_name": "/etc/b.png"}\n', r"metadata\.jsonl, row 1: /etc/b\.png lies outside of .*photos"),
+        ('{"file_name": "../b.png"}\n', r"metadata\.jsonl, row 1: \.\./b\.png is outside of .*photos"),
+        ('{"file_name": "/etc/b.png"}\n', r"metadata\.jsonl, row 1: /etc/b\.png is outside of .*photos"),
         (
             '{"file_name": "a.png", "text": 1}\n{"file_name": "a.png", "text": "b"}\n',
             "different kinds in the column text",
@@ -239,7 +239,7 @@ def test_text_files_beside_images_are_captions(tmp_path, caplog):
     assert captions == {
         "a.png": "a red circle", "b.JPG": "ein blauer Würfel", "c.d.png": "one", "none.png": None, "empty.png": None
     }  # fmt: skip
-    assert caplog.messages[-1].startswith(f"{folder}: passed over 1 file not named as an image")
+    assert caplog.messages[-1].startswith(f"{folder}: skipped 1 file not named as an image")
     (folder / "a.txt").write_text("a red circle\n\nsomething round\n")
     captions = {os.path.basename(row["image"]["path"]): row["text"] for row in load_rows(str(folder))}
     assert captions["a.png"] == ["a red circle", "something round"]

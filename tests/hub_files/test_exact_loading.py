@@ -57,6 +57,7 @@ def test_fresh_process(tmp_path, tiny_repo):
     assert_same_in_a_fresh_process(models, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_quantised_language_model(tmp_path):
     """Only the LLM is quantised, as docs/convert.md tells; all before it stays as it was, to the last bit."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised model is tested")

@@ -159,7 +159,7 @@ def test_min_snr_weighs_the_loss_of_each_image(stage1_model, pixel_values):
     prediction, target = denoising_by_hand(model, pixel_values, latents, noise, timesteps)
     signal, sigma = signal_and_noise(model.config.decoder_config["scheduler"], timesteps)
     snr = (signal / sigma).square().flatten()
-    is_velocity = model.noise_scheduler.config.prediction_type == "v_prediction"
+    is_velocity = model.teacher.schedule.config.prediction_type == "v_prediction"
     weights = snr.clamp(max=gamma) / (snr + 1 if is_velocity else snr)  # arXiv 2303.09556, section 3.4
     expected = ((prediction - target).square().mean(dim=(1, 2, 3)) * weights).mean()
     assert snr[0] > gamma > snr[1]
@@ -169,7 +169,7 @@ def test_min_snr_weighs_the_loss_of_each_image(stage1_model, pixel_values):
 
 
 @torch.no_grad()
-def test_noise_timesteps_and_latents_are_drawn_anew_and_repeat_under_a_seed(
+def test_noise_timesteps_and_latents_are_drawn_each_time_and_repeat_under_a_seed(
     tiny_model, pixel_values, decoder_pixel_values
 ):
     def loss(seed):

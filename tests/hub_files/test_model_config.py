@@ -46,7 +46,7 @@ def test_diffusers_frozen_dicts_are_taken(tiny_model):
     parts = {
         "unet": tiny_model.unet.config,
         "vae": tiny_model.vae.config,
-        "scheduler": tiny_model.noise_scheduler.config,
+        "scheduler": tiny_model.teacher.schedule.config,
     }
     config = tiny.config(decoder_config=parts)
     assert type(config.decoder_config["unet"]) is dict

@@ -205,7 +205,7 @@ def test_captioning_neither_builds_nor_reads_the_decoder(
     model, info = model_class.from_pretrained(folder, **arguments, output_loading_info=True)
     assert not any(info.values()), info
     assert not said()
-    assert model.unet is None and model.vae is None and model.noise_scheduler is None
+    assert model.unet is None and model.vae is None and model.teacher is None
     assert {name.split(".")[0] for name in read} == {
         "encoder", "queries", "projection", "text_encoder", "prefix_projection", "caption_head"
     }  # fmt: skip

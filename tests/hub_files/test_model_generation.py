@@ -319,7 +319,7 @@ def test_without_guidance_the_unet_does_half_of_the_work(tiny_model, pixel_value
 
 @pytest.mark.parametrize("scheduler_class", [DDIMScheduler, EulerDiscreteScheduler])
 def test_another_scheduler_can_sample(tiny_model, pixel_values, scheduler_class):
-    scheduler = scheduler_class.from_config(tiny_model.noise_scheduler.config)
+    scheduler = scheduler_class.from_config(tiny_model.teacher.schedule.config)
     other = sample(tiny_model, pixel_values, scheduler=scheduler, num_inference_steps=3, guidance_scale=1.0)
     assert other.shape == (3, 3, 32, 32) and other.isfinite().all()
     again = sample(tiny_model, pixel_values, scheduler=scheduler, num_inference_steps=3, guidance_scale=1.0)
@@ -328,6 +328,7 @@ def test_another_scheduler_can_sample(tiny_model, pixel_values, scheduler_class)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+@pytest.mark.slow
 def test_few_steps_of_the_default_solver_come_closer_than_those_of_ddim(prediction_type, pixel_values):
     model = tiny.model(prediction_type=prediction_type)
     schedule = model.config.decoder_config["scheduler"]

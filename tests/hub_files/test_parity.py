@@ -266,7 +266,7 @@ def unscaled_latents(model):
 
 
 def velocity_as_target(model):
-    model.noise_scheduler.register_to_config(prediction_type="v_prediction")
+    model.teacher.schedule.register_to_config(prediction_type="v_prediction")
 
 
 def replace_forward(module, forward):

@@ -208,6 +208,7 @@ def test_stable_diffusion_1(tiny_components, tmp_path):
 # ---- how it is loaded --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dtype(microsofts):
     """By default no part loses a digit (here fp32 beside a bf16 LLM); else all of it is what is asked for."""
     model = components_of_the_reference(encoder=str(microsofts))

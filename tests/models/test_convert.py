@@ -154,6 +154,7 @@ def test_the_whole_report(tensors2, text_encoder_only):
     assert "left over  0" in str(report) and "lm_head" in str(report)
 
 
+@pytest.mark.slow
 def test_the_decoder_of_stage_2_is_the_given_one(tmp_path):
     model, _, report = convert_checkpoint(str(STAGE2), FLORENCE, SD, QWEN, 64)
     expected = VLVModel.from_components(*parts_with_weights(tmp_path))
@@ -183,6 +184,7 @@ def test_a_captioner_without_decoder(text_encoder_only, expected_ids):
 
 
 @pytest.mark.parametrize("width, heads, act", [(768, 12, "quick_gelu"), (1024, 16, "gelu")], ids=["SD 1", "SD 2"])
+@pytest.mark.slow
 def test_a_captioner_without_any_decoder(width, heads, act, tensors2, tmp_path):
     """A text encoder of a released width is known without its folder."""
     sizes = {"vocab_size": 92, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 1}
@@ -209,6 +211,7 @@ def test_a_captioner_without_any_decoder(width, heads, act, tensors2, tmp_path):
     assert processor.tokenizer("red").input_ids
 
 
+@pytest.mark.slow
 def test_ids(hub, tmp_path, expected_ids):
     """The checkpoint and the parts by their names on the Hub."""
     places = {"checkpoint": STAGE2.parent, "florence": FLORENCE, "sd": SD, "qwen": QWEN}

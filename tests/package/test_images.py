@@ -122,7 +122,7 @@ def test_what_is_passed_over_is_counted(tmp_path, caplog):
     _touch(tmp_path, "a.png", "a.mov", "sub/b.mov", "sub/notes.md", "README", ".hidden.png", ".git/c.png")
     find_images([tmp_path])
     (said,) = caplog.messages
-    assert said.startswith(f"{tmp_path}: passed over 4 files not named as an image (.mov 2, ")
+    assert said.startswith(f"{tmp_path}: skipped 4 files not named as an image (.mov 2, ")
     assert ".md 1" in said and "no suffix 1" in said and said.endswith("and 2 hidden files and folders.")
     caplog.clear()
     _touch(tmp_path / "pure", "a.png")
@@ -234,7 +234,7 @@ def test_captions_beside_images_are_no_lists(folder, monkeypatch, caplog):
     for paths in (shell, ["*"]):
         caplog.clear()
         assert sorted(_names(*paths)) == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.tif"]
-        assert "Passed over 2 captions (.txt) beside an image of the same name." in caplog.messages
+        assert "Skipped 2 captions (.txt) beside an image of the same name." in caplog.messages
     (folder / "b.txt").write_text("a.JPG\n")
     assert _names("b.txt") == ["a.JPG"]  # named alone, it is meant
 

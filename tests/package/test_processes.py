@@ -70,14 +70,14 @@ def test_launch_of_one_process_in_place_of_several_is_refused(argv, alone, monke
 def test_processes_that_do_not_find_each_other_are_refused(alone, monkeypatch):
     check_launch(alone)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="3 processes, but this one finds 1"):
+    with pytest.raises(ValueError, match="3 processes, but this process finds 1"):
         check_launch(alone)
 
 
 def test_fsdp_without_gpus_is_refused(alone, monkeypatch, photos, capsys):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", "tiny/caption", "--output_dir", str(photos), "--dataset", str(photos)]) == 2
-    assert "vlv train: error: FSDP spreads a model over several GPUs" in capsys.readouterr().err
+    assert "vlv train: error: FSDP shards a model over several GPUs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["reconstruct", "evaluate", "info"])
@@ -122,7 +122,7 @@ def test_killed_process_is_not_waited_for(photos, tiny_repo, tmp_path):
     second.communicate()
     _, said = first.communicate(timeout=600)
     assert first.returncode == 2
-    assert "vlv caption: error: Another process of this run has ended" in said and "Traceback" not in said
+    assert "vlv caption: error: Another process of this run ended" in said and "Traceback" not in said
     assert not output.exists()
     assert main([*map(str, argv), "--resume"]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]

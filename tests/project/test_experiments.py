@@ -188,6 +188,7 @@ def test_an_interrupted_run_goes_on(trained, monkeypatch):
     assert steps == [0, 1, 2, 2, 3]
 
 
+@pytest.mark.slow
 def test_llava_is_made_of_the_same_parts(trained):
     """It sees VLV's own image tokens, and writes what its language model finds likeliest behind them."""
     folder, _ = trained

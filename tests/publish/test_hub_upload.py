@@ -79,7 +79,8 @@ def built(tmp_path_factory, source, samples):
 def test_the_repo_is_complete(built, source):
     for name in (
         *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py"),
-        *("processing_vlv.py", "images_vlv.py", "pipeline_vlv.py"),
+        *("decoders_vlv.py", "families_vlv.py", "diffusion_vlv.py"),
+        *("processing_vlv.py", "images_vlv.py", "pipeline_vlv.py", "stopping_vlv.py"),
         *("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"),
         *("training.json", "training/vae/training.json"),
         *("LICENSE", "README.md", "results.json", "model.safetensors.index.json"),
@@ -142,6 +143,7 @@ def test_the_card_tells_of_metrics_on_a_data_set(built, tiny_model, samples, tmp
     assert f"{command} --metrics captions/bleu_4" in card.text
 
 
+@pytest.mark.slow
 def test_the_cards_python_runs(built, pictures, tmp_path):
     """Every Python example of the card, word for word, in one process without this package on its path."""
     text = (built / "README.md").read_text().replace('"ada/vlv-test"', repr(str(built)))
@@ -237,8 +239,8 @@ def test_the_space_runs_the_model_that_its_readme_names(tmp_path, pictures, monk
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--repo-id", "no-user"], "--repo_id no-user is not a name on the Hub"),
-        (["--repo-id", "ada/x", "--space", "ada/x/y"], "--space ada/x/y is not a name on the Hub"),
+        (["--repo-id", "no-user"], "--repo_id no-user is not a name of a Hub repo"),
+        (["--repo-id", "ada/x", "--space", "ada/x/y"], "--space ada/x/y is not a name of a Hub repo"),
         (["--repo-id", "ada/x", "--dry-run"], "--output"),
         (["--repo-id", "ada/x", "--create-pr", "--revision", "v2"], "leave --revision out"),
         (["--repo-id", "ada/x", "--output", str(ROOT / "tests")], "is not empty"),

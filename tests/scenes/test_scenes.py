@@ -86,8 +86,8 @@ def test_no_name_needs_another_article():
         ("a large red circle at the top left on a mint background\n", "does not end in"),
         (f"{SQUARE.phrase} and {CIRCLE.phrase} on a mint background", "reading order"),
         (f"{CIRCLE.phrase} and {CIRCLE.phrase} on a mint background", "different places"),
-        (f"{CIRCLE.phrase}, {SQUARE.phrase}, {CROSS.phrase} on a mint background", "commas and a last 'and'"),
-        (f"{CIRCLE.phrase} and {SQUARE.phrase} and {CROSS.phrase} on a mint background", "commas and a last 'and'"),
+        (f"{CIRCLE.phrase}, {SQUARE.phrase}, {CROSS.phrase} on a mint background", "with commas and 'and'"),
+        (f"{CIRCLE.phrase} and {SQUARE.phrase} and {CROSS.phrase} on a mint background", "with commas and 'and'"),
     ],
 )
 def test_other_texts_are_refused(text, complaint):
@@ -144,7 +144,7 @@ def test_sampling_is_even_and_repeats_itself(splits):
 
 
 def test_scenes_are_the_same_in_every_process():
-    # Python salts hash() anew in each process; the splits must not depend on it.
+    # Python salts hash() differently in each process; the splits must not depend on it.
     code = "from vlv.scenes import *; print([sample_scene(s, i).caption for s in SPLIT_NAMES for i in range(5)])"
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

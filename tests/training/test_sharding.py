@@ -1,5 +1,6 @@
 """What is gathered of a sharded model, and put back into it, in two forked processes with gloo."""
 
+import pytest
 import tiny
 import torch
 from torch import distributed
@@ -50,5 +51,6 @@ def check(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_model_is_used_gathered_and_loaded(tmp_path):
     start_processes(check, (str(tmp_path),), nprocs=2, start_method="fork")

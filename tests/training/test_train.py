@@ -164,4 +164,4 @@ def test_wrong_recipes_say_what_is_wrong(text, argv, message, tmp_path, capsys):
 def test_missing_column_is_named(scenes, tmp_path, capsys):
     argv = arguments("tiny/language", tmp_path, dataset=scenes, caption_column="caption")
     assert vlv(["train", *argv]) == 2
-    assert "no column 'caption', but image, text, short" in capsys.readouterr().err
+    assert "no column 'caption', only image, text, short" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What `vlv train` reads: data sets of every kind, captions in lists, broken files, and what it keeps on disk."""
+"""What `vlv train` reads: datasets of every kind, captions in lists, broken files, and what it keeps on disk."""
 
 import functools
 import itertools
@@ -38,7 +38,7 @@ def captions_in(stage, batch):
     return stage.processor.batch_decode(stage.collate(batch)["input_ids"])
 
 
-# ---- kinds of data sets ----------------------------------------------------------------------------------------
+# ---- kinds of datasets ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory, pictures):
-    """The same pictures with the same captions, by the kind of data set: where it lies, and its two columns."""
+    """The same pictures with the same captions, by the kind of dataset: where it lies, and its two columns."""
     folder = tmp_path_factory.mktemp("kinds")
     files = folder / "imagefolder"
     files.mkdir()
@@ -94,6 +94,7 @@ def test_every_kind_of_data_set_has_the_same_rows(kind, streaming, kinds, pictur
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+@pytest.mark.slow
 def test_columns_are_settings_and_each_epoch_has_every_row_but_those_held_out(
     kind, streaming, kinds, tiny_repo, tmp_path
 ):
@@ -120,7 +121,7 @@ def test_columns_are_settings_and_each_epoch_has_every_row_but_those_held_out(
         assert sorted(said + held_out) == sorted(CAPTIONS)
 
 
-def test_processes_share_a_stream_and_shuffle_it_anew(kinds):
+def test_processes_share_a_stream_and_shuffle_it_again(kinds):
     dataset, image, text = kinds["saved"]
 
     def read(row):
@@ -247,6 +248,7 @@ def test_what_is_left_are_the_whole_images_upright(mixed, tiny_repo, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", [AUTOENCODE, CAPTION], ids=["stage1", "stage2"])
+@pytest.mark.slow
 def test_features_kept_on_disk_change_no_loss(recipe, tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo, "max_steps": 2}
     settings |= {"cache_latents": True} if recipe == AUTOENCODE else {}
@@ -256,6 +258,7 @@ def test_features_kept_on_disk_change_no_loss(recipe, tiny_repo, scenes, tmp_pat
     assert kept["evaluation"]["eval_loss"] == pytest.approx(computed["evaluation"]["eval_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cache_is_shared_by_equal_runs_alone(tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo, "cache_dir": tmp_path / "cache", "cache_latents": True}
 
@@ -272,7 +275,8 @@ def test_a_cache_is_shared_by_equal_runs_alone(tiny_repo, scenes, tmp_path):
     assert len(files(model=other)) == 4
 
 
-def test_latents_kept_on_disk_are_the_vaes_and_are_sampled_anew_in_each_epoch(tiny_repo, scenes, tmp_path):
+@pytest.mark.slow
+def test_latents_kept_on_disk_are_the_vaes_and_are_sampled_again_in_each_epoch(tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo, "cache_dir": tmp_path / "cache", "cache_latents": True}
     stage = make_stage(AUTOENCODE, tmp_path, **settings)
     data, (rows, _) = stage.train_dataset, stage.load_data()

@@ -146,7 +146,7 @@ def test_what_accelerate_cannot_do_on_a_cpu_is_said(tiny_repo, scenes, tmp_path)
     settings = {"dataset": scenes, "model": tiny_repo}
     sharded = launch("fsdp2", 2, CAPTION, tmp_path, **settings)
     assert sharded.returncode != 0 and "cli.py" not in sharded.stderr  # the launcher's traceback, but none of ours
-    assert "vlv train: error: FSDP spreads a model over several GPUs" in sharded.stderr
+    assert "vlv train: error: FSDP shards a model over several GPUs" in sharded.stderr
     assert not (tmp_path / "training.json").exists()
 
 

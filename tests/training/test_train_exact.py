@@ -116,6 +116,7 @@ def test_killed_run_goes_on_with_the_losses_of_the_unbroken_one(stage, recipe, k
 # ---- looking at a run ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_evaluation_writes_samples_as_files_and_to_tensorboard(tiny_repo, scenes, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -41,6 +41,7 @@ def trained(tmp_path_factory, tiny_repo, scenes):
     return {"adapters": folder / "False", "merged": folder / "True"}
 
 
+@pytest.mark.slow
 def test_adapters_on_the_base_model_say_what_the_merged_model_says(trained, tiny_repo, tiny_processor):
     base = VLVModel.from_pretrained(tiny_repo)
     before = logits(base, tiny_processor)
@@ -72,6 +73,7 @@ def test_adapters_lie_in_the_layers_of_both_language_models(trained):
     assert not (trained["merged"] / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_losses_of_the_unbroken_run(tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo, "lora_dropout": 0.1, "save_total_limit": 3, **LORA}
     unbroken = losses(run(RECIPE, tmp_path, **settings))

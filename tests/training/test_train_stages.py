@@ -126,7 +126,7 @@ def test_a_configuration_of_accelerate_by_its_name(monkeypatch, capsys):
     assert main(["train", "--accelerate_config", "ddb", "tiny/caption"]) == 2
     assert "the package has ddp, deepspeed_zero2, fsdp2" in capsys.readouterr().err
     assert main(["train", "--accelerate_config", "ddp"]) == 2
-    assert "name a recipe behind it" in capsys.readouterr().err
+    assert "name a recipe after it" in capsys.readouterr().err
 
 
 def test_the_card_lists_a_training_after_those_that_it_starts_from(tmp_path):

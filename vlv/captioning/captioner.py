@@ -11,11 +11,12 @@ from PIL import Image
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
+from stopping_vlv import RepeatedSentence
 from vlv.captioning.decoding import Spelling, generation_arguments
 from vlv.captioning.memory import free_memory, memory_in_use, peak_memory
 from vlv.captioning.settings import Decoding
 
-# An automatic batch grows between these, as long as memory allows.
+# An automatic batch starts small and grows up to a largest size, as long as memory allows.
 FIRST_BATCH = 4
 LARGEST_BATCH = {"cpu": 64}
 LARGEST_ON_ACCELERATOR = 256
@@ -29,7 +30,8 @@ def largest_batch(device_type: str) -> int:
 
 class Caption(NamedTuple):
     text: str
-    ended: bool  # by its end-of-text token, not by the longest length allowed
+    ended: bool  # with its end-of-text token; not at the longest length allowed, and not because it repeated itself
+    num_tokens: int  # written by the model, including the end-of-text token
 
 
 class Captioner:
@@ -42,9 +44,9 @@ class Captioner:
     Args:
         model, processor: from [`load_captioner`].
         decoding: what the captions are like.
-        batch_size: images at once; `None` starts small and grows as far as free memory allows. What turns out not to
-            fit is halved until it does.
-        compile: decode with a static cache, which transformers compiles where it pays.
+        batch_size: images at once; `None` starts small and grows as far as free memory allows. A batch that does not
+            fit into memory is halved until it does.
+        compile: decode with a static cache, which transformers compiles on a GPU.
     """
 
     def __init__(
@@ -61,11 +63,12 @@ class Captioner:
         self.batch_size = batch_size or FIRST_BATCH
         eos = model.generation_config.eos_token_id
         self.eos_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        self.repetition = RepeatedSentence.of(model.generation_config)  # `None` where captions end by themselves
 
     def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[Caption]]:
         """
         Args:
-            names: the images' names, which seed what is drawn for them.
+            names: the images' names, which seed the sampling of their captions.
             pixel_values: as many tensors of shape `(3, H, W)`, from the processor.
 
         Returns:
@@ -87,8 +90,8 @@ class Captioner:
         return captions
 
     def caption_images(self, images: Iterable[tuple[str, Image.Image]]) -> Iterator[tuple[str, list[Caption]]]:
-        """Captions of PIL images of any mode and size, each behind its name, in order."""
-        # Each is made small as it comes: a batch of large images would fill the memory.
+        """(name, captions) for each PIL image, of any mode and size, in order."""
+        # Each image is resized at once, because a batch of large images would fill the memory.
         prepared = ((name, self.processor(images=image)["pixel_values"][0]) for name, image in images)
         while batch := list(islice(prepared, self.largest)):
             names, pixel_values = zip(*batch, strict=True)
@@ -97,7 +100,7 @@ class Captioner:
     @torch.no_grad()
     def write(self, names: Sequence[str], caption_embeds: torch.Tensor) -> list[list[Caption]]:
         """
-        Captions of what has been encoded, in one batch.
+        Captions for caption embeddings, in one batch.
 
         Args:
             caption_embeds: `(B, Q, E)`, from `model.encode`.
@@ -109,28 +112,35 @@ class Captioner:
             # transformers warns that the image is not counted as repeated text, which is intended here.
             warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
             ids = self.model.generate(caption_embeds=caption_embeds, input_ids=prefix_ids, **arguments).tolist()
-        captions = [
-            Caption(spelling.text(row).strip(), any(token in self.eos_token_ids for token in row)) for row in ids
-        ]
+        captions = [self.read(row, spelling) for row in ids]
         each = self.decoding.num_captions
         return [captions[start : start + each] for start in range(0, len(captions), each)]
 
+    def read(self, ids: Sequence[int], spelling: Spelling) -> Caption:
+        """The caption of new token ids, as `model.generate` returns them: what comes after its end is ignored."""
+        repeated = None if self.repetition is None else self.repetition.find(ids)
+        ids = ids[:repeated]
+        end = next((place for place, token in enumerate(ids) if token in self.eos_token_ids), None)
+        prefix, text = spelling.text(()), spelling.text(ids)
+        text = prefix + self.processor.finish_caption(text.removeprefix(prefix))
+        return Caption(text.strip(), end is not None, len(ids) if end is None else end + 1)
+
     def generation_arguments(self, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
-        """What `model.generate` is told, for the images of these names."""
+        """The arguments of `model.generate` for the images with these names."""
         arguments = generation_arguments(self.decoding, names, spelling)
-        if self.compile:  # for which the batch must keep its shape
+        if self.compile:  # compiled code needs batches of one shape
             arguments.pop("custom_generate", None)
             arguments["cache_implementation"] = "static"
         return arguments
 
     def _try(self, names, pixel_values):
-        """The captions, or `None` when memory did not suffice."""
+        """The captions, or `None` when there was not enough memory."""
         try:
             return self._caption(names, pixel_values)
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                 raise
-        return None  # only out here is the memory free that the failed attempt held
+        return None  # here, outside of `except`, the memory of the failed attempt is free again
 
     @torch.no_grad()
     def _caption(self, names, pixel_values):
@@ -141,7 +151,7 @@ class Captioner:
         if failed == 1:
             raise ValueError(
                 "Not even one image at a time fits into memory: lower --num_beams, --num_captions or "
-                "--max_new_tokens, or take --dtype bfloat16 or --quantization."
+                "--max_new_tokens, or use --dtype bfloat16 or --quantization."
             )
         self.batch_size = self.largest = failed // 2
 

@@ -37,6 +37,7 @@ from components_vlv import (
 from configuration_vlv import VLVConfig
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
+from stopping_vlv import stop_at_repetition
 
 CHECKPOINT_NAMES = (
     "model.safetensors.index.json",
@@ -57,7 +58,7 @@ DROPPED = (
     # A clone of the *pretrained* embeddings: not the trained ones, whatever its shape suggests.
     (r"^encoder\.language_model\.lm_head\.weight$", "Florence-2's own language head, which a VLV never asks"),
     (r"^encoder\.language_model\.final_logits_bias$", "Florence-2's own language head, which a VLV never asks"),
-    (r"^text_encoder\.embeddings\.position_ids$", "counts 0, 1, 2, ...: made anew"),
+    (r"^text_encoder\.embeddings\.position_ids$", "counts 0, 1, 2, ...: made again"),
     (r"^caption_head\..*\.rotary_emb\.inv_freq$", "computed from the config"),
 )
 MAX_NEW_TOKENS = 300  # the length of the captions it was trained on
@@ -68,7 +69,7 @@ PART_ARGUMENTS = {
     "vae": "--decoder",
     "caption_head": "--caption-head",
 }
-# The two text encoders of Stable Diffusion 1.x and 2.x, told apart by their width, for want of a --decoder.
+# The two text encoders of Stable Diffusion 1.x and 2.x, told apart by their width where there is no --decoder.
 TEXT_ENCODERS = {
     768: {"num_attention_heads": 12, "hidden_act": "quick_gelu"},
     1024: {"num_attention_heads": 16, "hidden_act": "gelu"},
@@ -289,6 +290,7 @@ def convert_checkpoint(
     model = VLVModel.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     if caption_head is not None:
         model.generation_config = _generation_config(caption_head)
+        stop_at_repetition(model, processor)  # the paper's captioner never learnt to end
     return model, processor, report
 
 
@@ -355,11 +357,13 @@ def _caption_config(caption_head, weights, report):
 
 
 def _generation_config(caption_head):
-    """The LLM's own settings, but for the length: the paper's captioner never learnt where to stop."""
+    """The LLM's own settings, but for the length."""
     try:
         return GenerationConfig.from_pretrained(caption_head, max_new_tokens=MAX_NEW_TOKENS)
     except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(caption_head))
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(caption_head))
+        config.max_new_tokens = MAX_NEW_TOKENS
+        return config
 
 
 def _check(checkpoint, config, weights, report):

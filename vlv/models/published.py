@@ -13,7 +13,7 @@ CAPTION_HEADS = {
 
 def published_config(caption_head: str = "3B") -> VLVConfig:
     """
-    The config of the paper's models; its prompt ids are placeholders of the right number, for want of tokenizers.
+    The config of the paper's models. Its prompt ids are placeholders of the right number: no tokenizer is read here.
 
     Args:
         caption_head: "0.5B", "1.5B" or "3B".
@@ -67,6 +67,34 @@ def florence_2_large() -> Florence2Config:
             "max_position_embeddings": 4096,
         },
     )
+
+
+def florence_2_base() -> Florence2Config:
+    config = florence_2_large().to_dict()
+    config["vision_config"] |= {
+        "embed_dim": [128, 256, 512, 1024],
+        "num_heads": [4, 8, 16, 32],
+        "num_groups": [4, 8, 16, 32],
+        "projection_dim": 768,
+    }
+    config["text_config"] |= {
+        "d_model": 768,
+        "encoder_layers": 6,
+        "decoder_layers": 6,
+        "encoder_attention_heads": 12,
+        "decoder_attention_heads": 12,
+        "encoder_ffn_dim": 3072,
+        "decoder_ffn_dim": 3072,
+    }
+    return Florence2Config(**config)
+
+
+# By their Hub ids.
+ENCODERS = {
+    f"{owner}/Florence-2-{size}": config
+    for owner in ("florence-community", "microsoft")
+    for size, config in (("base", florence_2_base), ("large", florence_2_large))
+}
 
 
 def stable_diffusion_2_1_base() -> dict:

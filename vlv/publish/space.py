@@ -14,7 +14,7 @@ from vlv.images import ImageFile
 # A module and a folder at the top, beside the package: imported, they would load gradio.
 APP = Path(find_spec("spaces_app").origin)
 PAGES = Path(find_spec("vlv_app").origin).parent
-# gradio itself is the Space's SDK, named in the README.
+# gradio is not here, because it is the Space's SDK, which the README names.
 REQUIREMENTS = (
     "accelerate",
     "diffusers",
