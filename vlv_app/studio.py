@@ -68,7 +68,7 @@ class Studio:
     @property
     def rebuilds(self) -> bool:
         """Whether the model has a decoder."""
-        return self.model.unet is not None
+        return self.model.config.decoder_config is not None
 
     @property
     def draws_words(self) -> bool:
@@ -184,6 +184,8 @@ class Studio:
         def text_of(ids: list[int]) -> str:
             return tokenizer.decode([*prefix_ids, *ids], skip_special_tokens=True).strip()
 
+        beginning = text_of([])
+
         def report_tokens(ids: torch.LongTensor) -> None:
             count = ids.shape[1]
             streams = num_beams == num_captions == 1  # beam search has no final tokens until it ends
@@ -205,7 +207,10 @@ class Studio:
         captions = []
         for row in rows:
             end = next((place + 1 for place, token in enumerate(row) if token in ends), None)
-            captions.append(Caption(text_of(row), end or len(row), end is None and len(row) >= max_new_tokens))
+            whole, part = text_of(row), self.processor.decode(row)  # which may clean what the model wrote
+            space = " " if whole[len(beginning) :].startswith(" ") else ""
+            text = f"{beginning}{space}{part}" if beginning else part
+            captions.append(Caption(text, end or len(row), end is None and len(row) >= max_new_tokens))
         return captions
 
     def _sample(

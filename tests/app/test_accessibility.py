@@ -72,7 +72,7 @@ def test_everything_is_reached_by_keyboard_with_a_visible_focus_and_has_room(pag
                 const shown = it.type === 'file' ? it.parentElement : it;
                 const style = getComputedStyle(shown), box = shown.getBoundingClientRect();
                 const label = it.labels?.[0]?.innerText || it.getAttribute('aria-label') || it.innerText || it.title;
-                return { html: it.outerHTML.slice(0, 200), label: (label ?? '').trim(), id: it.closest('[id]')?.id, outline: style.outlineStyle,
+                return { html: it.outerHTML.slice(0, 200), label: (label ?? '').trim(), outline: style.outlineStyle,
                     width: box.width, height: box.height, inline: style.display === 'inline' };
             }"""
         )
