@@ -15,7 +15,7 @@ MOST_FILES = 1000  # of one request
 
 
 class Endpoints:
-    """The functions behind the API. Gradio shows their docstrings."""
+    """The functions behind the API."""
 
     def __init__(self, studio: Studio):
         self.studio, self.files = studio, studio.files
@@ -50,9 +50,8 @@ class Endpoints:
         prefix: str = "",
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[list[dict[str, str]]]:
-        """Write captions for many images. It streams: each value is a list of all rows so far.
-
-        A row holds `file_name`, and `text` or, for an image that cannot be read, `error`.
+        """Write captions for many images. It streams: each value is a list of all rows so far. A row holds
+        `file_name`, and `text` or, for an image that cannot be read, `error`.
 
         Parameters:
             images: the image files, as they are.
@@ -184,13 +183,13 @@ def _numbers(names: Sequence[str]) -> list[gr.components.Component]:
 
 
 def _add(on_gpu: Wrapper, function: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:
-    """An endpoint of the function's name, documented by its docstring."""
+    """An endpoint of the function's name. Its page shows the first paragraph of the docstring."""
     gr.Button(visible=False).click(
         on_gpu(said(function)),
         inputs,
         outputs,
         api_name=function.__name__,
-        api_description=inspect.getdoc(function),
+        api_description=" ".join(inspect.getdoc(function).partition("\n\n")[0].split()),
         concurrency_id="model",
         concurrency_limit=CONCURRENCY,
     )

@@ -28,7 +28,7 @@ window.vlv = (() => {
 
   let pasteTarget = null;  // the input that a pasted picture goes to
 
-  function picture(options, root, props, trigger, server, upload, watch) {
+  function picture(options, root, props, trigger, server, upload) {
     const box = root.querySelector(".picture-input");
     const heading = element("h2", { className: "field", id: `field-${options.key}` }, options.field);
     const image = element("img", { hidden: true });
@@ -71,16 +71,19 @@ window.vlv = (() => {
     }
 
     // `find` gives the server's answer: what it shows of a picture, or an error. Whatever was made of the picture
-    // before goes at once.
-    async function take(find, name = "") {
+    // before goes at once; `isSame`: the page is loaded again, with the picture that it had.
+    async function take(find, name = "", isSame = false) {
       const mine = ++turn;
-      show(null);
-      trigger("input");
+      if (!isSame) {
+        show(null);
+        trigger("input");
+      }
       note.textContent = "Reading the picture …";
       let answer;
       try { answer = await find(); } catch { answer = { error: `${options.field}: the server cannot be reached.` }; }
       if (mine !== turn) return;
       show(answer.id ? { name, ...answer } : null, answer.error);
+      if (isSame && !answer.id) trigger("input");
       if (answer.id) document.dispatchEvent(new CustomEvent("vlv:picture", { detail: options.key }));
     }
 
@@ -117,7 +120,7 @@ window.vlv = (() => {
       take(async () => {
         const answer = await server.look(earlier.id);
         return answer.error && !named ? { error: "" } : answer;  // a kept picture may be gone; nobody asked for it
-      }, earlier.name);
+      }, earlier.name, !named);
     }
   }
 
@@ -218,8 +221,10 @@ window.vlv = (() => {
   function restore(tab, names, values) {
     const fields = fieldsBefore(tab);
     const here = asked.get("tab") === tab;
+    const samePicture = !asked.has("image") && kept.get("image");
     return values.map((value, place) => {
       const name = names[place];
+      if (name === "caption" && !samePicture) return "";  // it is that of another picture
       if (here && asked.has(name)) return typeof value === "number" ? Number(asked.get(name)) : asked.get(name);
       return fields[name] ?? value;
     });

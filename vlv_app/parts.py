@@ -74,7 +74,7 @@ def picture_input(files: PictureFiles, examples: Sequence[str], field: str, key:
     return gr.HTML(
         None,
         html_template='<div class="picture-input"></div>',
-        js_on_load=f"vlv.picture({json.dumps(options)}, element, props, trigger, server, upload, watch); // 'input'",
+        js_on_load=f"vlv.picture({json.dumps(options)}, element, props, trigger, server, upload); // 'input'",
         server_functions=[look, example],
         apply_default_css=False,
         elem_id=f"picture-{key}",

@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+from urllib.parse import urlsplit
 
 import pytest
 import tiny
@@ -26,12 +27,14 @@ def app_of_collections(tmp_path_factory, repo):
 def window(browser, app_of_collections):
     context = browser.new_context(viewport={"width": 1200, "height": 1000}, accept_downloads=True)
     page = context.new_page()
-    errors = []
+    hosts, errors = set(), []
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(f"{app_of_collections.url}/?tab=Collection")
     page.locator("#c-path").wait_for()
     yield page
     context.close()
+    assert {host for host in hosts if host} == {urlsplit(app_of_collections.url).netloc}
     assert not errors
 
 

@@ -156,6 +156,14 @@ def test_one_upload_serves_all_tabs_and_a_reload(page, captioner, pictures):
     press(page, "Caption")
     wait_until_done(page)
     assert caption_box(page).input_value() == caption_of(captioner, str(pictures[4]))
+    caption_box(page).fill("my own words")
+    caption_box(page).press("Tab")
+    page.reload()
+    picture(page).get_by_text("picture-4.png").wait_for()
+    page.wait_for_function("document.querySelector('#caption-text textarea').value === 'my own words'")
+    page.goto(f"{page.url.partition('?')[0]}?image=gone/picture.png")
+    picture(page).get_by_role("alert").get_by_text("does not have this picture any more").wait_for()
+    assert everything_shown(page) == []
 
 
 @pytest.mark.parametrize("change", ["another", "remove", "unreadable"])
@@ -229,7 +237,24 @@ def photo(file):
     Image.radial_gradient("L").resize((3000, 2000)).convert("RGB").save(file, quality=90)
 
 
-@pytest.mark.parametrize("name, write", [("see-through.png", see_through), ("scan.tiff", tiff), ("photo.jpg", photo)])
+def heic(file):
+    pytest.importorskip("pillow_heif").from_pillow(Image.linear_gradient("L").convert("RGB")).save(file)
+
+
+def avif(file):
+    Image.linear_gradient("L").convert("RGB").save(file)
+
+
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("see-through.png", see_through),
+        ("scan.tiff", tiff),
+        ("photo.jpg", photo),
+        ("phone.heic", heic),
+        ("phone.avif", avif),
+    ],
+)
 def test_a_picture_is_shown_as_the_model_sees_it(page, tiny_processor, tmp_path, name, write):
     write(tmp_path / name)
     choose_file(page, tmp_path / name)

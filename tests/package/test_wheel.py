@@ -24,7 +24,7 @@ def test_holds_code_checkpoint_and_data(wheel):
         published = {file.name for file in ROOT.glob("*_vlv.py")}
         assert published <= names
         # All of the package that git has, recipes, examples and drawings among it.
-        assert set(tracked("vlv")) <= names
+        assert set(tracked("vlv", "vlv_app")) <= names
         # The checkpoint is whole, and its code files are files, equal to the published ones, not links to them.
         for file in Path(tiny_checkpoint()).rglob("*"):
             if file.is_file():
@@ -72,7 +72,7 @@ def test_app_serves_its_page_and_examples(installed):
                 break
             except OSError:
                 time.sleep(0.5)
-        assert "vlv-tiny" in page and "000000.png" in page
+        assert "vlv-tiny" in page and "data:image/png;base64," in page
     finally:
         process.terminate()
         process.wait()
