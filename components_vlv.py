@@ -70,9 +70,12 @@ def load_components(
     image_size: int | None = None,
     prompt: str = TASK_PROMPT,
     dtype: torch.dtype | str | None = None,
+    projection_start: str = "zero",
     **hub_kwargs,
 ) -> Components:
     """Reads what `VLVModel.from_components` is given. The arguments and errors are described there."""
+    if projection_start not in ("zero", "mean"):
+        raise ValueError(f"projection_start is {projection_start!r}: choose 'zero' or 'mean'.")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     loading = {"dtype": dtype or "auto", **hub_kwargs}
     llm = generation_config = None
@@ -96,6 +99,10 @@ def load_components(
     }
     dtype = dtype or functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
     weights |= teacher.empty_prompt
+    if projection_start == "mean":
+        words = weights.get("text_encoder.embeddings.token_embedding.weight")
+        words = weights["empty_prompt_embeds"][0] if words is None else words
+        weights["projection.2.bias"] = words.float().mean(0)
     config = VLVConfig(
         encoder_config=florence.config,
         caption_config=None if llm is None else llm.config,

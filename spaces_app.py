@@ -117,6 +117,7 @@ class Studio:
         num_inference_steps: int = 8,
         guidance_scale: float = 2.0,
         seed: int = 0,
+        text: str = "",
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Image.Image:
         """Join the caption embeddings of two images, a share of each, and rebuild them into one picture.
@@ -128,12 +129,13 @@ class Studio:
             num_inference_steps: sampling steps; more are slower and finer.
             guidance_scale: how closely the decoder follows the embeddings; 1 switches guidance off.
             seed: another seed starts from other noise.
+            text: words to add, which take the place of the last embeddings.
         """
         (_, first_embeds), (_, second_embeds) = self._see(first), self._see(second)
         length = first_embeds.shape[1]
         kept = round(share * length)
         joined = torch.cat([first_embeds[:, :kept], second_embeds[:, : length - kept]], dim=1)
-        return self._sample(joined, num_inference_steps, guidance_scale, seed, progress)
+        return self._sample(joined, num_inference_steps, guidance_scale, seed, progress, text)
 
     def _see(self, file):
         """What the model sees of an image, small enough for the page, and its caption embeddings."""
@@ -155,7 +157,7 @@ class Studio:
         ids = self.model.generate(caption_embeds=caption_embeds, **settings)
         return self.processor.batch_decode(ids)[0]
 
-    def _sample(self, caption_embeds, num_inference_steps, guidance_scale, seed, progress):
+    def _sample(self, caption_embeds, num_inference_steps, guidance_scale, seed, progress, text=""):
         if seed is None:
             raise gr.Error("Give a seed: any whole number, 0 for instance.", title="No seed", print_exception=False)
 
@@ -163,13 +165,18 @@ class Studio:
             progress((step + 1, num_inference_steps), desc="Rebuilding", unit="steps")
             return tensors
 
-        return self.model.reconstruct(
-            caption_embeds=caption_embeds,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=torch.Generator().manual_seed(seed),
-            callback_on_step_end=show_step,
-        )[0]
+        try:
+            return self.model.reconstruct(
+                caption_embeds=caption_embeds,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=torch.Generator().manual_seed(seed),
+                callback_on_step_end=show_step,
+                text=text.strip() or None,
+                tokenizer=self.processor.decoder_tokenizer,
+            )[0]
+        except ValueError as error:  # too many words, or a model that reads none
+            raise gr.Error(str(error), title="These words cannot be added", print_exception=False) from error
 
 
 def _find_device():
@@ -231,11 +238,12 @@ def _compose_tab(function, look):
             with gr.Row():
                 first, second = _image_input("First image", look), _image_input("Second image", look)
             share = gr.Slider(0, 1, 0.5, step=0.01, label="Share of the first image", info="the rest is the second's")
+            words = gr.Textbox(label="Words", info="added to the images, where the model has a text encoder")
             sampling = _sampling_settings()
             button = gr.Button("Compose", variant="primary")
         with gr.Column():
             composed = _image_output("Composition", look)
-    _connect(button, function, [first, second, share, *sampling], composed)
+    _connect(button, function, [first, second, share, *sampling, words], composed)
     files = _example_files()
     _examples([list(pair) for pair in zip(files[::2], files[1::2], strict=False)], [first, second])
 

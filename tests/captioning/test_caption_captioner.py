@@ -70,6 +70,20 @@ def test_the_batch_changes_nothing(model, pixel_values, decoding):
     assert shuffled == [alone[i] for i in order]
 
 
+def test_captions_of_the_leading_queries(model, pixel_values, greedy):
+    embeds = model.encode(torch.stack(pixel_values))
+    expected = _texts_of(model, embeds[:, :2])
+    assert _captioner(model, num_queries=2)(NAMES, pixel_values) == expected
+    assert [text for (text,) in expected] != greedy
+    with pytest.raises(ValueError, match=r"num_queries is 11, but this checkpoint has 10 queries"):
+        _captioner(model, num_queries=11)
+
+
+def _texts_of(model, embeds):
+    written = Captioner(model, tiny.processor(), Decoding(max_new_tokens=LENGTH)).write(NAMES, embeds)
+    return [[caption.text for caption in captions] for captions in written]
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_captions_have_no_padding(model, pixel_values, num_beams):
     """Compared with the model on one image at a time, which has no padding."""

@@ -241,6 +241,7 @@ def test_nothing_readable(tiny_repo, tmp_path, capsys):
         (["."], ".: there are no images in this folder"),
         ([], "the following arguments are required: PATH"),
         (["a.png", "--batch_size", "0"], "--batch_size is 0; it must be at least 1, or auto."),
+        (["a.png", "--num_queries", "0"], "--num_queries is 0; it must be at least 1."),
         (["a.png", "--num_beams", "many"], "invalid int value: 'many'"),
         (["a.png", "--output", "captions.csv"], "must end in .jsonl"),
         (["a.png", "--num_captions", "3"], "--num_captions 3 needs as many --num_beams, or a --temperature above 0."),
@@ -258,6 +259,14 @@ def test_wrong_arguments(arguments, sentence, tmp_path, monkeypatch, capsys):
     assert status == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("vlv caption: error: ") and sentence in line
+
+
+def test_more_queries_than_the_checkpoint_has(tiny_repo, tmp_path, capsys):
+    tiny.images(1)[0].save(tmp_path / "a.png")
+    capsys.readouterr()
+    assert main(["caption", str(tmp_path / "a.png"), "--model", str(tiny_repo), "--num_queries", "11"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("num_queries is 11, but this checkpoint has 10 queries: choose between 1 and 10.")
 
 
 def test_checkpoint_without_a_caption_head(tiny_processor, tmp_path, capsys):

@@ -113,3 +113,19 @@ def test_defaults_are_the_models_own():
     defaults = inspect.signature(VLVModel.reconstruct).parameters
     for name in ("num_inference_steps", "guidance_scale"):
         assert getattr(ReconstructArguments(output=""), name) == defaults[name].default
+
+
+def test_pictures_of_the_leading_queries(photos, tiny_repo, tiny_model, tmp_path, capsys):
+    output = tmp_path / "rebuilt"
+    assert _main(photos / "a.png", "--output", output, "--model", tiny_repo, "--num_queries", 3) == 0
+    embeds = tiny_model.encode(**tiny.processor()(images=Image.open(photos / "a.png")))[:, :3]
+    (rebuilt,) = tiny_model.reconstruct(caption_embeds=embeds, generator=[torch.Generator().manual_seed(0)])
+    sheet = Image.open(output / "a.png")
+    width = (sheet.width - GAP) // 2
+    shown = sheet.crop((width + GAP, 0, sheet.width, sheet.height)).resize((32, 32), Image.Resampling.NEAREST)
+    assert np.abs(np.asarray(shown, int) - np.asarray(rebuilt, int)).max() <= 1
+    for number in (0, 11):
+        capsys.readouterr()
+        assert _main(photos, "--output", output, "--model", tiny_repo, "--num_queries", number) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.endswith(f"num_queries is {number}, but this checkpoint has 10 queries: choose between 1 and 10.")

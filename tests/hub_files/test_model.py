@@ -227,6 +227,35 @@ def test_context_dropout_puts_the_empty_prompt_in_place_of_contexts_and_only_in_
     assert (in_eval - with_empty).abs() > 1e-4
 
 
+@torch.no_grad()
+def test_noise_draws_are_several_noise_levels_for_each_image_that_is_encoded_once(pixel_values):
+    model = tiny.model(noise_draws=3).set_stage("frozen")
+    latents, encoded = torch.randn(3, 4, 8, 8), []
+    model.text_encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))
+    torch.manual_seed(5)
+    loss = model.train()(pixel_values, latents=latents).loss
+    assert encoded == [3]
+
+    torch.manual_seed(5)
+    noise, timesteps = torch.randn(9, 4, 8, 8), torch.randint(1000, (9,))
+    context = model.encode_context(model.encode(pixel_values))
+    # The draws of an image follow each other: every third one is the next image's.
+    each = [model.compute_denoising_loss(latents, context, noise[k::3], timesteps[k::3]) for k in range(3)]
+    torch.testing.assert_close(loss, torch.stack(each).mean())
+
+    torch.manual_seed(5)
+    in_eval = model.eval()(pixel_values, latents=latents).loss
+    torch.manual_seed(5)
+    noise, timesteps = torch.randn(3, 4, 8, 8), torch.randint(1000, (3,))
+    torch.testing.assert_close(in_eval, model.compute_denoising_loss(latents, context, noise, timesteps))
+
+
+@pytest.mark.parametrize("draws", [0, -1, 1.5])
+def test_noise_draws_are_at_least_one(draws):
+    with pytest.raises(ValueError, match=rf"noise_draws is {draws}: draw at least 1 noise level for each image\."):
+        tiny.config(noise_draws=draws)
+
+
 # ---- stage 2: the caption loss -----------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -54,6 +55,30 @@ def test_every_weight_is_that_of_its_part(tiny_components):
     assert 0.01 < model.queries.std() < 0.03 and not model.queries.isnan().any()
     assert model.caption_head.lm_head.weight is model.caption_head.get_input_embeddings().weight
     assert not any(weight.requires_grad for weight in model.unet.parameters())
+
+
+def test_caption_embeds_start_around_the_mean_of_the_word_embeddings(tiny_components):
+    model = assemble(tiny_components, projection_start="mean")
+    words = model.text_encoder.embeddings.token_embedding.weight
+    torch.testing.assert_close(model.projection[2].bias, words.mean(0))
+    plain = assemble(tiny_components)
+    assert not plain.projection[2].bias.any() and 0.01 < model.projection[2].weight.std() < 0.03
+    with pytest.raises(ValueError, match="projection_start is 'words': choose 'zero' or 'mean'"):
+        assemble(tiny_components, projection_start="words")
+
+
+@pytest.mark.parametrize(("size", "near"), [(20, 16), (72, 64), (0, 8), (-8, 8)])
+def test_the_encoder_reads_sizes_that_its_strides_and_positions_allow(tiny_components, size, near):
+    parts = tiny_components / "encoder", tiny_components / "decoder"
+    processor = VLVProcessor.from_components(*parts, encoder_image_size=48)
+    pixel_values = processor(images=tiny.images(2))["pixel_values"]
+    assert pixel_values.shape == (2, 3, 48, 48) and processor.decoder_image_size == 32
+    sentence = (
+        f"encoder_image_size is {size}, but the encoder reads multiples of 8 pixels, its strides, up to 64, which its"
+        f" positions reach: choose one of them, such as {near}."
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        VLVProcessor.from_components(*parts, encoder_image_size=size)
 
 
 def llm_config(config_class, **settings):

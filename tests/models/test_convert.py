@@ -198,7 +198,7 @@ def test_a_captioner_without_any_decoder(width, heads, act, tensors2, tmp_path):
             torch.zeros(width),
         )
     tensors["mlp.layers.0.weight"] = torch.randn(96, width)
-    model, processor, _ = convert_checkpoint(str(flat(tensors, tmp_path)), FLORENCE, None, QWEN, 64)
+    model, processor, _ = convert_checkpoint(str(flat(tensors, tmp_path)), FLORENCE, "none", QWEN, 64)
     ids = torch.arange(77)[None]
     with torch.no_grad():
         torch.testing.assert_close(model.text_encoder(ids), clip(ids).last_hidden_state)
@@ -328,7 +328,7 @@ def test_a_pickle_with_code_is_not_run(save, tensors1, tmp_path, capsys, monkeyp
 
 def test_another_architecture(tmp_path, capsys):
     save_file({"model.embed_tokens.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    refused(capsys, tmp_path, tmp_path, "no checkpoint of the paper's code: it has no query_embed")
+    refused(capsys, tmp_path, tmp_path, "is not a checkpoint of the paper's code: it has no query_embed")
 
 
 def test_no_tensors(tmp_path, capsys):
@@ -377,9 +377,11 @@ def test_missing_parts(tmp_path, capsys):
     refused(capsys, tmp_path, "nobody/nothing", "There is no file or folder nobody/nothing, and no model")
     refused(capsys, tmp_path, STAGE1, f"There is no file or folder {nowhere}, which --encoder names", encoder=nowhere)
     refused(capsys, tmp_path, STAGE1, f"There is no file or folder {nowhere}, which --decoder names", decoder=nowhere)
-    refused(capsys, tmp_path, STAGE1, "give the Stable Diffusion it was trained with as --decoder", decoder=None)
-    refused(capsys, tmp_path, STAGE1, "leave --caption-head out", caption_head=QWEN)
-    refused(capsys, tmp_path, STAGE2, "give the LLM that it was trained from as --caption-head")
+    refused(capsys, tmp_path, STAGE1, "name the Stable Diffusion it was trained with as --decoder", decoder="none")
+    refused(capsys, tmp_path, STAGE1, "leave --caption_head out", caption_head=QWEN)
+    refused(
+        capsys, tmp_path, STAGE2, "caption head is 96 wide, and the published one 896 or 1536 or 2048: name the one"
+    )
     refused(capsys, tmp_path, STAGE2, "text encoder is 64 wide", decoder=None, caption_head=QWEN)
     refused(capsys, tmp_path, tmp_path, "holds no checkpoint")
 

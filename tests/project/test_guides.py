@@ -50,6 +50,14 @@ def test_training(follow, tmp_path):
 
 
 @pytest.mark.slow
+def test_captioning(follow, tmp_path):
+    by_message, begun, alone = follow("docs/captioning").splitlines()[-3:]
+    (first, _) = rows(tmp_path / "scenes" / "metadata.jsonl")
+    assert first["text"] in by_message and first["text"] in alone
+    assert "'role': 'assistant', 'content': [{'type': 'text', 'text': 'a large " in begun
+
+
+@pytest.mark.slow
 def test_readme(follow, tmp_path):
     follow("README")
     assert len(rows(tmp_path / "captions.jsonl")) == 12

@@ -58,6 +58,7 @@ class Captioner:
         compile: bool = False,
     ):
         self.model, self.processor, self.decoding, self.compile = model, processor, decoding, compile
+        model.check_num_queries(decoding.num_queries)  # before the first image is read
         self.device = next(model.parameters()).device
         self.largest = batch_size or largest_batch(self.device.type)
         self.batch_size = batch_size or FIRST_BATCH
@@ -144,7 +145,7 @@ class Captioner:
 
     @torch.no_grad()
     def _caption(self, names, pixel_values):
-        return self.write(names, self.model.encode(pixel_values))
+        return self.write(names, self.model.encode(pixel_values, num_queries=self.decoding.num_queries))
 
     def _shrink(self, failed):
         clear_device_cache(garbage_collection=True)

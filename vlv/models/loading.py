@@ -15,6 +15,7 @@ from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
 from vlv.files import check_source
+from vlv.models.reference import is_reference
 
 Model = TypeVar("Model", bound=VLVModel)
 
@@ -83,23 +84,44 @@ def read_config(source: str) -> VLVConfig:
     """The config of a VLV; raises OSError if there is none, and ValueError if it is of another model."""
     folder = Path(source)
     check_source(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{source} is not a model: there is no config.json in it.")
     if not folder.exists() and "/" not in source:
         raise FileNotFoundError(f"There is no folder {source}. A model on the Hub is named user/name.")
     try:
-        config, _ = PreTrainedConfig.get_config_dict(source)
+        config = _config_dict(source)
+    except OSError:
+        _refuse_reference(source)
+        raise
+    if config.get("model_type") != VLVConfig.model_type:
+        _refuse_reference(source)
+        raise ValueError(
+            f"{source} is not a VLV checkpoint: its config.json names the model type {config.get('model_type')!r}."
+        )
+    return VLVConfig.from_dict(config)
+
+
+def _config_dict(source):
+    folder = Path(source)
+    if folder.is_file():
+        raise FileNotFoundError(f"{source} is a file: give the folder of a VLV checkpoint.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{source} is not a model: there is no config.json in it.")
+    try:
+        return PreTrainedConfig.get_config_dict(source)[0]
     except OSError as error:
         if folder.is_dir():
             raise
         raise FileNotFoundError(
             f"There is no folder {source}, and no model of that name was found on the Hub."
         ) from error
-    if config.get("model_type") != VLVConfig.model_type:
+
+
+def _refuse_reference(source):
+    """Says how to bring a checkpoint of the paper's code over, where it is one."""
+    if is_reference(source):
         raise ValueError(
-            f"{source} is not a VLV checkpoint: its config.json names the model type {config.get('model_type')!r}."
+            f"{source} is a checkpoint of the paper's code: bring it over with `vlv convert {source} --output FOLDER` "
+            "and give that folder."
         )
-    return VLVConfig.from_dict(config)
 
 
 def _load(

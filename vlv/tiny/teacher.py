@@ -22,8 +22,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, TrainingArguments
 
 from vlv.data.rows import captions_of, open_image, read_captions
-from vlv.tiny.average import MovingAverage
 from vlv.tiny.tokenization import train_tokenizer
+from vlv.training.average import MovingAverage
 from vlv.training.cache import as_tensors
 from vlv.training.examples import Examples, Table, draw_captions, fixed_noise, squeeze, to_unit_range, tokenize
 from vlv.training.stage import Settings, Stage
@@ -225,7 +225,8 @@ class TeacherStage(Stage):
         return super().state() | dict(average)
 
     def callbacks(self) -> list:
-        return [MovingAverage(self.model.denoiser, self.model.average, self.settings.ema_decay)]
+        trained, average = self.model.denoiser.parameters(), self.model.average.parameters()
+        return [MovingAverage(trained, average, self.settings.ema_decay)]
 
     def pipeline(self) -> DiffusionPipeline:
         return StableDiffusionPipeline(
