@@ -63,9 +63,11 @@ def test_every_imported_package_is_declared(project):
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     # Imported only if they are installed.
     declared |= {"spaces", "liger-kernel"}
-    own = {file.stem for file in ROOT.glob("*.py") if file.stem != "setup"} | {"vlv"}
+    modules = {file.stem for file in ROOT.glob("*.py") if file.stem != "setup"}
+    own = modules | {"vlv", "vlv_app"}
     installed = packages_distributions()
-    for file in [*(ROOT / f"{name}.py" for name in own - {"vlv"}), *(ROOT / "vlv").rglob("*.py")]:
+    folders = [file for name in ("vlv", "vlv_app") for file in (ROOT / name).rglob("*.py")]
+    for file in [*(ROOT / f"{name}.py" for name in modules), *folders]:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -111,3 +113,12 @@ def test_each_published_file_imports_all_that_it_needs():
             for module in re.findall(r"^\s+from \.(\w+) import", (ROOT / name).read_text(), re.MULTILINE)
         }
         assert needed == named - {name}, name
+
+
+def test_what_a_space_gets_does_not_import_the_package():
+    """A Space has `spaces_app.py` and `vlv_app`; only the default model and the collections look for `vlv`."""
+    for file in sorted((ROOT / "vlv_app").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert "vlv" not in {module.partition(".")[0] for module in imported}, file.name

@@ -24,7 +24,7 @@ def test_holds_code_checkpoint_and_data(wheel):
         published = {file.name for file in ROOT.glob("*_vlv.py")}
         assert published <= names
         # All files of the package in git, including recipes, examples and drawings.
-        assert set(tracked("vlv")) <= names
+        assert set(tracked("vlv", "vlv_app")) <= names
         # The checkpoint is complete. Its code files are copies of the published files, not links.
         for file in Path(tiny_checkpoint()).rglob("*"):
             if file.is_file():
@@ -72,7 +72,7 @@ def test_app_serves_its_page_and_examples(installed):
                 break
             except OSError:
                 time.sleep(0.5)
-        assert "vlv-tiny" in page and "000000.png" in page
+        assert "vlv-tiny" in page and "data:image/png;base64," in page
     finally:
         process.terminate()
         process.wait()

@@ -11,8 +11,9 @@ from huggingface_hub import RepoCard, SpaceCardData
 
 from vlv.images import ImageFile
 
-# A module at the top, beside the package: imported, it would load gradio.
+# A module and a folder at the top, beside the package: imported, they would load gradio.
 APP = Path(find_spec("spaces_app").origin)
+PAGES = Path(find_spec("vlv_app").origin).parent
 # gradio is not here, because it is the Space's SDK, which the README names.
 REQUIREMENTS = (
     "accelerate",
@@ -20,6 +21,7 @@ REQUIREMENTS = (
     "huggingface_hub",
     "numpy",
     "pillow",
+    "pillow-heif",  # reads HEIC, which phones take
     "safetensors",
     "torch",
     "transformers",
@@ -58,6 +60,7 @@ def build_space_repo(folder: Path, model_id: str, files: Sequence[ImageFile], li
     RepoCard(f"{content}[{model_id}](https://huggingface.co/{model_id}).\n").save(folder / "README.md")
     (folder / "requirements.txt").write_text("\n".join(pinned) + "\n", encoding="utf-8")
     shutil.copyfile(APP, folder / APP.name)
+    shutil.copytree(PAGES, folder / PAGES.name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "examples").mkdir()
     for file in files:
         shutil.copyfile(file.path, folder / "examples" / Path(file.name).name)
