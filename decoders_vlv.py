@@ -18,9 +18,6 @@ try:
 except ImportError:
     from layers_vlv import cast_for, device_of, restore_tables
 
-# A scheduler that goes from noise to image along straight lines (flow matching) says so in one of these ways.
-FLOW_SCHEDULERS = ("FlowMatch", "flow_prediction")
-
 
 class Prompt(NamedTuple):
     """What conditions a denoiser: B prompts of L embeddings, E wide."""
@@ -47,12 +44,6 @@ class Prompt(NamedTuple):
         """Each prompt so many times in a row: B times as many."""
         pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, 0)
         return Prompt(self.context.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0), pooled)
-
-    def followed_by(self, words: torch.Tensor) -> "Prompt":
-        """With embeddings (B or 1, T, E) of words behind its own."""
-        words = words.to(self.context).expand(len(self.context), -1, -1)
-        mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
-        return Prompt(torch.cat([self.context, words], 1), torch.cat([self.mask, mask], 1), self.pooled)
 
 
 class Decoder:
@@ -406,8 +397,8 @@ class MaskedPrompt(Decoder):
 
 def is_flow(name: str, config: Any) -> bool:
     """Whether a scheduler is one of flow matching."""
-    flow, prediction = FLOW_SCHEDULERS
-    return name.startswith(flow) or config.get("prediction_type") == prediction or bool(config.get("use_flow_sigmas"))
+    flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    return name.startswith("FlowMatch") or bool(flow)
 
 
 __all__ = ["Decoder", "FlowDecoder", "MaskedPrompt", "NoiseDecoder", "PooledPrompt", "Prompt", "is_flow"]

@@ -88,6 +88,8 @@ class VLVReconstructionPipeline(_ImagePipeline):
     """`pipeline("image-to-image")`: each image gives its reconstruction from its caption embeddings."""
 
     def _sanitize_parameters(self, crop=None, seed=None, **sampling_arguments):
+        if sampling_arguments.get("text") is not None:  # words to add to the image
+            sampling_arguments["tokenizer"] = self.processor.decoder_tokenizer
         return {"crop": crop}, {"seed": seed, **sampling_arguments}, {}
 
     def _forward(self, model_inputs, seed=None, **sampling_arguments):

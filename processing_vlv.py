@@ -27,7 +27,7 @@ except ImportError:
 
 # The parts' own tokenizers. They are kept so that `vlv export` can write the parts again. A part may come without one.
 PART_TOKENIZERS = ("encoder_tokenizer", "decoder_tokenizer")
-STRIP = 16  # an image that is this many times longer than wide is a strip
+STRIP = 16  # an image that is at least this many times longer than wide is a strip
 
 
 class VLVProcessor(ProcessorMixin):
@@ -43,7 +43,7 @@ class VLVProcessor(ProcessorMixin):
         crop (`str`, *optional*): `None` reads the whole image, stretched to the encoder's size as in Florence-2.
             `"center"` first resizes the shorter side to `decoder_image_size` and cuts out the centre, as in the paper.
         clean_captions (`bool`): captions are cut at their last full stop, and repeated sentences are dropped, for a
-            caption head that never learnt to end (see `stopping_vlv.py`).
+            caption head that never learned to end them (see `stopping_vlv.py`).
         encoder_tokenizer, decoder_tokenizer (*optional*): the Florence-2's and the text-to-image model's own.
     """
 
@@ -272,6 +272,7 @@ class VLVProcessor(ProcessorMixin):
         caption_head: str | os.PathLike | None = None,
         *,
         image_size: int | None = None,
+        encoder_image_size: int | None = None,
         crop: str | None = None,
         tokenizer: Any = None,
         **hub_kwargs,
@@ -286,26 +287,35 @@ class VLVProcessor(ProcessorMixin):
             caption_head (*optional*): id or folder of a decoder-only language model: the captions' tokenizer. Without
                 a caption head, the decoder's or the encoder's tokenizer takes its place.
             image_size (`int`, *optional*): pixels of a reconstruction's side; the teacher's own by default.
+            encoder_image_size (`int`, *optional*): pixels of a side that the encoder reads; by default the size that
+                it was trained at, 768 for Florence-2. With 384 the vision tower does a quarter of the work; its
+                positions of rows and columns stay as they are.
             crop (`str`, *optional*): as above.
             tokenizer (*optional*): of the captions, loaded already, instead of the caption head's.
             hub_kwargs: `revision`, `token`, `local_files_only`, ... as every part's `from_pretrained` takes them.
+
+        Raises:
+            ValueError: the encoder cannot read images of `encoder_image_size`.
         """
         # Imported only now: it brings the models along, which preparing images and captions does not need.
         try:
-            from .components_vlv import read_decoder_config
+            from .components_vlv import load_florence_config, read_decoder_config, read_index
             from .decoders_vlv import Decoder  # noqa: F401  (as above)
-            from .families_vlv import build_decoder
-            from .layers_vlv import device_of  # noqa: F401
+            from .families_vlv import build_decoder, family_of
+            from .layers_vlv import check_encoder_size
         except ImportError:
-            from components_vlv import read_decoder_config
-            from families_vlv import build_decoder
+            from components_vlv import load_florence_config, read_decoder_config, read_index
+            from families_vlv import build_decoder, family_of
+            from layers_vlv import check_encoder_size
         images, _ = ImageProcessingMixin.get_image_processor_dict(encoder, **hub_kwargs)
-        teacher = None if decoder is None else build_decoder(read_decoder_config(decoder, **hub_kwargs))
+        if encoder_image_size is not None:
+            check_encoder_size(encoder_image_size, load_florence_config(encoder, **hub_kwargs))
+            images["size"] = {"height": encoder_image_size, "width": encoder_image_size}
         if image_size is None:
-            image_size = teacher.image_size
+            image_size = build_decoder(read_decoder_config(decoder, **hub_kwargs)).image_size
         encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **hub_kwargs)
         decoder_tokenizer = None
-        if teacher is not None and teacher.reads_text_encoder:
+        if decoder is not None and family_of(read_index(decoder, **hub_kwargs)).reads_text_encoder:
             decoder_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
         if tokenizer is None and caption_head is not None:
             tokenizer = AutoTokenizer.from_pretrained(caption_head, **hub_kwargs)

@@ -4,12 +4,12 @@ Floating-point operations of training and use, by part, at a size that no machin
     python -m benchmarks.flops [--caption_head 3B] [--model FOLDER] [--tokens 90] [--utilisation 0.4] [--price 2.5]
         [--peak 989] [--output benchmarks/results/flops.json]
 
-Without --model, the paper's size: Florence-2-large, Stable Diffusion 2.1-base, a Qwen2.5. With it, the config of any VLV.
-The model is built on the meta device, where a tensor has a shape and no numbers, and its own code runs there, forward and
-backward; torch's FlopCounterMode counts matrix products, convolutions and attention, two operations for a
-multiplication with its addition. Attention is counted whole where a mask hides half of it. The cost is that of a GPU of
---peak TFLOP/s (dense, bf16; 989 is an H100's) at a --utilisation, for --price dollars an hour: 200,000 batches of 512
-images in stage 1, 100,000 of 64 captions in stage 2.
+Without --model, the paper's size: Florence-2-large, Stable Diffusion 2.1-base and a Qwen2.5. With it, the config of any
+VLV. The model is built on the meta device, where a tensor has a shape and no numbers. Its own code runs there, forward
+and backward, and torch's FlopCounterMode counts matrix products, convolutions and attention: two operations for a
+multiplication with its addition. Attention is counted whole, also where a mask hides half of it. The cost is that of a
+GPU of --peak TFLOP/s (dense, bf16; 989 is an H100's) at a --utilisation, for --price dollars an hour: 200,000 batches
+of 512 images in stage 1, 100,000 batches of 64 captions in stage 2.
 """
 
 import argparse
@@ -233,8 +233,8 @@ def encoded(model, counter, encoder_size):
 
 def caption_traffic(config: VLVConfig, tokens: int, batch: int, num_queries: int | None = None) -> Parts:
     """
-    Bytes read from memory for each image of a batch, in bf16: every weight once a forward pass, and the keys and values
-    of all that was written before, once a token. Activations are left out.
+    Bytes read from memory for each image of a batch, in bf16: every weight once a forward pass, and the keys and
+    values of all that was written before, once a token. Activations are left out.
     """
     config = copy.deepcopy(config)
     config.decoder_config = None

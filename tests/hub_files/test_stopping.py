@@ -1,4 +1,4 @@
-"""A caption head that never learnt to end: it stops where it repeats itself, and its captions are cleaned."""
+"""A caption head that never learned to end captions: they stop after a repetition, and they are cleaned."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ CLEANED = ("a dog runs. it is big.", "a red cat. 1.1.1.1. yes.", WRITTEN[2][:LON
 
 
 class Dictate(LogitsProcessor):
-    """Makes the model write a text for each image, whatever it would write itself."""
+    """Makes the model write a given text for each image."""
 
     def __init__(self, texts):
         self.ids = [TOKENIZER(text).input_ids for text in texts]
@@ -70,7 +70,7 @@ def processor(captioner):
 
 
 def the_papers(text):
-    """What the paper's code does with a caption, written down a second time."""
+    """The paper's cleaning of a caption, written independently."""
     if "." in text:
         text = text[: len(text) - text[::-1].index(".")]
     kept, rest = [], text
@@ -131,7 +131,7 @@ def test_generate_stops_each_caption_where_it_repeats_itself(model, processor):
     pixel_values, _ = tiny.pixels(3)
     dictate = LogitsProcessorList([Dictate(WRITTEN)])
     ids = model.generate(pixel_values, logits_processor=dictate, max_new_tokens=LONG, do_sample=False)
-    assert ids.shape == (3, LONG)  # as long as the longest, the others padded
+    assert ids.shape == (3, LONG)  # the others are padded to the longest
     assert processor.batch_decode(ids) == list(CLEANED)
     first = model.generate(
         pixel_values[:1], logits_processor=LogitsProcessorList([Dictate(WRITTEN[:1])]), max_new_tokens=LONG
@@ -193,7 +193,7 @@ def test_it_is_data_of_the_checkpoint(repo, tiny_repo):
     assert not VLVProcessor.from_pretrained(tiny_repo).clean_captions
 
 
-def test_the_mark_can_be_taken_back(tmp_path):
+def test_the_mark_can_be_removed(tmp_path):
     model, processor = tiny.model(VLVForConditionalGeneration), tiny.processor()
     stop_at_repetition(model, processor)
     stop_at_repetition(model, processor, on=False)

@@ -70,7 +70,7 @@ TEXT_ENCODERS = {
 
 @dataclass
 class Report:
-    """What became of every tensor of a checkpoint, by its name there."""
+    """What happened to every tensor of a checkpoint, by its name there."""
 
     stage: int
     mapped: dict[str, str] = field(default_factory=dict)  # to its name in VLVModel
@@ -220,7 +220,7 @@ def convert_checkpoint(
     model = VLVModel.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     if caption_head is not None:
         model.generation_config = _generation_config(caption_head)
-        stop_at_repetition(model, processor)  # the paper's captioner never learnt to end
+        stop_at_repetition(model, processor)  # the paper's captioner never learned to end captions
     return model, processor, report
 
 
