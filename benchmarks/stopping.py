@@ -27,7 +27,7 @@ from vlv.models.loading import load_captioner
 from vlv.scenes import sample_picture
 from vlv.scenes.shapes import Scene
 
-SCENES = 4000  # to train on
+SCENES = 400  # to train on
 DETAILS = 13  # sentences on what is not there, at most
 LENGTH = 300  # tokens, the paper's
 BATCH = 32
