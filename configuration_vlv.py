@@ -52,6 +52,11 @@ class VLVConfig(PreTrainedConfig):
             Weights the denoising loss by min(SNR, gamma) (arXiv 2303.09556). `None` weights all timesteps equally.
         timestep_density (`str`, defaults to `"uniform"`):
             How training draws timesteps: `"uniform"`, or `"logit_normal"` or `"mode"` (arXiv 2403.03206).
+        noise_draws (`int`, defaults to 1):
+            How many noise levels training draws for each image. The encoder runs once for all of them.
+        nested_queries (`bool`, defaults to `False`):
+            Whether training draws how many leading queries each step reads, so that any number of them works alone (as
+            arXiv 2405.19315 does for the image tokens of a language model).
         context_dropout (`float`, defaults to 0.0):
             Share of training images whose context is replaced by the empty prompt's.
         sample_latents (`bool`, defaults to `True`):
@@ -88,6 +93,8 @@ class VLVConfig(PreTrainedConfig):
         denoising_loss="mse",
         min_snr_gamma=None,
         timestep_density="uniform",
+        noise_draws=1,
+        nested_queries=False,
         context_dropout=0.0,
         sample_latents=True,
         bypass_text_encoder=False,
@@ -109,6 +116,8 @@ class VLVConfig(PreTrainedConfig):
         self.denoising_loss = denoising_loss
         self.min_snr_gamma = min_snr_gamma
         self.timestep_density = timestep_density
+        self.noise_draws = noise_draws
+        self.nested_queries = nested_queries
         self.context_dropout = context_dropout
         self.sample_latents = sample_latents
         self.bypass_text_encoder = bypass_text_encoder
@@ -141,6 +150,8 @@ class VLVConfig(PreTrainedConfig):
             )
         if self.denoising_loss not in ("mse", "l1"):
             raise ValueError(f"denoising_loss is {self.denoising_loss!r}: choose 'mse' or 'l1'.")
+        if not isinstance(self.noise_draws, int) or self.noise_draws < 1:
+            raise ValueError(f"noise_draws is {self.noise_draws!r}: draw at least 1 noise level for each image.")
         if self.timestep_density not in TIMESTEP_DENSITIES:
             raise ValueError(f"timestep_density is {self.timestep_density!r}: choose {', '.join(TIMESTEP_DENSITIES)}.")
         if self.decoder_config is None:

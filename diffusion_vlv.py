@@ -7,6 +7,7 @@ them (see `decoders_vlv.py`).
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,13 @@ class VLVDiffusionMixin:
 
     config: VLVConfig
     teacher: Decoder | None
+    training: bool
+    # Parts that the model may lack are None; see `VLVModel.named_parts`.
+    vae: Any
+    text_encoder: Any
+    pooled_projection: Any
+    empty_prompt_embeds: Any
+    empty_pooled_embeds: Any
 
     @property
     def denoiser(self) -> torch.nn.Module | None:
@@ -112,15 +120,19 @@ class VLVDiffusionMixin:
         """
         The stage-1 objective (paper section 3.1): the teacher predicts the noise in the noisy `latents`
         (B, C, h/f, w/f) from `context` (B, Q, E) alone. `noise` (shaped as latents) and `timesteps` (B,) are drawn
-        where not given.
+        where not given; in training `config.noise_draws` times for each image.
         """
         latents = latents.to(device_of(self.denoiser))
+        prompt = context if isinstance(context, Prompt) else self._as_prompt(context)
+        draws = self.config.noise_draws
+        # Repeating once would change how the latents lie in memory, and so the noise that a seed draws for them.
+        if draws > 1 and self.training and noise is None and timesteps is None:
+            latents, prompt = latents.repeat_interleave(draws, 0), prompt.repeat(draws)
         if noise is None:
             noise = torch.randn_like(latents)
         if timesteps is None:
             timesteps = self.teacher.draw_timesteps(len(latents), self.config.timestep_density, latents.device)
         noise, timesteps = noise.to(latents.device), timesteps.to(latents.device)
-        prompt = context if isinstance(context, Prompt) else self._as_prompt(context)
         if self.training and self.config.context_dropout > 0:
             rows, length = prompt.context.shape[:2]
             dropped = torch.rand(rows, 1, 1, device=prompt.context.device) < self.config.context_dropout

@@ -202,7 +202,7 @@ def test_image_similarity(models, pictures, name):
 
 
 def test_one_picture_has_no_spread(models, pictures):
-    with pytest.raises(ValueError, match="one picture does not: give more"):
+    with pytest.raises(ValueError, match="one picture is not enough: give two"):
         compute("frechet", predictions=pictures[0][:1], references=pictures[1][:1], model=str(models / "features"))
     with pytest.raises(ValueError, match="give two or more"):
         compute("cider", predictions=["a cat"], references=[["a cat"]])

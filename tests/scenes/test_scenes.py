@@ -86,8 +86,8 @@ def test_no_name_needs_another_article():
         ("a large red circle at the top left on a mint background\n", "does not end in"),
         (f"{SQUARE.phrase} and {CIRCLE.phrase} on a mint background", "reading order"),
         (f"{CIRCLE.phrase} and {CIRCLE.phrase} on a mint background", "different places"),
-        (f"{CIRCLE.phrase}, {SQUARE.phrase}, {CROSS.phrase} on a mint background", "commas and a last 'and'"),
-        (f"{CIRCLE.phrase} and {SQUARE.phrase} and {CROSS.phrase} on a mint background", "commas and a last 'and'"),
+        (f"{CIRCLE.phrase}, {SQUARE.phrase}, {CROSS.phrase} on a mint background", "with commas and 'and'"),
+        (f"{CIRCLE.phrase} and {SQUARE.phrase} and {CROSS.phrase} on a mint background", "with commas and 'and'"),
     ],
 )
 def test_other_texts_are_refused(text, complaint):

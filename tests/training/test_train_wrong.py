@@ -37,7 +37,7 @@ def test_a_missing_caption_column(streaming, tiny_repo, tmp_path, capsys):
     error = error_of(
         capsys, CAPTION, tmp_path / "out", dataset=tmp_path / "bare", model=tiny_repo, streaming=streaming
     )
-    assert error == "The dataset has no column 'text', but image: choose one with caption_column."
+    assert error == "The dataset has no column 'text', only image: choose one with caption_column."
 
 
 @pytest.mark.parametrize(

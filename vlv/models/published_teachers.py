@@ -90,8 +90,12 @@ def _sana(heads: int, layers: int, cross_heads: int, cross_width: int) -> dict[s
 
 
 def _sana_pipeline(transformer: dict[str, Any]) -> dict[str, Any]:
-    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}
-    scheduler |= {"use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 3.0,
+    }
     return {"_class_name": "SanaPipeline", "transformer": transformer, "vae": SANA_VAE, "scheduler": scheduler}
 
 

@@ -13,7 +13,7 @@ from vlv.images import ImageFile
 
 # A module at the top, beside the package: imported, it would load gradio.
 APP = Path(find_spec("spaces_app").origin)
-# gradio itself is the Space's SDK, named in the README.
+# gradio is not here, because it is the Space's SDK, which the README names.
 REQUIREMENTS = (
     "accelerate",
     "diffusers",

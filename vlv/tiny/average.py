@@ -1,4 +1,4 @@
-"""Moving average of weights: a diffusion model's samples are better from the average than from the last step."""
+"""Moving average of weights. A diffusion model with average weights draws better samples than after its last step."""
 
 import torch
 from torch import nn
@@ -6,9 +6,9 @@ from transformers import TrainerCallback
 
 
 class MovingAverage(TrainerCallback):
-    """Keeps `average` an exponential moving average of `trained`, two modules of one shape.
+    """Updates `average`, an exponential moving average of the weights of `trained`. The modules have the same shape.
 
-    Both live in the model that is trained, so a training checkpoint holds the average too.
+    Both are parts of the model that trains, so a training checkpoint holds the average too.
     """
 
     def __init__(self, trained: nn.Module, average: nn.Module, decay: float):
@@ -16,6 +16,6 @@ class MovingAverage(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
-        # Early on the average follows faster, or it would drag the random start along.
+        # The average follows faster in early steps. Otherwise the random initial weights would stay in it.
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.trained.parameters()), 1 - decay)

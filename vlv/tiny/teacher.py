@@ -33,7 +33,7 @@ from vlv.training.stage import Settings, Stage
 class TeacherSettings(Settings):
     vae: str | None = field(default=None, metadata={"help": "Folder of the AutoencoderKL, which stays frozen."})
     max_length: int = field(default=24, metadata={"help": "Caption length in tokens, padding included."})
-    vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
+    vocab_size: int = field(default=600, metadata={"help": "Largest size of the vocabulary; 256 entries are bytes."})
     unet_widths: list[int] = field(
         default_factory=lambda: [64, 96, 96], metadata={"help": "Channels of the UNet's levels, multiples of 16."}
     )
@@ -47,7 +47,7 @@ class TeacherSettings(Settings):
 
 
 def tiny_unet(vae: AutoencoderKL, widths: Sequence[int], text_width: int) -> UNet2DConditionModel:
-    """A randomly initialised UNet, of whose levels all but the first read the caption."""
+    """A randomly initialised UNet. All its levels but the first read the caption."""
     lower = len(widths) - 1
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     return UNet2DConditionModel(
@@ -83,7 +83,7 @@ def tiny_text_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int, width
 
 
 def v_prediction_scheduler() -> DDIMScheduler:
-    """The noise schedule: v-prediction down to zero signal, so that sampling may start from pure noise."""
+    """The noise schedule: v-prediction with zero terminal SNR, so that sampling can start from pure noise."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",
@@ -94,7 +94,7 @@ def v_prediction_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=1,  # of no effect with trailing spacing, but Stable Diffusion's pipeline asks for it
+        steps_offset=1,  # has no effect with trailing spacing, but Stable Diffusion's pipeline requires it
     )
 
 
@@ -165,7 +165,7 @@ class TeacherStage(Stage):
     def __init__(self, settings: TeacherSettings, args: TrainingArguments):
         super().__init__(settings, args)
         if settings.vae is None:
-            raise ValueError("The teacher draws in the latents of a VAE: give its folder with --vae.")
+            raise ValueError("The teacher needs a VAE: give its folder with --vae.")
         self.rows = tuple(map(self.captioned, self.load_data()))  # the captions make the vocabulary
         self.vae = AutoencoderKL.from_pretrained(settings.vae).eval().requires_grad_(False)
         captions = [caption for value in self.rows[0][settings.caption_column][:] for caption in captions_of(value)]
@@ -176,7 +176,7 @@ class TeacherStage(Stage):
             eos_token="<|endoftext|>",
             model_max_length=settings.max_length,
         )
-        tokenize(self.tokenizer, captions, settings.max_length)  # says which is too long, before hours have gone by
+        tokenize(self.tokenizer, captions, settings.max_length)  # raises now if a caption is too long
         self.model = self.build(tokenize(self.tokenizer, [""], settings.max_length))
 
     def build(self, empty_ids: torch.Tensor) -> TeacherTraining:
@@ -199,7 +199,7 @@ class TeacherStage(Stage):
         self.eval_dataset.cached.append(Table(**fixed_noise(len(self.eval_rows), shape, timesteps)))
 
     def examples(self, rows: Dataset) -> tuple[Dataset, Examples]:
-        """Rows with their latent distributions; the VAE is frozen, so each image is encoded once."""
+        """Rows with their latent distributions. Each image is encoded once, because the VAE is frozen."""
         read, column = partial(squeeze, size=self.vae.config.sample_size), self.settings.caption_column
         rows, latents = self.read_once(rows, read, self.encode, [self.vae.config, self.vae], "Encoding images")
         self.vae.cpu()
@@ -242,7 +242,7 @@ class TeacherStage(Stage):
         pipeline = self.pipeline()
         pipeline.save_pretrained(folder)
 
-        # Pictures say at a glance what the loss cannot: originals above, drawings from their captions below.
+        # Originals above, drawings from their captions below: pictures show more than the loss.
         shown = self.eval_rows[:8]
         pipeline.set_progress_bar_config(disable=True)
         size = self.vae.config.sample_size
@@ -259,7 +259,7 @@ class TeacherStage(Stage):
         make_image_grid(originals + drawn, rows=2, cols=len(drawn)).save(folder / "samples.png")
 
     def evaluate(self) -> dict[str, float]:
-        """Denoising losses on the evaluation rows: with their captions, and with none, which is the floor."""
+        """Denoising losses on the evaluation rows: with their captions, and with the empty caption (the floor)."""
         model, columns = self.model.eval(), self.collate(self.eval_dataset[:])
         floor = {**columns, "input_ids": self.model.empty_ids.cpu().expand_as(columns["input_ids"])}
 

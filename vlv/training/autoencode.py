@@ -16,6 +16,16 @@ from vlv.training.caching import AUTO, parse_switch
 from vlv.training.examples import Table, fixed_noise
 from vlv.training.vlv_stage import VLVSettings, VLVStage
 
+# Settings that the model's config holds for its loss.
+LOSS_SETTINGS = (
+    "sample_latents",
+    "denoising_loss",
+    "min_snr_gamma",
+    "timestep_density",
+    "noise_draws",
+    "context_dropout",
+)
+
 
 @dataclass
 class AutoencodeSettings(VLVSettings):
@@ -51,11 +61,16 @@ class AutoencodeSettings(VLVSettings):
     timestep_density: str = field(
         default="uniform", metadata={"help": "How timesteps are drawn: uniform, logit_normal or mode."}
     )
+    noise_draws: int = field(
+        default=1, metadata={"help": "Noise levels that a step draws for each image, which is encoded once."}
+    )
     context_dropout: float = field(default=0.0, metadata={"help": "Share of contexts replaced by the empty prompt."})
 
     def __post_init__(self):
         super().__post_init__()
         self.cache_latents = parse_switch("cache_latents", self.cache_latents)
+        if self.noise_draws < 1:
+            raise ValueError(f"noise_draws is {self.noise_draws}: draw at least 1 noise level for each image.")
 
 
 class AutoencodeStage(VLVStage):
@@ -76,7 +91,7 @@ class AutoencodeStage(VLVStage):
             self.processor = VLVProcessor.from_components(**parts, crop=settings.crop)
         else:
             raise ValueError("There is no model to start from: give --model, or --encoder and --decoder.")
-        for name in ("sample_latents", "denoising_loss", "min_snr_gamma", "timestep_density", "context_dropout"):
+        for name in LOSS_SETTINGS:
             setattr(self.model.config, name, getattr(settings, name))
         self.choose_parts()
 
