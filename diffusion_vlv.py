@@ -87,12 +87,13 @@ class VLVDiffusionMixin:
         expects them. `sample` draws them from the posterior instead of taking its mean; by default
         `config.sample_latents` decides.
         """
-        sample = self.config.sample_latents if sample is None else sample
-        return self.teacher.encode_latents(self.vae, self._check_decoder_pixels(decoder_pixel_values), sample)
+        pixels = self._check_decoder_pixels(decoder_pixel_values)
+        return self.teacher.encode_latents(self.vae, pixels, self.config.sample_latents if sample is None else sample)
 
     def latent_distribution(self, decoder_pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As [`encode_latents`]: mean and standard deviation of the latents, (B, C, h/f, w/f) each."""
-        return self.teacher.latent_distribution(self.vae, self._check_decoder_pixels(decoder_pixel_values))
+        pixels = self._check_decoder_pixels(decoder_pixel_values)
+        return self.teacher.latent_distribution(self.vae, pixels)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """`latents` (B, C, h/f, w/f), as [`encode_latents`] returns them -> images (B, 3, h, w), about -1..1."""
