@@ -1,11 +1,11 @@
-# The commands of a checkout. Everything is installed into .venv beside this file, with the versions of constraints.txt.
+# The commands of a checkout. They install everything into .venv beside this file, with the versions in constraints.txt.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUNNABLE := .venv/.runnable
-# On Linux, PyPI's build of PyTorch brings gigabytes of CUDA libraries. Where there is no NVIDIA GPU, PyTorch's own index
-# has a build without them; where that cannot be reached, the next step takes PyPI's.
+# On Linux, PyPI's build of PyTorch includes gigabytes of CUDA libraries. Without an NVIDIA GPU, the build from
+# PyTorch's own index is installed, which has none. If that index cannot be reached, the next step installs PyPI's.
 CPU_TORCH = $(if $(shell command -v nvidia-smi),,$(1) -m pip install --quiet --no-deps --retries 0 \
 	--index-url https://download.pytorch.org/whl/cpu $(shell grep '^torch==' constraints.txt) || true)
 OLDEST := .venv-oldest/bin
@@ -17,19 +17,19 @@ OLDEST_TESTS := $(wildcard tests/hub_files/test_model*.py tests/*/test_*loading.
 
 .PHONY: demo test test-fast test-oldest tiny emoji experiments results lint format clean
 
-# Installs only what the demo needs, into the same .venv that the tests complete.
+# Installs only the packages that the demo needs. `make test` adds the others to the same .venv.
 demo: $(RUNNABLE)
 	$(BIN)/vlv demo
 
-# Two workers with one thread each: torch's own threads would only get in each other's way.
+# Two workers with one thread each, because more threads would slow each other down.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Without the tests that take more than a few seconds.
+# Skips the tests that take more than a few seconds.
 test-fast: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
-# Trains the bundled checkpoint again, part by part, and puts it into the package. After an interruption it resumes.
+# Trains the bundled checkpoint again, part by part, and copies it into the package. After an interruption it resumes.
 OUT ?= outputs
 TRAIN = $(BIN)/vlv train tiny/$(1) --output_dir $(OUT)/$(1) --resume \
 	--dataset $(OUT)/scenes/train --eval_dataset $(OUT)/scenes/validation
@@ -46,8 +46,8 @@ tiny: $(INSTALLED)
 	$(BIN)/vlv evaluate
 	$(BIN)/python -m vlv.evaluation.readme
 
-# Trains vlv-emoji, part by part, and puts it into the package. Run it again after an interruption: each step continues
-# from its last checkpoint. `make -j2 emoji` runs two steps at once where neither needs the other.
+# Trains vlv-emoji, part by part, and copies it into the package. Run it again after an interruption: each step
+# continues from its last checkpoint. `make -j2 emoji` runs two steps at a time, when neither needs the other.
 EMOJI_OUT ?= outputs-emoji
 emoji_scenes = $(EMOJI_OUT)/scenes/$(1)/metadata.jsonl
 emoji_step = $(EMOJI_OUT)/$(1)/training.json
@@ -58,8 +58,8 @@ emoji: $(INSTALLED) $(call emoji_step,caption)
 	$(BIN)/python -m vlv.tiny.bundle $(EMOJI_OUT) vlv-emoji
 	$(BIN)/vlv evaluate --model vlv/checkpoints/vlv-emoji
 
-# varied and mixed: most or half of the pictures are as other hands might draw them. The encoder, which says one thing
-# about a picture, learns more from each where there are more things on it.
+# In varied and mixed, most or half of the pictures are changed as other artists might draw them. varied has up to four
+# things in a picture. The encoder learns to say one thing about a picture; more things in a picture teach it more.
 $(EMOJI_OUT)/scenes/%/metadata.jsonl:
 	$(BIN)/vlv scenes --world emoji --output $(EMOJI_OUT)/scenes/$* $($*_scenes)
 train_scenes = --split train --num 60000
@@ -80,8 +80,8 @@ $(call emoji_step,autoencode): $(foreach step,teacher encoder language,$(call em
 $(call emoji_step,caption): $(call emoji_step,autoencode)
 	$(call EMOJI_TRAIN,caption,mixed) --model $(EMOJI_OUT)/autoencode
 
-# What docs/results.md shows: measured where docs/results lacks its JSON, then drawn. Two processes of one thread each do
-# more than one of two threads.
+# Measures what is missing in docs/results, then redraws docs/results.md. Two processes with one thread each are faster
+# than one process with two threads.
 experiments: $(INSTALLED)
 	export OMP_NUM_THREADS=1; $(BIN)/python -m experiments & $(BIN)/python -m experiments && wait $$!
 	$(MAKE) results
@@ -89,7 +89,7 @@ experiments: $(INSTALLED)
 results: $(INSTALLED)
 	$(BIN)/python -m experiments.report
 
-# The model, its entry points, the main job and publishing on the oldest versions that setup.py allows.
+# Tests the model, its entry points, captioning and publishing with the oldest versions that pyproject.toml allows.
 test-oldest: $(OLDEST_INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 $(OLDEST_TESTS)
 

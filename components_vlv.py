@@ -1,4 +1,4 @@
-"""Reads the pretrained parts of a VLV: a Florence-2, a Stable Diffusion 1.x or 2.x, and a language model."""
+"""Reads the pretrained parts of a VLV: a Florence-2, a text-to-image teacher, and a language model."""
 
 import functools
 import pickle
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -21,13 +21,21 @@ from transformers import (
     Florence2Model,
     Florence2VisionConfig,
     GenerationConfig,
+    PreTrainedConfig,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 try:
     from .configuration_vlv import VLVConfig
+    from .decoders_vlv import Decoder
+    from .families_vlv import FAMILIES, build_decoder, family_of
+    from .layers_vlv import device_of  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
 except ImportError:
     from configuration_vlv import VLVConfig
+    from decoders_vlv import Decoder
+    from families_vlv import FAMILIES, build_decoder, family_of
+
+logger = logging.get_logger(__name__)
 
 # The arguments that say how the Hub is asked. They go to every part.
 HUB_KWARGS = ("revision", "token", "local_files_only", "cache_dir", "force_download", "proxies")
@@ -35,6 +43,10 @@ HUB_KWARGS = ("revision", "token", "local_files_only", "cache_dir", "force_downl
 TASK_PROMPT = "Describe with a paragraph what is shown in the image."
 # Enough for a detailed caption, as in the paper. A trained model stops earlier by itself.
 MAX_NEW_TOKENS = 300
+# Caption embeddings per image where no text encoder says how many it has positions for. As in the paper.
+NUM_QUERIES = 77
+# Words in the names of teachers that were distilled to a few steps.
+DISTILLED = ("turbo", "schnell", "lightning", "lcm", "hyper", "sprint", "flash", "dmd", "distill")
 
 
 # ---- all parts together ------------------------------------------------------------------------------------
@@ -58,9 +70,12 @@ def load_components(
     image_size: int | None = None,
     prompt: str = TASK_PROMPT,
     dtype: torch.dtype | str | None = None,
+    projection_start: str = "zero",
     **hub_kwargs,
 ) -> Components:
     """Reads what `VLVModel.from_components` is given. The arguments and errors are described there."""
+    if projection_start not in ("zero", "mean"):
+        raise ValueError(f"projection_start is {projection_start!r}: choose 'zero' or 'mean'.")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     loading = {"dtype": dtype or "auto", **hub_kwargs}
     llm = generation_config = None
@@ -68,38 +83,34 @@ def load_components(
         florence = load_florence(encoder, **loading)
         prompt_ids = tokenize_prompt(encoder, prompt, **hub_kwargs)
     with reading_part("decoder", decoder):
-        clip = load_part(CLIPTextModel, decoder, subfolder="text_encoder", **loading)
-        unet = load_part(UNet2DConditionModel, decoder, subfolder="unet", torch_dtype=dtype, **hub_kwargs)
-        vae = load_part(AutoencoderKL, decoder, subfolder="vae", torch_dtype=dtype, **hub_kwargs)
-        scheduler_config = DDPMScheduler.load_config(decoder, subfolder="scheduler", **hub_kwargs)
-        positions = clip.config.max_position_embeddings
-        empty_prompt_ids = tokenize_empty_prompt(decoder, positions, **hub_kwargs)
+        teacher = load_teacher(decoder, num_queries, dtype, **hub_kwargs)
     if caption_head is not None:
         with reading_part("caption head", caption_head):
             llm = load_part(AutoModelForCausalLM, caption_head, **loading)
         generation_config = llm.generation_config
         if generation_config.max_new_tokens is None:  # transformers would stop after 20 tokens
             generation_config.max_new_tokens = MAX_NEW_TOKENS
-    parts = {
-        "encoder": module_weights(florence),
-        "text_encoder": module_weights(getattr(clip, "text_model", clip)),
-        "unet": module_weights(unet),
-        "vae": module_weights(vae),
-        "caption_head": {} if llm is None else module_weights(llm),
+    parts = {"encoder": florence, "caption_head": llm, **teacher.parts}
+    weights = {
+        f"{name}.{key}": weight
+        for name, part in parts.items()
+        if part is not None
+        for key, weight in module_weights(part).items()
     }
-    weights = {f"{name}.{key}": weight for name, part in parts.items() for key, weight in part.items()}
+    dtype = dtype or functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
+    weights |= teacher.empty_prompt
+    if projection_start == "mean":
+        words = weights.get("text_encoder.embeddings.token_embedding.weight")
+        words = weights["empty_prompt_embeds"][0] if words is None else words
+        weights["projection.2.bias"] = words.float().mean(0)
     config = VLVConfig(
         encoder_config=florence.config,
-        text_encoder_config=clip.config,
-        decoder_config={"unet": unet.config, "vae": vae.config, "scheduler": scheduler_config},
         caption_config=None if llm is None else llm.config,
-        num_queries=positions if num_queries is None else num_queries,
         image_size=image_size,
         prompt_ids=prompt_ids,
-        empty_prompt_ids=empty_prompt_ids,
+        **teacher.config,
     )
     record_origins(config, encoder, decoder, caption_head)
-    dtype = dtype or functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
     return Components(config, weights, dtype, generation_config)
 
 
@@ -108,11 +119,13 @@ def record_origins(config: VLVConfig, encoder: str, decoder: str | None, caption
     sources = (encoder, decoder, caption_head)
     encoder, decoder, caption_head = ("" if not source or Path(source).is_dir() else str(source) for source in sources)
     config.encoder_config._name_or_path = encoder
-    config.text_encoder_config._name_or_path = decoder
+    if config.text_encoder_config is not None:
+        config.text_encoder_config._name_or_path = decoder
     if config.caption_config is not None:
         config.caption_config._name_or_path = caption_head
     for part in (config.decoder_config or {}).values():
-        part["_name_or_path"] = decoder
+        if isinstance(part, dict):
+            part["_name_or_path"] = decoder
 
 
 # ---- any part ----------------------------------------------------------------------------------------------
@@ -155,6 +168,108 @@ def tokenize_empty_prompt(decoder: str, positions: int, **hub_kwargs) -> list[in
     """The empty prompt in the token ids of a Stable Diffusion's text encoder, padded to its positions."""
     tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
     return tokenizer("", padding="max_length", max_length=positions).input_ids
+
+
+# ---- the text-to-image teacher ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Teacher:
+    """What is read of a text-to-image model."""
+
+    config: dict  # settings of `VLVConfig`
+    parts: dict[str, torch.nn.Module]  # under the names of `VLVModel`
+    empty_prompt: dict[str, torch.Tensor]  # likewise
+
+
+def load_teacher(
+    source: str, num_queries: int | None = None, dtype: torch.dtype | None = None, **hub_kwargs
+) -> Teacher:
+    """
+    A text-to-image model in diffusers' layout. Of a Stable Diffusion 1.x or 2.x the text encoder is kept. Of the other
+    families only what it makes of the empty prompt is kept.
+    """
+    config = read_decoder_config(source, **hub_kwargs)
+    decoder = build_decoder(config)
+    warn_if_distilled(source, config)
+    parts = {
+        name: load_part(part_class, source, subfolder=name, torch_dtype=dtype, **hub_kwargs)
+        for name, part_class in decoder.classes().items()
+    }
+    config |= {name: part.config for name, part in parts.items()}
+    config.pop("is_distilled", None)
+    if not decoder.reads_text_encoder:
+        num_queries = NUM_QUERIES if num_queries is None else num_queries
+        context, pooled = encode_empty_prompt(source, decoder, **hub_kwargs)
+        empty = {"empty_prompt_embeds": context[:, :num_queries]}
+        if pooled is not None:
+            empty["empty_pooled_embeds"] = pooled
+        config["empty_prompt_length"] = empty["empty_prompt_embeds"].shape[1]
+        settings = {"text_encoder_config": None, "context_width": decoder.context_width, "num_queries": num_queries}
+        return Teacher(settings | {"decoder_config": config}, parts, empty)
+    clip = load_part(CLIPTextModel, source, subfolder="text_encoder", dtype=dtype or "auto", **hub_kwargs)
+    positions = clip.config.max_position_embeddings
+    settings = {
+        "text_encoder_config": clip.config,
+        "num_queries": positions if num_queries is None else num_queries,
+        "empty_prompt_ids": tokenize_empty_prompt(source, positions, **hub_kwargs),
+    }
+    return Teacher(
+        settings | {"decoder_config": config}, parts | {"text_encoder": getattr(clip, "text_model", clip)}, {}
+    )
+
+
+def read_index(source: str, **hub_kwargs) -> dict:
+    """The model_index.json of a text-to-image model. A Stable Diffusion may come without one."""
+    try:
+        return diffusers.DiffusionPipeline.load_config(source, **hub_kwargs)
+    except OSError:
+        return {}
+
+
+def read_decoder_config(source: str, **hub_kwargs) -> dict:
+    """`decoder_config` of [`VLVConfig`], from the configs of a text-to-image model in diffusers' layout."""
+    index = read_index(source, **hub_kwargs)
+    config = {name: index[name] for name in ("_class_name", "is_distilled") if name in index}
+    family = family_of(config)
+    if family is FAMILIES["StableDiffusionPipeline"]:
+        config.pop("_class_name", None)  # as in every checkpoint from before there were other families
+    texts = [name for name, kind in index.items() if name.startswith("text_encoder") and kind[0] is not None]
+    for name in (family.denoiser, "vae", "scheduler", *texts):
+        if Path(source).is_dir() and not (Path(source) / name).is_dir():
+            raise OSError(f"it has no folder {name}, which every {family.pipeline} needs.")
+    for name in (family.denoiser, "vae"):
+        config[name] = PreTrainedConfig.get_config_dict(source, subfolder=name, **hub_kwargs)[0]
+    config["scheduler"] = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **hub_kwargs)
+    return config
+
+
+def encode_empty_prompt(source: str, decoder: Decoder, **hub_kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The empty prompt through the text encoders of a pipeline, in fp32: (1, L, E), and (1, P) or `None`."""
+    with torch.device("meta"):
+        given = decoder.build()
+    pipeline_class = getattr(diffusers, decoder.pipeline)
+    index = pipeline_class.load_config(source, **hub_kwargs)
+    given |= {name: None for name, kind in index.items() if kind == [None, None]}  # such as a T5 that was left out
+    pipeline = pipeline_class.from_pretrained(source, torch_dtype=torch.float32, **given, **hub_kwargs)
+    with torch.no_grad():
+        return decoder.encode_empty_prompt(pipeline)
+
+
+def warn_if_distilled(source: str, config: dict) -> None:
+    """Warns of a teacher that was distilled to a few steps."""
+    found = [word for word in DISTILLED if word in Path(source).name.lower()]
+    reasons = [f"its name says {found[0]!r}"] if found else []
+    if config.get("is_distilled"):
+        reasons.append("its model_index.json says is_distilled")
+    if config["scheduler"].get("_class_name") in ("LCMScheduler", "TCDScheduler"):
+        reasons.append(f"its scheduler is {config['scheduler']['_class_name']}")
+    if reasons:
+        logger.warning(
+            f"{source} seems to be distilled to a few steps ({', '.join(reasons)}). Such a teacher no longer predicts "
+            "the noise of an image at any timestep, which stage 1 compares with: take the model that it was distilled "
+            "from."
+        )
 
 
 # ---- Florence-2 --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ CUSTOM_PIPELINES = {
     "image-text-to-text": {"impl": "pipeline_vlv.VLVImageTextToTextPipeline", "pt": ["AutoModelForImageTextToText"]},
     "image-to-image": {"impl": "pipeline_vlv.VLVReconstructionPipeline", "pt": ["AutoModel"]},
 }
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+TIMESTEP_DENSITIES = ("uniform", "logit_normal", "mode")
 
 
 class VLVConfig(PreTrainedConfig):
@@ -24,27 +24,39 @@ class VLVConfig(PreTrainedConfig):
     Args:
         encoder_config (`Florence2Config` or `dict`):
             The Florence-2 that reads the image.
-        text_encoder_config (`CLIPTextConfig` or `dict`):
-            The diffusion model's text encoder; its `hidden_size` is the width E of the caption embeddings.
+        text_encoder_config (`CLIPTextConfig` or `dict`, *optional*):
+            The CLIP text encoder of a Stable Diffusion 1.x or 2.x; its `hidden_size` is the width E of the caption
+            embeddings. `None` with a `context_width`: there is none, as with all other teachers, and the caption
+            embeddings are the context.
         decoder_config (`dict`, *optional*):
-            The frozen diffusion decoder as the plain diffusers dictionaries `unet`, `vae` and `scheduler`.
+            The frozen text-to-image teacher as plain diffusers dictionaries: `unet` or `transformer`, `vae`,
+            `scheduler`, and the name of its pipeline as `_class_name` (`StableDiffusionPipeline` by default). Without
+            a text encoder also `empty_prompt_length`, the number of embeddings that stand for the empty prompt.
             `None`: the model has no decoder and cannot reconstruct.
         caption_config (`PreTrainedConfig` or `dict`, *optional*):
             The decoder-only language model that writes the caption. `None`: the model has none and cannot caption.
         num_queries (`int`, defaults to 77):
-            Number Q of learned queries, and so of caption embeddings per image; at most the text encoder's positions.
+            Number Q of learned queries, and so of caption embeddings per image; at most the text encoder's positions,
+            or the teacher's where it counts them.
         image_size (`int`, *optional*):
             Height and width, in pixels, of the images that the decoder rebuilds (384 in the paper). Defaults to the
-            size that the UNet was trained at.
+            size that the teacher was trained at.
         prompt_ids (`list[int]`):
             The task prompt, in the encoder's own token ids. It follows the image tokens into the encoder.
         empty_prompt_ids (`list[int]`):
             The empty prompt, in the text encoder's token ids, padded to its positions. It gives the unconditional
             context.
         denoising_loss (`str`, defaults to `"mse"`):
-            `"mse"` or `"l1"`, between the UNet's prediction and the scheduler's target.
+            `"mse"` or `"l1"`, between the denoiser's prediction and its target.
         min_snr_gamma (`float`, *optional*):
             Weights the denoising loss by min(SNR, gamma) (arXiv 2303.09556). `None` weights all timesteps equally.
+        timestep_density (`str`, defaults to `"uniform"`):
+            How training draws timesteps: `"uniform"`, or `"logit_normal"` or `"mode"` (arXiv 2403.03206).
+        noise_draws (`int`, defaults to 1):
+            How many noise levels training draws for each image. The encoder runs once for all of them.
+        nested_queries (`bool`, defaults to `False`):
+            Whether half of the training steps draw how many of the leading queries they read, so that any number of
+            them works alone (arXiv 2405.19315 does so with the image tokens of a language model).
         context_dropout (`float`, defaults to 0.0):
             Share of training images whose context is replaced by the empty prompt's.
         sample_latents (`bool`, defaults to `True`):
@@ -52,6 +64,8 @@ class VLVConfig(PreTrainedConfig):
         bypass_text_encoder (`bool`, defaults to `False`):
             Whether the caption embeddings are used as the context directly, without the text encoder (the paper's
             ablation). The unconditional context always comes from the text encoder.
+        context_width (`int`, *optional*):
+            Width E of the caption embeddings in a model without a text encoder.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of new queries and projections.
 
@@ -78,14 +92,21 @@ class VLVConfig(PreTrainedConfig):
         empty_prompt_ids=(),
         denoising_loss="mse",
         min_snr_gamma=None,
+        timestep_density="uniform",
+        noise_draws=1,
+        nested_queries=False,
         context_dropout=0.0,
         sample_latents=True,
         bypass_text_encoder=False,
+        context_width=None,
         initializer_range=0.02,
         **kwargs,
     ):
         self.encoder_config = _as_config(encoder_config, Florence2Config) or Florence2Config()
-        self.text_encoder_config = _as_config(text_encoder_config, CLIPTextConfig) or CLIPTextConfig()
+        self.text_encoder_config = _as_config(text_encoder_config, CLIPTextConfig)
+        if self.text_encoder_config is None and context_width is None:
+            self.text_encoder_config = CLIPTextConfig()
+        self.context_width = context_width
         self.caption_config = _as_config(caption_config)
         self.decoder_config = None if decoder_config is None else _plain(decoder_config)
         self.num_queries = num_queries
@@ -94,6 +115,9 @@ class VLVConfig(PreTrainedConfig):
         self.empty_prompt_ids = list(empty_prompt_ids)
         self.denoising_loss = denoising_loss
         self.min_snr_gamma = min_snr_gamma
+        self.timestep_density = timestep_density
+        self.noise_draws = noise_draws
+        self.nested_queries = nested_queries
         self.context_dropout = context_dropout
         self.sample_latents = sample_latents
         self.bypass_text_encoder = bypass_text_encoder
@@ -107,12 +131,16 @@ class VLVConfig(PreTrainedConfig):
         self._check()
 
     def _check(self):
-        positions = self.text_encoder_config.max_position_embeddings
-        if not 1 <= self.num_queries <= positions:
+        if self.text_encoder_config is not None and self.context_width is not None:
             raise ValueError(
-                f"num_queries is {self.num_queries}, but the text encoder has {positions} positions: "
-                f"choose between 1 and {positions}."
+                f"context_width is {self.context_width}, but there is a text encoder, which is "
+                f"{self.text_encoder_config.hidden_size} wide: leave context_width out."
             )
+        positions = self.positions
+        if self.num_queries < 1 or (positions is not None and self.num_queries > positions):
+            limit = "choose at least 1." if positions is None else f"choose between 1 and {positions}."
+            owner = "" if positions is None else f", but the text encoder has {positions} positions"
+            raise ValueError(f"num_queries is {self.num_queries}{owner}: {limit}")
         image = self.encoder_config.vision_config.projection_dim
         language = self.encoder_config.text_config.d_model
         if image != language:
@@ -122,29 +150,30 @@ class VLVConfig(PreTrainedConfig):
             )
         if self.denoising_loss not in ("mse", "l1"):
             raise ValueError(f"denoising_loss is {self.denoising_loss!r}: choose 'mse' or 'l1'.")
+        if not isinstance(self.noise_draws, int) or self.noise_draws < 1:
+            raise ValueError(f"noise_draws is {self.noise_draws!r}: draw at least 1 noise level for each image.")
+        if self.timestep_density not in TIMESTEP_DENSITIES:
+            raise ValueError(f"timestep_density is {self.timestep_density!r}: choose {', '.join(TIMESTEP_DENSITIES)}.")
         if self.decoder_config is None:
             return
-        missing = {"unet", "vae", "scheduler"} - self.decoder_config.keys()
-        if missing:
-            raise ValueError(f"decoder_config lacks {', '.join(sorted(missing))}: it holds unet, vae and scheduler.")
-        width, cross = self.text_encoder_config.hidden_size, self.decoder_config["unet"].get("cross_attention_dim")
-        if cross != width:
-            raise ValueError(
-                f"The text encoder is {width} wide, but the UNet attends to a context of width {cross}: "
-                "take both from the same diffusion model."
-            )
-        channels = self.decoder_config["unet"].get("in_channels", 4)
-        latent = self.decoder_config["vae"].get("latent_channels", 4)
-        if channels != latent:
-            raise ValueError(
-                f"The VAE's latents have {latent} channels, but the UNet reads {channels}: "
-                "take both from the same diffusion model."
-            )
-        prediction = self.decoder_config["scheduler"].get("prediction_type", "epsilon")
-        if prediction not in PREDICTION_TYPES:
-            raise ValueError(
-                f"The scheduler predicts {prediction!r}; VLV trains with {' or '.join(PREDICTION_TYPES)}."
-            )
+        # Imported only now: it brings torch and diffusers along, which a captioner's config does not need.
+        try:
+            from .decoders_vlv import Decoder  # noqa: F401  (transformers 5.0 copies what this file names)
+            from .families_vlv import build_decoder
+            from .layers_vlv import device_of  # noqa: F401
+        except ImportError:
+            from families_vlv import build_decoder
+        build_decoder(self.decoder_config).check(self)
+
+    @property
+    def caption_embeds_width(self):
+        """Width E of the caption embeddings: the text encoder's, or `context_width` where there is none."""
+        return self.context_width if self.text_encoder_config is None else self.text_encoder_config.hidden_size
+
+    @property
+    def positions(self):
+        """How many caption embeddings the text encoder takes at most; `None` where there is none."""
+        return None if self.text_encoder_config is None else self.text_encoder_config.max_position_embeddings
 
     def get_text_config(self, decoder=None, encoder=None):
         """

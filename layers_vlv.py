@@ -1,19 +1,25 @@
 """VLV's own layers around the pretrained parts, and the checks and moves of the tensors that enter a part."""
 
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import CLIPTextConfig, CLIPTextModel, Florence2VisionConfig
+from torch.overrides import TorchFunctionMode
+from transformers import CLIPTextConfig, CLIPTextModel, Florence2Config, Florence2VisionConfig
 from transformers.utils.generic import is_flash_attention_requested
 
 
 class VLVProjection(torch.nn.Sequential):
-    """Linear, GELU, Linear: from the width of one part to the width of the next."""
+    """Linear, GELU, Linear: from the width of one part to the width of the next, which is also the inner one."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, inner_features: int | None = None):
+        inner_features = inner_features or out_features
         super().__init__(
-            torch.nn.Linear(in_features, out_features), torch.nn.GELU(), torch.nn.Linear(out_features, out_features)
+            torch.nn.Linear(in_features, inner_features),
+            torch.nn.GELU(),
+            torch.nn.Linear(inner_features, out_features),
         )
 
 
@@ -95,6 +101,23 @@ def check_pixels(pixel_values: torch.Tensor | None, vision_config: Florence2Visi
         )
 
 
+def check_encoder_size(size: int, config: Florence2Config) -> None:
+    """
+    Raises ValueError unless a Florence-2 can read square images of this many pixels a side: its strides divide them,
+    and both its tables reach, that of rows and columns and that of the language model's positions.
+    """
+    vision = config.vision_config
+    cell = math.prod(vision.patch_stride)
+    tokens = config.text_config.max_position_embeddings - 1  # one more stands for the whole image
+    largest = cell * min(vision.max_position_embeddings, math.isqrt(tokens))
+    if size % cell or not cell <= size <= largest:
+        raise ValueError(
+            f"encoder_image_size is {size}, but the encoder reads multiples of {cell} pixels, its strides, up to "
+            f"{largest}, which its positions reach: choose one of them, such as "
+            f"{min(largest, max(cell, cell * round(size / cell)))}."
+        )
+
+
 def check_batch(context: torch.Tensor, **inputs: torch.Tensor | None) -> None:
     """Raises ValueError unless each input has one row per image."""
     for name, tensor in inputs.items():
@@ -102,3 +125,46 @@ def check_batch(context: torch.Tensor, **inputs: torch.Tensor | None) -> None:
             raise ValueError(
                 f"There are {len(context)} images, but {len(tensor)} rows of {name}: each image needs its own."
             )
+
+
+# ---- tables: what a checkpoint does not hold of diffusers' modules -------------------------------------------
+
+
+def restore_tables(module: torch.nn.Module, build: Callable[[], torch.nn.Module]) -> None:
+    """
+    Computes the tables of a loaded module again: buffers that are not saved, and tensors that are plain attributes.
+    transformers leaves the former uninitialised and the latter on the meta device, without an error. `build` makes the
+    module again; its weights are not allocated.
+    """
+    if next(_tables(module), None) is None:
+        return
+    with torch.device("cpu"), _NoWeights():
+        fresh = build()
+    for (owner, name, table), (_, _, right) in zip(_tables(module), _tables(fresh), strict=True):
+        if name in owner._buffers:
+            table.copy_(right)
+        else:
+            setattr(owner, name, right)
+
+
+def _tables(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, Any]]:
+    """Owner, name and value of each: a buffer, a tensor, or a list of tensors."""
+    for owner in module.modules():
+        for name in sorted(owner._non_persistent_buffers_set):
+            if owner._buffers[name] is not None:
+                yield owner, name, owner._buffers[name]
+        for name, value in sorted(vars(owner).items()):
+            if isinstance(value, torch.Tensor) or (
+                isinstance(value, (list, tuple)) and value and all(isinstance(one, torch.Tensor) for one in value)
+            ):
+                yield owner, name, value
+
+
+class _NoWeights(TorchFunctionMode):
+    """Layers allocate their weights with `torch.empty`. Here that allocates nothing, and all else is computed."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.empty:
+            kwargs["device"] = "meta"
+        return function(*args, **kwargs)

@@ -2,48 +2,56 @@
 
 The data flow, with Q queries, D the encoder's width, E the text encoder's, L the caption head's:
 
-    pixel_values (B, 3, H, W) ─ Florence-2, asked by the queries ─► (B, Q, D) ─ projection ─► caption_embeds (B, Q, E)
-    caption_embeds ─ CLIP text encoder, entered at its embedding layer ─► context (B, Q, E)
-    context ─ frozen UNet and VAE ─► the image again               (stage 1 trains this: the denoising loss)
+    pixel_values (B, 3, H, W) ─ Florence-2, with queries as words ─► (B, Q, D) ─ projection ─► caption_embeds (B, Q, E)
+    caption_embeds ─ CLIP text encoder, in place of word embeddings ─► context (B, Q, E)
+                     (without a text encoder, the caption embeddings are the context)
+    context ─ frozen teacher: denoiser and VAE ─► the image again  (stage 1 trains this: the denoising loss)
     context ─ prefix_projection ─► (B, Q, L) ─ LLM ─► the caption  (stage 2 trains this: the caption loss)
 """
 
 import copy
-import inspect
 import shutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UNet2DConditionModel
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.training_utils import compute_snr
-from diffusers.utils.torch_utils import randn_tensor
 from transformers import AutoModelForCausalLM, Florence2Model, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, cached_file
 
 # A model loaded from the Hub imports every file of its repo here, so that saving it copies all of them.
 try:
+    from .chat_vlv import find_image  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
     from .components_vlv import HUB_KWARGS, TASK_PROMPT, load_components
     from .configuration_vlv import VLVConfig
-    from .images_vlv import load_image  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
-    from .layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_images, check_pixels, device_of
+    from .decoders_vlv import Prompt  # noqa: F401
+    from .diffusion_vlv import VLVDiffusionMixin
+    from .families_vlv import build_decoder
+    from .images_vlv import load_image  # noqa: F401
+    from .layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_pixels, device_of
     from .pipeline_vlv import VLVImageToTextPipeline  # noqa: F401
     from .processing_vlv import VLVProcessor  # noqa: F401
     from .stopping_vlv import stopping_criteria
 except ImportError:
     from components_vlv import HUB_KWARGS, TASK_PROMPT, load_components
     from configuration_vlv import VLVConfig
-    from layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_images, check_pixels, device_of
+    from diffusion_vlv import VLVDiffusionMixin
+    from families_vlv import build_decoder
+    from layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_pixels, device_of
     from stopping_vlv import stopping_criteria
 
 # The files of a Hub repo's code. `save_pretrained` writes them beside the weights.
 CODE_FILES = (
-    *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py"),
-    *("processing_vlv.py", "images_vlv.py", "pipeline_vlv.py", "stopping_vlv.py"),
+    *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py", "decoders_vlv.py"),
+    *("families_vlv.py", "diffusion_vlv.py", "processing_vlv.py", "images_vlv.py", "pipeline_vlv.py"),
+    *("stopping_vlv.py", "chat_vlv.py"),
+)
+# Parts and buffers that a checkpoint may hold and a model leave out.
+PARTS_LEFT_OUT = (
+    *("text_encoder", "unet", "transformer", "vae", "pooled_projection", "empty_prompt_embeds", "empty_pooled_embeds"),
+    *("prefix_projection", "caption_head"),
 )
 # What each stage trains by default (paper section 3; the table in docs/training.md).
 STAGES = {
@@ -96,12 +104,18 @@ class VLVPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, VLVModel):
             init.normal_(module.queries, std=self.config.initializer_range)
+            for name in module.empty_buffers:
+                init.zeros_(getattr(module, name))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As `PreTrainedModel.from_pretrained`, which unfreezes all weights: this freezes the decoder again."""
+        """As `PreTrainedModel.from_pretrained`, but the decoder is frozen again and gets its tables back."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_decoder()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_decoder()
+        if model.teacher is not None:
+            for name in (model.teacher.denoiser, "vae"):
+                model.teacher.restore_tables(name, getattr(model, name))
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
@@ -122,7 +136,7 @@ class VLVPreTrainedModel(PreTrainedModel):
                 shutil.copyfile(source, target)
 
 
-class VLVModel(VLVPreTrainedModel, GenerationMixin):
+class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
     """
     The whole auto-encoder: Florence-2 encoder, frozen diffusion decoder, and the LLM that writes captions.
 
@@ -147,43 +161,58 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
     def __init__(self, config: VLVConfig):
         super().__init__(config)
         encoder_width = config.encoder_config.text_config.d_model
-        context_width = config.text_encoder_config.hidden_size
+        width = config.caption_embeds_width
+        # Where nothing follows the projection, the context may be very wide: its inner width is the encoder's then.
+        inner = encoder_width if config.text_encoder_config is None else None
         self.encoder = Florence2Model(config.encoder_config)
         self.queries = torch.nn.Parameter(torch.empty(config.num_queries, encoder_width))
-        self.projection = VLVProjection(encoder_width, context_width)
-        self.text_encoder = VLVTextEncoder(config.text_encoder_config)
-        self.unet = self.vae = self.noise_scheduler = None
+        self.projection = VLVProjection(encoder_width, width, inner)
+        self.text_encoder = None
+        if config.text_encoder_config is not None:
+            self.text_encoder = VLVTextEncoder(config.text_encoder_config)
+        self.teacher = self.unet = self.transformer = self.vae = self.pooled_projection = None
+        self.empty_buffers: tuple[str, ...] = ()  # what stands for the empty prompt where there is no text encoder
         if config.decoder_config is not None:
-            self.unet = UNet2DConditionModel.from_config(config.decoder_config["unet"])
-            self.vae = AutoencoderKL.from_config(config.decoder_config["vae"])
-            with torch.device("cpu"):  # its tables are not weights and must never be on the meta device
-                self.noise_scheduler = DDPMScheduler.from_config(config.decoder_config["scheduler"])
+            self.teacher = build_decoder(config.decoder_config)
+            for name, part in self.teacher.build().items():
+                setattr(self, name, part)
+            if self.text_encoder is None:
+                length = config.decoder_config["empty_prompt_length"]
+                self.empty_buffers = ("empty_prompt_embeds",)
+                self.register_buffer("empty_prompt_embeds", torch.zeros(1, length, width))
+            if self.teacher.pooled_width is not None:
+                self.empty_buffers += ("empty_pooled_embeds",)
+                self.pooled_projection = VLVProjection(width, self.teacher.pooled_width, inner)
+                self.register_buffer("empty_pooled_embeds", torch.zeros(1, self.teacher.pooled_width))
         self.prefix_projection = self.caption_head = None
         if config.caption_config is not None:
-            self.prefix_projection = VLVProjection(context_width, config.caption_config.hidden_size)
+            self.prefix_projection = VLVProjection(width, config.caption_config.hidden_size)
             self.caption_head = AutoModelForCausalLM.from_config(config.caption_config)
         # A checkpoint may hold parts that this model leaves out. Their weights are skipped without a warning.
-        absent = [name for name, part in self.named_parts() if part is None]
-        self._keys_to_ignore_on_load_unexpected = [rf"^{name}\." for name in absent]
+        absent = [name for name in PARTS_LEFT_OUT if getattr(self, name, None) is None]
+        self._keys_to_ignore_on_load_unexpected = [rf"^{name}(\.|$)" for name in absent]
         self.post_init()
         # FSDP refuses the name of a layer that the model lacks, such as the UNet's where there is no decoder.
-        self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
+        layers = {*self._no_split_modules, *(getattr(self.transformer, "_no_split_modules", None) or ())}
+        self._no_split_modules = {type(module).__name__ for module in self.modules()} & layers
         self.freeze_decoder()
 
     # ---- parts: what trains and what is frozen -------------------------------------------------------------
 
     def named_parts(self) -> Iterable[tuple[str, torch.nn.Module | torch.nn.Parameter | None]]:
         """The parts that [`set_stage`] can train, by name. Together they hold all of the model's weights."""
-        language_model = self.encoder.language_model
+        language_model, projection = self.encoder.language_model, self.projection
+        if self.pooled_projection is not None:
+            projection = torch.nn.ModuleList([projection, self.pooled_projection])
         return (
             ("vision_tower", self.encoder.vision_tower),
             ("image_projection", self.encoder.multi_modal_projector),
             ("word_embeddings", language_model.shared),
             ("language_model", torch.nn.ModuleList([language_model.encoder, language_model.decoder])),
             ("queries", self.queries),
-            ("projection", self.projection),
+            ("projection", projection),
             ("text_encoder", self.text_encoder),
-            ("unet", self.unet),
+            ("unet" if self.teacher is None else self.teacher.denoiser, self.denoiser),
             ("vae", self.vae),
             ("prefix_projection", self.prefix_projection),
             ("caption_head", self.caption_head),
@@ -209,7 +238,8 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
                 raise ValueError(f"There is no part {name!r} to train: choose among {', '.join(parts)}.")
             if parts[name] is None:
                 raise ValueError(f"Stage {stage!r} trains {name}, which this checkpoint does not have.")
-        needed = {"autoencode": "unet", "caption": "caption_head"}.get(stage)
+        denoiser = "unet" if self.teacher is None else self.teacher.denoiser
+        needed = {"autoencode": denoiser, "caption": "caption_head"}.get(stage)
         if needed and parts[needed] is None:
             raise ValueError(f"Stage {stage!r} needs the part {needed}, which this checkpoint does not have.")
         self.requires_grad_(False)
@@ -220,8 +250,8 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         return self.train(self.training)
 
     def freeze_decoder(self) -> None:
-        """Freezes text encoder, UNet and VAE. They train in neither stage."""
-        for part in (self.text_encoder, self.unet, self.vae):
+        """Freezes text encoder, denoiser and VAE. They train in neither stage."""
+        for part in (self.text_encoder, self.denoiser, self.vae):
             if part is not None:
                 part.requires_grad_(False).eval()
 
@@ -240,13 +270,16 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
     def gradient_checkpointing_enable(
         self,
         gradient_checkpointing_kwargs: dict | None = None,
-        parts: Sequence[str] = ("encoder", "unet", "caption_head"),
+        parts: Sequence[str] = ("encoder", "unet", "transformer", "caption_head"),
         **kwargs,
     ) -> None:
-        """Saves activation memory at the cost of a second forward pass. `parts`: encoder, unet, caption_head."""
+        """
+        Saves activation memory at the cost of a second forward pass. `parts`: encoder, unet or transformer (whichever
+        the teacher has), caption_head.
+        """
         for name in parts:
             part = getattr(self, name)
-            if name == "unet" and part is not None:
+            if part is not None and part is self.denoiser:
                 part.enable_gradient_checkpointing()
             elif part is not None:  # newer releases renamed the method and pass it more arguments
                 enable = getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)
@@ -254,8 +287,8 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
 
     def gradient_checkpointing_disable(self) -> None:
         """Switches gradient checkpointing off in every part."""
-        if self.unet is not None:
-            self.unet.disable_gradient_checkpointing()
+        if self.denoiser is not None:
+            self.denoiser.disable_gradient_checkpointing()
         for part in (self.encoder, self.caption_head):
             if part is not None:
                 getattr(part, "activation_checkpointing_disable", part.gradient_checkpointing_disable)()
@@ -286,7 +319,10 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         return self.encoder.multi_modal_projector(features)
 
     def encode(
-        self, pixel_values: torch.Tensor | None = None, image_features: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        num_queries: int | None = None,
     ) -> torch.Tensor:
         """
         Encodes images as caption embeddings (paper section 3.1).
@@ -294,10 +330,17 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images from the processor, of any float dtype.
             image_features (`torch.FloatTensor` of shape `(B, T, D)`): instead, their [`get_image_features`].
+            num_queries (`int`, *optional*): Q, how many leading queries ask; all by default. They see none of those
+                behind them, so these are the leading caption embeddings of the whole. A model that was trained with
+                `config.nested_queries` puts the most important into the first ones.
 
         Returns:
             `torch.FloatTensor` of shape `(B, Q, E)`: the caption embeddings.
+
+        Raises:
+            ValueError: `num_queries` is less than 1 or more than the model has.
         """
+        num_queries = self.check_num_queries(num_queries)
         if image_features is None:
             image_features = self.get_image_features(pixel_values)
         language_model = self.encoder.language_model
@@ -308,165 +351,29 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         memory = language_model.encoder(inputs_embeds=tokens).last_hidden_state
         if self.queries.is_meta and hasattr(self, "_hf_hook"):  # offloaded, and not in forward(): load them
             self._hf_hook.pre_forward(self)
-        queries = self.queries.to(prompt).expand(batch_size, -1, -1)
+        queries = self.queries[:num_queries].to(prompt).expand(batch_size, -1, -1)
         answers = language_model.decoder(
             inputs_embeds=queries, encoder_hidden_states=memory, use_cache=False
         ).last_hidden_state  # (B, Q, D)
         return self.projection(cast_for(self.projection, answers))
 
     def encode_context(self, caption_embeds: torch.Tensor) -> torch.Tensor:
-        """`caption_embeds` (B, Q, E) -> `context` (B, Q, E), which the UNet and the caption head read."""
-        text = self.config.text_encoder_config
-        width, positions = text.hidden_size, text.max_position_embeddings
-        if caption_embeds.ndim != 3 or caption_embeds.shape[-1] != width or caption_embeds.shape[1] > positions:
+        """`caption_embeds` (B, Q, E) -> `context` (B, Q, E), which the denoiser and the caption head read."""
+        width, positions = self.config.caption_embeds_width, self.config.positions
+        if (
+            caption_embeds.ndim != 3
+            or caption_embeds.shape[-1] != width
+            or (positions is not None and caption_embeds.shape[1] > positions)
+        ):
+            limit = "" if positions is None else f" with at most {positions} queries"
             raise ValueError(
-                f"caption_embeds have shape {tuple(caption_embeds.shape)}: expected (batch, queries, {width}) with at "
-                f"most {positions} queries, as encode() returns them."
+                f"caption_embeds have shape {tuple(caption_embeds.shape)}: expected (batch, queries, {width}){limit}, "
+                "as encode() returns them."
             )
+        if self.text_encoder is None:
+            return caption_embeds
         caption_embeds = cast_for(self.text_encoder, caption_embeds)
         return caption_embeds if self.config.bypass_text_encoder else self.text_encoder(inputs_embeds=caption_embeds)
-
-    def empty_context(self, length: int | None = None) -> torch.Tensor:
-        """The unconditional context (1, Q, E): the text encoder's output for the empty prompt, cut to `length`."""
-        length = self.config.num_queries if length is None else length
-        if len(self.config.empty_prompt_ids) < length:
-            raise ValueError(
-                f"config.empty_prompt_ids holds {len(self.config.empty_prompt_ids)} ids, but the context is {length} "
-                "long: set it to the empty prompt, padded to the text encoder's positions."
-            )
-        ids = torch.tensor([self.config.empty_prompt_ids[:length]], device=device_of(self.text_encoder))
-        return self.text_encoder(input_ids=ids)
-
-    # ---- the frozen decoder: context -> image --------------------------------------------------------------
-
-    def encode_latents(self, decoder_pixel_values: torch.Tensor, sample: bool | None = None) -> torch.Tensor:
-        """
-        `decoder_pixel_values` (B, 3, h, w) in -1..1 -> `latents` (B, C, h/f, w/f), shifted and scaled as the UNet
-        expects them. `sample` draws them from the posterior instead of taking its mean; by default
-        `config.sample_latents` decides.
-        """
-        self._require_decoder("encode latents")
-        source = "in -1..1: use processor(..., return_decoder_pixel_values=True)"
-        check_images("decoder_pixel_values", decoder_pixel_values, source)
-        if (
-            not torch.compiler.is_compiling() and not decoder_pixel_values.abs().amax() <= 1.01
-        ):  # `not <=` also finds NaN
-            raise ValueError(f"decoder_pixel_values are not {source}.")
-        posterior = self.vae.encode(cast_for(self.vae, decoder_pixel_values)).latent_dist
-        sample = self.config.sample_latents if sample is None else sample
-        latents = posterior.sample() if sample else posterior.mean
-        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
-
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """`latents` (B, C, h/f, w/f), as [`encode_latents`] returns them -> images (B, 3, h, w), about -1..1."""
-        self._require_decoder("decode latents")
-        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return self.vae.decode(cast_for(self.vae, latents)).sample
-
-    def denoise(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """The UNet's prediction (B, C, h/f, w/f): noise or velocity, as the scheduler's config says."""
-        return self.unet(
-            cast_for(self.unet, noisy_latents), timesteps, encoder_hidden_states=cast_for(self.unet, context)
-        ).sample
-
-    def compute_denoising_loss(
-        self,
-        latents: torch.Tensor,
-        context: torch.Tensor,
-        noise: torch.Tensor | None = None,
-        timesteps: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """
-        The stage-1 objective (paper section 3.1): the UNet predicts the noise in the noisy `latents` (B, C, h/f, w/f)
-        from `context` (B, Q, E) alone. `noise` (shaped as latents) and `timesteps` (B,) are drawn where not given.
-        """
-        scheduler = self.noise_scheduler
-        latents = latents.to(device_of(self.unet))
-        if noise is None:
-            noise = torch.randn_like(latents)
-        if timesteps is None:
-            timesteps = torch.randint(scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device)
-        noise, timesteps = noise.to(latents.device), timesteps.to(latents.device)
-        if self.training and self.config.context_dropout > 0:
-            dropped = torch.rand(context.shape[0], 1, 1, device=context.device) < self.config.context_dropout
-            context = torch.where(dropped, self.empty_context(context.shape[1]).to(context), context)
-        prediction = self.denoise(scheduler.add_noise(latents, noise, timesteps), timesteps, context).float()
-        is_velocity = scheduler.config.prediction_type == "v_prediction"
-        target = (scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise).to(prediction)
-        distance = F.mse_loss if self.config.denoising_loss == "mse" else F.l1_loss
-        if self.config.min_snr_gamma is None:
-            return distance(prediction, target)
-        snr = compute_snr(scheduler, timesteps)
-        weights = snr.clamp(max=self.config.min_snr_gamma) / (snr + 1 if is_velocity else snr.clamp(min=1e-8))
-        distances = distance(prediction, target, reduction="none").mean(dim=(1, 2, 3))
-        return (distances * weights.to(distances.device)).mean()
-
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        caption_embeds: torch.Tensor | None = None,
-        num_inference_steps: int = 8,
-        guidance_scale: float = 2.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        scheduler: SchedulerMixin | None = None,
-        output_type: str = "pil",
-        callback_on_step_end: Callable | None = None,
-    ):
-        """
-        Rebuilds images from their caption embeddings by classifier-free-guided sampling.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images to rebuild; or
-            caption_embeds (`torch.FloatTensor` of shape `(B, Q, E)`): their embeddings, from [`encode`] or composed.
-            num_inference_steps (`int`): sampling steps.
-            guidance_scale (`float`): 1.0 switches guidance off, which halves the work.
-            generator (`torch.Generator` or one per image): makes the result repeatable. With one per image, an image
-                does not depend on the others in its batch.
-            height, width (`int`, *optional*): pixels; `config.image_size` or the UNet's own size by default.
-            scheduler (*optional*): a diffusers scheduler. The default is second-order DPM-Solver++ (arXiv 2211.01095)
-                on the checkpoint's own noise schedule, which needs the fewest steps (docs/results.md).
-            output_type (`str`): `"pil"`, `"np"` or `"pt"`.
-            callback_on_step_end: called as `(model, step, timestep, {"latents": latents})` after each step, as in
-                diffusers' pipelines. The dictionary that it returns may hold new latents.
-
-        Returns:
-            A list of B `PIL.Image` (or an array or tensor in 0..1).
-
-        Raises:
-            ValueError: the checkpoint has no decoder, or not exactly one input is given.
-        """
-        self._require_decoder("reconstruct")
-        context = self._context(pixel_values, caption_embeds)
-        if scheduler is None:
-            scheduler = DPMSolverMultistepScheduler.from_config(self.config.decoder_config["scheduler"])
-        scheduler.set_timesteps(num_inference_steps, device=context.device)
-        step_accepts = inspect.signature(scheduler.step).parameters
-        step_arguments = {"generator": generator} if "generator" in step_accepts else {}
-        context = cast_for(self.unet, context)
-        batch_size = context.shape[0]
-        guided = guidance_scale > 1
-        if guided:
-            empty = cast_for(self.unet, self.empty_context(context.shape[1]))
-            context = torch.cat([empty.expand_as(context), context])
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        size = self.config.image_size or self.unet.config.sample_size * factor
-        shape = (batch_size, self.unet.config.in_channels, (height or size) // factor, (width or size) // factor)
-        latents = randn_tensor(shape, generator=generator, device=context.device, dtype=context.dtype)
-        latents = latents * scheduler.init_noise_sigma
-        for step, timestep in enumerate(scheduler.timesteps):
-            noisy = torch.cat([latents, latents]) if guided else latents
-            prediction = self.denoise(scheduler.scale_model_input(noisy, timestep), timestep, context)
-            if guided:
-                without, with_context = prediction.chunk(2)
-                prediction = without + guidance_scale * (with_context - without)
-            latents = scheduler.step(prediction, timestep, latents, **step_arguments).prev_sample
-            if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, step, timestep, {"latents": latents}).get("latents", latents)
-        images = self.decode_latents(latents)
-        return VaeImageProcessor().postprocess(images.float(), output_type=output_type)
 
     # ---- the caption head: context -> text -----------------------------------------------------------------
 
@@ -491,6 +398,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         caption_embeds: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        num_queries: int | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs,
     ):
@@ -501,6 +409,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images to caption; or
             caption_embeds (`torch.FloatTensor` of shape `(B, Q, E)`): their embeddings, from [`encode`] or composed.
+            num_queries (`int`, *optional*): read only so many of the leading caption embeddings (see [`encode`]).
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the beginning of each caption, padded on
                 either side, with its `attention_mask`.
 
@@ -508,10 +417,11 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
             `torch.LongTensor` of shape `(B, new tokens)`: the new tokens only, without `input_ids`.
 
         Raises:
-            ValueError: the checkpoint has no caption head, or not exactly one input is given.
+            ValueError: the checkpoint has no caption head, not exactly one input is given, or there are fewer queries
+                than `num_queries`.
         """
         self._require_caption_head("caption")
-        context = self._context(pixel_values, caption_embeds)
+        context = self._context(pixel_values, caption_embeds, num_queries)
         inputs_embeds, attention_mask = self._caption_inputs(context, input_ids, attention_mask)
         # Padding moves to the left of the prefix, because generation counts positions from the end of the padding.
         order = attention_mask.argsort(dim=1, stable=True)
@@ -519,8 +429,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         attention_mask = attention_mask.take_along_dim(order, dim=1)
         generation_config = copy.deepcopy(generation_config or GenerationConfig())
         # The checkpoint's settings fill in what it leaves open, as in every model of transformers.
-        defaults = self.generation_config.to_dict()
-        generation_config.update(**defaults, defaults_only=True, allow_custom_entries=True)
+        generation_config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         kwargs = generation_config.update(**kwargs)  # left over: streamer, logits_processor, ...
         kwargs["stopping_criteria"] = stopping_criteria(generation_config, kwargs.get("stopping_criteria"))
         return self.caption_head.generate(
@@ -568,9 +477,10 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         Returns:
             [`VLVOutput`].
         """
+        num_queries = self._draw_num_queries() if self.training and self.config.nested_queries else None
         if caption_embeds is None:
-            caption_embeds = self.encode(pixel_values, image_features)
-        context = self.encode_context(caption_embeds)
+            caption_embeds = self.encode(pixel_values, image_features, num_queries)
+        context = self.encode_context(caption_embeds[:, :num_queries])
         denoising_loss = caption_loss = None
         head_output = {}
         check_batch(context, decoder_pixel_values=decoder_pixel_values, latents=latents, labels=labels)
@@ -631,6 +541,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         image_size: int | None = None,
         prompt: str = TASK_PROMPT,
         dtype: torch.dtype | str | None = None,
+        projection_start: str = "zero",
         **kwargs,
     ) -> "VLVModel":
         """
@@ -638,12 +549,16 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
 
         Args:
             encoder (`str`): id or folder of a Florence-2, in transformers' own or in Microsoft's remote-code layout.
-            decoder (`str`): id or folder of a Stable Diffusion 1.x or 2.x in diffusers' layout.
+                It reads any size that its strides divide; the processor decides which (`encoder_image_size`).
+            decoder (`str`): id or folder of a text-to-image model in diffusers' layout, of a family that
+                `families_vlv.py` knows.
             caption_head (`str`, *optional*): id or folder of a decoder-only language model.
-            num_queries (`int`, *optional*): the text encoder's positions (77 for CLIP's) by default.
-            image_size (`int`, *optional*): pixels of a reconstruction's side; the UNet's own by default.
+            num_queries (`int`, *optional*): the text encoder's positions (77 for CLIP's) by default, else 77.
+            image_size (`int`, *optional*): pixels of a reconstruction's side; the teacher's own by default.
             prompt (`str`): the task prompt, in words.
             dtype (`torch.dtype`, *optional*): of all weights; by default the narrowest that holds each weight exactly.
+            projection_start (`str`): around what the new caption embeddings start: `"zero"`, or `"mean"`, that of the
+                text encoder's word embeddings, or of the empty prompt's embeddings where there is no text encoder.
             kwargs: `revision`, `token`, `local_files_only`, `cache_dir`, ... are used to read each part; the rest
                 (`device_map`, `quantization_config`, `attn_implementation`, ...) goes to `from_pretrained`.
 
@@ -653,7 +568,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
         """
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         components = load_components(
-            encoder, decoder, caption_head, num_queries, image_size, prompt, dtype, **hub_kwargs
+            encoder, decoder, caption_head, num_queries, image_size, prompt, dtype, projection_start, **hub_kwargs
         )
         # from_pretrained places the weights, ties what each part ties, and initialises what no part has.
         model = cls.from_pretrained(
@@ -665,17 +580,38 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
 
     # ---- checks --------------------------------------------------------------------------------------------
 
-    def _context(self, pixel_values, caption_embeds):
+    def check_num_queries(self, num_queries: int | None) -> int:
+        """How many leading queries to read, all of them by default; raises ValueError where there are not so many."""
+        if num_queries is None:
+            return self.config.num_queries
+        if not 1 <= num_queries <= self.config.num_queries:
+            raise ValueError(
+                f"num_queries is {num_queries}, but this checkpoint has {self.config.num_queries} queries: choose "
+                f"between 1 and {self.config.num_queries}."
+            )
+        return num_queries
+
+    def _draw_num_queries(self):
+        """A number of leading queries for a step: all of them in every other step, any number in the rest."""
+        length = self.config.num_queries
+        return length if torch.rand(()) < 0.5 else int(torch.randint(1, length + 1, ()))
+
+    def _context(self, pixel_values, caption_embeds, num_queries=None):
+        return self.encode_context(self._caption_embeds(pixel_values, caption_embeds, num_queries))
+
+    def _caption_embeds(self, pixel_values, caption_embeds, num_queries=None):
         if (pixel_values is None) == (caption_embeds is None):
             raise ValueError("Give either pixel_values or caption_embeds.")
-        return self.encode_context(self.encode(pixel_values) if caption_embeds is None else caption_embeds)
-
-    def _require_decoder(self, purpose):
-        if self.unet is None:
+        if caption_embeds is None:
+            return self.encode(pixel_values, num_queries=num_queries)
+        if num_queries is None:
+            return caption_embeds
+        if not 1 <= num_queries <= caption_embeds.shape[1]:
             raise ValueError(
-                f"This model has no diffusion decoder and cannot {purpose}: load a checkpoint that has one with "
-                "AutoModel (AutoModelForImageTextToText leaves it out)."
+                f"num_queries is {num_queries}, but there are {caption_embeds.shape[1]} caption_embeds for each "
+                f"image: choose between 1 and {caption_embeds.shape[1]}."
             )
+        return caption_embeds[:, :num_queries]
 
     def _require_caption_head(self, purpose):
         if self.caption_head is None:
@@ -687,7 +623,7 @@ class VLVModel(VLVPreTrainedModel, GenerationMixin):
 # GenerationMixin is named again because AutoModelForImageTextToText makes a new class, which cannot be pickled, of a
 # repo's class that does not have it as a direct base.
 class VLVForConditionalGeneration(VLVModel, GenerationMixin):
-    """The captioner alone: a [`VLVModel`] that never builds or reads UNet and VAE, even if the checkpoint has them."""
+    """The captioner alone: a [`VLVModel`] that never builds or reads denoiser and VAE, even if there are any."""
 
     def __init__(self, config: VLVConfig):
         config = copy.copy(config)  # the caller's config keeps its decoder

@@ -1,13 +1,14 @@
 """
-Captioning a folder: the paper's settings against this package's defaults.
+Captioning a folder: the paper's settings compared with this package's defaults.
 
     python benchmarks/captioning.py [--size tiny|mid|published] [--images 64] [--sides SIDE ...] [--output FILE]
 
-`paper` reads and captions four images at a time, with eager attention and four beams, and nothing is read ahead. Each
-lever is `paper` with one change; `like for like` is the default engine with the paper's search, which must write equal
-captions; `as shipped` is the default. All sides compute in the same precision: float32 on a CPU, bfloat16 on a GPU.
+`paper` captions four images at a time, with eager attention and four beams, and reads no image ahead. Each lever is
+`paper` with one change. `like for like` is the default engine with the paper's search; it must write equal captions.
+`as shipped` is the default. All sides use the same precision: float32 on a CPU, bfloat16 on a GPU.
 
-The captions of `tiny` are compared with the truth; at the other sizes their lengths are drawn (see measure.py).
+The captions of `tiny` are compared with the true ones. At the other sizes, the lengths of captions are drawn (see
+measure.py).
 """
 
 import json
@@ -33,7 +34,7 @@ MODES = {"paper": PAPER, **LEVERS, "like for like": {**DEFAULT, "num_beams": 4},
 
 
 class EndAt(LogitsProcessor):
-    """Ends each caption at its length, and none before."""
+    """Ends each caption at its length, and not earlier."""
 
     def __init__(self, lengths: list[int], eos_token_id: int):
         self.lengths, self.eos_token_id = torch.tensor(lengths), eos_token_id
@@ -51,7 +52,7 @@ class EndAt(LogitsProcessor):
 
 
 class CaptionerOfLengths(Captioner):
-    """Writes captions of given lengths, in tokens, by the images' names; stops beams early, as the paper does."""
+    """Writes captions whose lengths in tokens are given by the images' names. Stops beams early, as the paper does."""
 
     def __init__(self, *arguments, lengths: dict[str, int] | None):
         super().__init__(*arguments)
@@ -65,7 +66,7 @@ class CaptionerOfLengths(Captioner):
 
 
 class Side:
-    """One mode; the batch that memory allows is found in its first turn."""
+    """One set of settings. Its first turn finds the largest batch that memory allows."""
 
     def __init__(self, mode, models, source, lengths):
         self.captioner = CaptionerOfLengths(

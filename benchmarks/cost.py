@@ -1,10 +1,11 @@
 """
-What the paper's training costs at the speeds that were measured.
+The cost of the paper's training at the measured speeds.
 
     python benchmarks/cost.py --price DOLLARS_PER_GPU_HOUR [--size published] [--results benchmarks/results]
 
-Stage 1 reads 200,000 batches of 512 images, stage 2 up to 100,000 of 64 captions (--stage-2-steps). Reads the JSON
-that training.py wrote for a size; prints hours of one device and dollars for each side, against the paper's 1,000.
+Stage 1 reads 200,000 batches of 512 images, stage 2 up to 100,000 batches of 64 captions (--stage-2-steps). The
+command reads the JSON that training.py wrote for a size. It prints the hours of one device and the dollars for each
+side, and compares them with the paper's 1,000 dollars.
 """
 
 import argparse
@@ -27,8 +28,8 @@ def table(records: dict[str, dict], work: dict[str, int], price: float) -> str:
     Markdown: a row for each side of each stage.
 
     Args:
-        records: what training.py wrote, by stage.
-        work: images of each stage.
+        records: the JSON of training.py, by stage.
+        work: the number of images of each stage.
         price: dollars for an hour of the device.
     """
     lines = ["| | side | images/s | hours | dollars | of the paper's 1,000 |", "| --- | --- | --- | --- | --- | --- |"]

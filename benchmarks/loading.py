@@ -1,10 +1,10 @@
 """
-Loading a captioner: time and memory until it can caption, the whole model against this package's default.
+Loading a captioner: time and memory until it can caption. The whole model is compared with this package's default.
 
     python benchmarks/loading.py [--size tiny|mid|published] [--output FILE]
 
-`paper` loads everything, as the reference implementation does; `as shipped` is what `vlv caption` does, which neither
-builds nor reads UNet and VAE. Each turn is a process of its own; what importing takes is in neither time nor memory.
+`paper` loads everything, as the reference implementation does. `as shipped` is what `vlv caption` does: it neither
+builds nor reads UNet and VAE. Each turn is a new process. Time and memory do not include imports.
 """
 
 import json
@@ -23,7 +23,7 @@ from vlv.models.loading import load_captioner
 
 
 def peak() -> int:
-    """Bytes that this process has held at most."""
+    """The most bytes that this process has held."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
@@ -45,7 +45,7 @@ def load(mode: str, folder: str, size: str) -> None:
     torch.zeros(1, device=device)
     start = time.perf_counter()
     model = MODES[mode](folder, device)
-    for parameter in model.parameters():  # a file's weights are mapped, and read when they are first touched
+    for parameter in model.parameters():  # weights are mapped from the file, and read at the first access
         parameter.sum()
     found = {"seconds": time.perf_counter() - start, "peak_bytes": peak() - imported}
     if device.type == "cuda":

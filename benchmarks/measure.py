@@ -1,10 +1,9 @@
 """
-What the benchmarks share: models of three sizes, sides that take turns, and the JSON that they leave.
+What the benchmarks share: models of three sizes, sides that take turns, and the JSON that they write.
 
-`tiny` is the bundled checkpoint. `mid` has 112 million random weights, 224x224 pixels for the encoder and 128x128
-for the decoder. `published` is the paper's, with the Qwen2.5 of 0.5B and random weights, on a GPU. As random weights
-end no caption, the lengths of captions are drawn, once for all sides: log-normal, median 90 tokens, sigma 0.4, at most
-300.
+`tiny` is the bundled checkpoint. `mid` has 112 million random weights, 224x224 pixels for the encoder and 128x128 for
+the decoder. `published` has the paper's size, with Qwen2.5-0.5B and random weights, on a GPU. Random weights end no
+caption, so the lengths of captions are drawn once for all sides: log-normal, median 90 tokens, sigma 0.4, at most 300.
 """
 
 import argparse
@@ -33,12 +32,12 @@ from vlv.provenance import git_commit
 SIZES = ("tiny", "mid", "published")
 STAGES = ("stage 1", "stage 2")
 REPEATS = 5
-PUBLISHED_GIB = 70  # of GPU memory that the paper's own settings take
+PUBLISHED_GIB = 70  # GPU memory for the paper's own settings
 LEAST, LONGEST, MEDIAN, SIGMA = 1, 300, 90, 0.4  # of the captions' lengths, in tokens
 
 
 def parser(description: str, default_images: int, sides: Collection[str] = ()) -> argparse.ArgumentParser:
-    """The arguments that every benchmark takes; with sides, of which the first is always measured, which of them."""
+    """The arguments of every benchmark. With `sides`, an option chooses among them; the first is always measured."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--size", choices=SIZES, default="tiny")
     made.add_argument("--images", type=int, default=default_images, help="images of each turn")
@@ -56,7 +55,7 @@ def parser(description: str, default_images: int, sides: Collection[str] = ()) -
 
 
 def find_device(size: str) -> torch.device:
-    """Where to measure a size. Ends with one sentence where there is no room for it."""
+    """The device to measure a size on. Ends with one sentence if the machine is too small for it."""
     if size != "published":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -71,7 +70,7 @@ def find_device(size: str) -> torch.device:
 
 
 def checkpoint(size: str, folder: Path) -> str:
-    """The folder of a complete model of this size, written into `folder` where it is no bundled one."""
+    """The folder of a complete model of this size. It is written into `folder`, unless the model is bundled."""
     bundled = str(tiny_checkpoint())
     if size == "tiny":
         return bundled
@@ -79,7 +78,7 @@ def checkpoint(size: str, folder: Path) -> str:
     if size == "mid":
         config, side, processor.decoder_image_size = mid_config(read_config(bundled)), 224, 128
     else:
-        # Its prompt ids stand for tokenizers that are not here; the bundled ones' ids are among its vocabulary's.
+        # The bundled prompt ids replace those of tokenizers that are not installed; they are in its vocabulary.
         config, side, processor.decoder_image_size = published_config("0.5B"), 768, 384
     torch.manual_seed(0)
     with find_device(size):
@@ -128,7 +127,7 @@ def draw_lengths(count: int) -> list[int]:
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """How long the work takes."""
+    """The time of the work in seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -140,20 +139,20 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 def take_turns(sides: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
     """
-    Lets the sides work one after the other, round by round, so that whatever else the machine does meets all alike.
+    Runs the sides one after the other, in rounds, so that other work on the machine affects all sides equally.
 
     Args:
-        sides: by name, what measures itself in seconds per image.
+        sides: by name, a function that runs a side and returns its seconds per image.
 
     Returns:
-        By name, the seconds per image of each round but the first, which warms up.
+        By name, the seconds per image of each round. The first round is a warm-up and is left out.
     """
     rounds = [{name: side() for name, side in sides.items()} for _ in range(REPEATS + 1)]
     return {name: [measured[name] for measured in rounds[1:]] for name in sides}
 
 
 def compare(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, dict[str, Any]]:
-    """By side: what was measured, its median as images per second, and how many times the baseline's that is."""
+    """By side: the measurements, their median as images per second, and its ratio to the baseline's median."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         name: {
@@ -166,7 +165,7 @@ def compare(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, dict
 
 
 def profile(work: Callable[[], Any], rows: int = 8) -> list[dict[str, Any]]:
-    """Where the time of the work goes: the operators that take most of it themselves."""
+    """The operators that take most of the work's time, without the operators that they call."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -186,14 +185,14 @@ def profile(work: Callable[[], Any], rows: int = 8) -> list[dict[str, Any]]:
 
 
 def write(file: Path | None, name: str, size: str, sides: Mapping[str, Mapping[str, Any]], **facts: Any) -> None:
-    """Prints a line for each side, and writes the record of the measurement where there is a file for it."""
+    """Prints a line for each side, and writes the record of the measurement to `file`, if given."""
     for side, found in sides.items():
         print(f"{side:64} {1 / found['images_per_second']:9.4f} s/image {found['ratio']:7.2f} x")
     write_record(file, {"benchmark": name, "size": size, **facts, "sides": sides})
 
 
 def write_record(file: Path | None, record: Mapping[str, Any]) -> None:
-    """Writes what was measured, and on what machine and with which versions; without a file, nothing."""
+    """Writes the measurements, the machine and the versions to `file`, if given."""
     if file is None:
         return
     device = find_device(record["size"])
@@ -212,7 +211,7 @@ def write_record(file: Path | None, record: Mapping[str, Any]) -> None:
 
 
 def processor_name() -> str:
-    """What the machine's processor calls itself."""
+    """The name of the machine's processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]

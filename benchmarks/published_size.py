@@ -1,12 +1,12 @@
 """
-The paper's configuration for real: Florence-2-large, Stable Diffusion 2.1-base and Qwen2.5-0.5B, random bf16 weights.
+The paper's configuration at full size: Florence-2-large, Stable Diffusion 2.1-base, Qwen2.5-0.5B, random bf16 weights.
 
     python benchmarks/published_size.py [--dtype float32] [--device cuda] [--folder DIR] [--output results.json]
 
-Writes such a checkpoint (5.2 GB; deleted again unless --folder names its place), then captions an image, takes one
-stage-1 step and makes one reconstruction step, each in a process of its own, and prints what each took at its peak
-above the imports. A machine with 24 GB of memory and no GPU is enough; where the CPU has no instructions for bf16,
-computing in --dtype float32 takes more memory and a tenth of the time.
+Writes such a checkpoint (5.2 GB; it is deleted at the end, unless --folder is given). Then it captions an image, takes
+one stage-1 step and makes one reconstruction step, each in a new process, and prints the peak memory of each without
+the imports. A machine with 24 GB of memory and no GPU is enough. On a CPU without bf16 instructions, --dtype float32
+takes more memory and a tenth of the time.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from vlv.models.published import published_config
 
 
 def make(folder: Path) -> None:
-    """A checkpoint of the published size, in shards that are made and written one part at a time."""
+    """Writes a checkpoint of the published size in shards, one part at a time."""
     torch.set_default_dtype(torch.bfloat16)
     config = published_config("0.5B")
     config.dtype = torch.bfloat16
@@ -37,7 +37,7 @@ def make(folder: Path) -> None:
     model.to_empty(device="cpu")
     model.tie_weights()
     generator = torch.Generator().manual_seed(0)
-    # One block of noise, repeated: fresh noise for 2.7 billion weights would take longer than all the rest.
+    # One block of noise, repeated. New noise for 2.7 billion weights would take longer than everything else.
     noise = torch.randn(2**20 + 3, generator=generator) * 0.02
     for name, weight in model.state_dict().items():
         if weight.ndim < 2:
@@ -52,7 +52,7 @@ def pixels(device: str, side: int) -> torch.Tensor:
 
 
 def caption(folder: Path, device: str, dtype: str) -> None:
-    """Eight tokens. UNet and VAE are never built, nor read."""
+    """Eight tokens. UNet and VAE are neither built nor read."""
     model = VLVForConditionalGeneration.from_pretrained(folder, device_map=device, dtype=dtype)
     assert model.unet is None and model.vae is None
     ids = model.generate(pixels(device, 768), max_new_tokens=8, min_new_tokens=8)
@@ -60,7 +60,7 @@ def caption(folder: Path, device: str, dtype: str) -> None:
 
 
 def train(folder: Path, device: str, dtype: str) -> None:
-    """One step of stage 1 at batch size 1: what trains is held in fp32, with AdamW's two states."""
+    """One step of stage 1 at batch size 1. The weights that train are in fp32, with AdamW's two states."""
     model = VLVModel.from_pretrained(folder, caption_config=None, device_map=device, dtype=dtype)
     model.set_stage("autoencode").train()
     model.gradient_checkpointing_enable()
@@ -87,7 +87,7 @@ PHASES = {phase.__name__: phase for phase in (caption, train, reconstruct)}
 
 
 def peak(device: str) -> dict[str, float]:
-    """In GiB: of the process since it began, and of the accelerator."""
+    """Peak memory in GiB: of the process since its start, and of the accelerator."""
     status = Path("/proc/self/status").read_text()
     peaks = {"host": int(status.split("VmHWM:")[1].split()[0]) / 2**20}
     if torch.device(device).type == "cuda":
@@ -105,9 +105,9 @@ def run(phase: str, folder: Path, device: str, dtype: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="what is computed in")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype to compute in")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    parser.add_argument("--folder", type=Path, help="where to keep the checkpoint, or find it again")
+    parser.add_argument("--folder", type=Path, help="folder to keep the checkpoint in, or an earlier one to use")
     parser.add_argument("--output", type=Path, help="JSON file to write the numbers to")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

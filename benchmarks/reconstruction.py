@@ -1,14 +1,14 @@
 """
-Rebuilding images: the paper's settings against this package's defaults.
+Rebuilding images: the paper's settings compared with this package's defaults.
 
     python benchmarks/reconstruction.py [--size tiny|mid|published] [--images 16] [--sides SIDE ...] [--output FILE]
 
-`paper` takes 50 steps of DDPM at guidance 2.0, with eager attention. Each lever is `paper` with one change; `like for
-like` is the paper's sampling with this package's attention, which must draw equal images; `as shipped` is the default;
-`as shipped, without guidance` costs half of the UNet's work. All sides sample in batches, both contexts of an image at
-once, from the same noise and in the same precision: float32 on a CPU, bfloat16 on a GPU.
+`paper` takes 50 steps of DDPM at guidance 2.0, with eager attention. Each lever is `paper` with one change. `like for
+like` is the paper's sampling with this package's attention; it must draw equal images. `as shipped` is the default.
+`as shipped, without guidance` needs half of the UNet's work. All sides sample in batches, with both contexts of an
+image at once, from the same noise and in the same precision: float32 on a CPU, bfloat16 on a GPU.
 
-The images of `tiny` are scenes, and what is right in them is counted (docs/results.md has more solvers and FID).
+The images of `tiny` are scenes, and the objects that are right are counted (docs/results.md has more solvers and FID).
 """
 
 import tempfile
@@ -55,7 +55,7 @@ class Side:
 
 
 def difference(images, others) -> float:
-    """The mean difference of two lists of images' values, in 0..255."""
+    """The mean absolute difference between the pixels of two lists of images, in 0..255."""
     return float(np.mean([np.abs(np.subtract(a, b, dtype=float)).mean() for a, b in zip(images, others, strict=True)]))
 
 

@@ -1,5 +1,5 @@
 """
-Writes the tables of docs/speed.md and docs/training.md again, from the JSON in benchmarks/results.
+Redraws the tables of docs/speed.md and docs/training.md from the JSON in benchmarks/results.
 
     python -m benchmarks.report
 """
@@ -13,13 +13,15 @@ from experiments.report import fill
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "docs" / "speed.md", ROOT / "docs" / "training.md")
 RESULTS = ROOT / "benchmarks" / "results"
-# How each number beside the speed is shown, where a side has it.
+# The column and the format of each number beside the speed, if a side has it.
 EXTRA = {
     "batch_size": ("batch", "{}"),
     "captions_right": ("captions right", "{:.3f}"),
     "captions_as_papers": ("captions as the paper's", "{:.3f}"),
     "objects_right": ("objects right", "{:.3f}"),
     "difference_to_papers": ("difference to the paper's images, of 255", "{:.2f}"),
+    "tokens": ("tokens an image", "{:.0f}"),
+    "most_tokens": ("at most", "{}"),
     "parameters": ("parameters", "{:,}"),
     "peak_bytes": ("peak memory, MiB", "{:.0f}"),
     "peak_device_bytes": ("peak GPU memory, MiB", "{:.0f}"),
@@ -36,10 +38,10 @@ def shown(name: str, value: float) -> str:
 
 
 def sides(record: dict) -> str:
-    """The sides of a benchmark, and where the time of the default goes."""
+    """The sides of a benchmark, and the operators that take the time of the default."""
     found = record["sides"]
     extra = [name for name in EXTRA if any(name in side for side in found.values())]
-    if record["size"] != "tiny":  # what random weights write has no meaning
+    if record["size"] != "tiny":  # captions of random weights have no meaning
         extra = [name for name in extra if not name.startswith("captions")]
     speed = "seconds" if record["benchmark"] == "loading" else "images/s"
     rows = []
@@ -49,17 +51,17 @@ def sides(record: dict) -> str:
     text = f"{record['machine']['device']}, {record['machine']['threads']} threads; commit {record['commit'][:7]}\n\n"
     text += as_table(["side", speed, "ratio", *(EXTRA[name][0] for name in extra)], rows)
     if "cache_seconds_per_image" in record:
-        text += f"\nMaking the caches: {record['cache_seconds_per_image']:.3f} s for each image, once.\n"
+        text += f"\nMaking the caches takes {record['cache_seconds_per_image']:.3f} s per image, once.\n"
     if "profile" in record:
         operators = ", ".join(f"`{row['operator']}` {row['share']:.0%}" for row in record["profile"][:6])
-        text += f"\nAs shipped, the time goes into {operators}.\n"
+        text += f"\nTime of *as shipped* by operator: {operators}.\n"
     return text
 
 
 def growing(record: dict) -> str:
     parts = []
     for name, rows in record["growing"].items():
-        label = {"images": "images", "batch_size": "batch", "length": "tokens of a caption"}[name]
+        label = {"images": "images", "batch_size": "batch", "length": "tokens per caption"}[name]
         cells = [
             [str(row[name]), f"{row['images_per_second']:.1f}", f"{row['peak_bytes'] / 2**20:.0f}"] for row in rows
         ]
@@ -68,20 +70,39 @@ def growing(record: dict) -> str:
 
 
 def levers(record: dict) -> str:
-    """What each lever of training is worth, and the memory that it takes, where that was measured."""
+    """The effect of each setting on the time of a training step, and on memory, if that was measured."""
     rows, pair = [], ("without", "with")
     memory = any(lever[side]["peak_bytes"] for lever in record["levers"].values() for side in pair)
     for name, lever in record["levers"].items():
         steps = [f"{record['images_per_step'] / lever[side]['images_per_second']:.2f}" for side in pair]
         peaks = [shown("peak_bytes", lever[side]["peak_bytes"]) for side in pair] if memory else []
         rows.append([name, *steps, f"{lever['with']['ratio']:.2f}", *peaks])
-    header = ["lever", "s a step without", "s a step with", "ratio"]
+    header = ["setting", "seconds per step, without", "seconds per step, with", "ratio"]
     return as_table([*header, *(["MiB without", "MiB with"] if memory else [])], rows)
 
 
+def operations(record: dict) -> str:
+    """Operations, and bytes, by part: a column for each part that any way of doing something has."""
+    units = {"stage 1": "denoising sample", "stage 2": "caption"}
+    tables = []
+    for work, ways in record["operations"].items():
+        parts = list(dict.fromkeys(name for way in ways for name in way["parts"]))
+        scale, unit = (1e9, "GB") if work == "traffic" else (1e12, "TFLOP")
+        costed = work in units
+        header = [f"{work}, {unit}", *parts, f"for each {units[work]}" if costed else "in all"]
+        rows = []
+        for way in ways:
+            cells = [f"{way['parts'][name] / scale:.3f}" if name in way["parts"] else "" for name in parts]
+            total = way["each"] if costed else sum(way["parts"].values())
+            cost = [f"{way['hours']:,.0f}", f"{way['dollars']:,.0f}"] if costed else []
+            rows.append([way["way"], *cells, f"{total / scale:.3f}", *cost])
+        tables.append(as_table([*header, *(["hours", "dollars"] if costed else [])], rows))
+    return "\n".join(tables)
+
+
 def table(record: dict) -> str:
-    """What a record has to show."""
-    kinds = {"growing": growing, "levers": levers}
+    """The tables of a record."""
+    kinds = {"growing": growing, "levers": levers, "operations": operations}
     return next((draw for kind, draw in kinds.items() if kind in record), sides)(record)
 
 

@@ -1,10 +1,10 @@
 """
-What captioning costs as its work grows: time, and the most memory that its processes held at once.
+Time and memory of captioning as the work grows. Memory is the most that all its processes held at once.
 
     python benchmarks/scaling.py [--images 100 1000 10000] [--output FILE]
 
-Each row is a run of its own, with the bundled checkpoint: `vlv caption` over more and more drawn scenes, and
-then the captioner alone with batches and with captions that grow (of forced lengths, on random pixels).
+Each row is a separate run with the bundled checkpoint: `vlv caption` with more and more drawn scenes, then the
+captioner alone with growing batches and with growing captions (of forced lengths, on random pixels).
 """
 
 import argparse
@@ -25,11 +25,11 @@ from vlv.models.loading import load_captioner
 from vlv.scenes import write_scenes
 
 BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32, 64), (25, 50, 100, 200, 300)
-IMAGES = 64  # of the rows whose batches or captions grow
+IMAGES = 64  # in each row with growing batches or captions
 
 
 def memory_of(process: psutil.Process) -> int:
-    """Bytes that a process and its children hold, what they share counted once."""
+    """Bytes that a process and its children hold. Shared memory is counted once."""
     total = 0
     for one in (process, *process.children(recursive=True)):
         try:
@@ -40,7 +40,7 @@ def memory_of(process: psutil.Process) -> int:
 
 
 def watch(command: list[str]) -> tuple[float, int, str]:
-    """Runs a command: its seconds, the most memory that it held, and what it printed."""
+    """Runs a command. Returns its seconds, the most memory that it held, and its output."""
     start = time.perf_counter()
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     peak, done, process = 0, threading.Event(), psutil.Process(running.pid)
@@ -65,7 +65,7 @@ def watch(command: list[str]) -> tuple[float, int, str]:
 
 
 def growing_images(counts: list[int]) -> list[dict]:
-    """`vlv caption` over the first scenes of a folder, from its start to its end."""
+    """`vlv caption` with the first scenes of a folder, from its start to its end."""
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -85,8 +85,8 @@ def growing_images(counts: list[int]) -> list[dict]:
 
 
 def caption(batch_size: int, length: int) -> None:
-    """One run of the captioner alone, printed as a row; the first batch warms up."""
-    from captioning import CaptionerOfLengths  # a benchmark too, and needs measure.py alone
+    """One run of the captioner alone, printed as a row. The first batch is a warm-up."""
+    from captioning import CaptionerOfLengths  # imported here, because the other rows do not need it
 
     names = [str(number) for number in range(IMAGES)]
     model, processor = load_captioner(None)

@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: runs of `vlv train` that work a few steps each turn, and their data."""
+"""What the benchmarks of training share: runs of `vlv train` that take a few steps each turn, and their data."""
 
 import json
 import random
@@ -18,11 +18,11 @@ from vlv.training.stage import Stage
 from vlv.training.trainer import StageTrainer
 
 RECIPES = Path(__file__).parents[1] / "vlv" / "training" / "recipes" / "tiny"
-PADDED = "padded"  # the one thing that a side has of the paper's, and that no setting of `vlv train` brings back
+PADDED = "padded"  # the only one of the paper's settings that `vlv train` does not have
 
 
 class Stopwatch(TrainerCallback):
-    """The time of a whole training, from before its first batch is read, and on a GPU the most memory it took."""
+    """The time of a whole training, including reading its first batch, and on a GPU its peak memory."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -43,7 +43,7 @@ class Stopwatch(TrainerCallback):
 
 
 def pad_to_max_length(stage: Stage) -> None:
-    """Every caption as long as the longest may be, as the reference implementation does it."""
+    """Pads every caption to the longest length allowed, as the reference implementation does."""
     collate, length = stage.collate, stage.settings.max_length
     padding = {"input_ids": stage.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
 
@@ -57,7 +57,7 @@ def pad_to_max_length(stage: Stage) -> None:
 
 
 def make_data(folder: Path, count: int, processor: VLVProcessor | None) -> Path:
-    """Drawn scenes; with a processor, whose captions are letters at random, of as many tokens as lengths are drawn."""
+    """Drawn scenes. With a processor, their captions are random letters, whose lengths in tokens are drawn."""
     write_scenes(folder, count, split="train")
     if processor is None:
         return folder
@@ -72,7 +72,7 @@ def make_data(folder: Path, count: int, processor: VLVProcessor | None) -> Path:
 
 
 def common_settings(model: str, dataset: Path, batch_size: int, steps: int) -> dict[str, Any]:
-    """Of `vlv train`, what all sides have in common: nothing but steps."""
+    """The settings of `vlv train` that all sides share: only training steps, without evaluation or saving."""
     return {
         "dataset": dataset,
         "model": model,
@@ -87,11 +87,11 @@ def common_settings(model: str, dataset: Path, batch_size: int, steps: int) -> d
 
 
 class Side:
-    """A run of `vlv train`, a few steps each turn."""
+    """A run of `vlv train` that takes a few steps each turn."""
 
     def __init__(self, stage: str, settings: dict[str, Any], output_dir: Path):
         argv = [str(RECIPES / f"{stage}.yaml"), "--output_dir", str(output_dir)]
-        # So few steps would not pay for a cache, and `auto` leaves it out.
+        # With so few steps, `auto` would switch the caches off.
         caches = {"cache_features": True} | ({"cache_latents": True} if stage == "autoencode" else {})
         for name, value in (caches | settings).items():
             if name != PADDED:
@@ -107,7 +107,7 @@ class Side:
     def __call__(self) -> float:
         """Seconds for an image."""
         self.trainer.train()
-        # Room for the next side: no gradients, no moments.
+        # Frees the gradients and the optimizer's state for the next side.
         self.stage.model.zero_grad()
         self.trainer.optimizer = None
         self.trainer.accelerator.free_memory()

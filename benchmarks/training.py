@@ -1,18 +1,18 @@
 """
-A training step of either stage: the paper's settings against this package's defaults.
+A training step of either stage: the paper's settings compared with this package's defaults.
 
     python benchmarks/training.py STAGE [--size tiny|mid|published] [--images 8] [--output FILE]
 
-STAGE is autoencode (stage 1) or caption (stage 2). All sides are runs of `vlv train` and differ in its settings alone,
-but for the padding of captions to 300 tokens, which no setting brings back. A turn is a few steps, from before their
-images are read until the weights have changed. What is computed of each image once, before training, is not in it; it
-is timed on its own, as `making the caches`.
+STAGE is autoencode (stage 1) or caption (stage 2). All sides are runs of `vlv train` that differ only in its settings,
+except for the padding of captions to 300 tokens, for which there is no setting. A turn is a few steps, from reading
+their images until the weights have changed. What is computed once per image before training is not part of a turn. It
+is timed separately, as `making the caches`.
 
-Stage 1, `paper`: float32, eager attention, gradient checkpointing of the UNet, nothing cached. `as shipped` is the
-default: the same outcome, as all of its levers leave the loss what it is; on a GPU with bf16, and `like for like`
-without. Stage 2, `paper`: bf16, eager attention, captions padded to 300, Florence's language model trained too. A CPU
-without instructions for bf16 takes many times as long for that: all other sides on a CPU are in float32, and what is
-compared with `paper in float32`. `like for like` trains the paper's parts; `as shipped` the default ones.
+Stage 1: `paper` uses float32, eager attention, gradient checkpointing of the UNet, and no caches. `as shipped` is the
+default, with the same loss; on a GPU it uses bf16, and `like for like` does not. Stage 2: `paper` uses bf16, eager
+attention and captions padded to 300 tokens, and also trains Florence's language model. A CPU without bf16 instructions
+is many times slower with bf16, so on a CPU all other sides use float32 and are compared with `paper in float32`. `like
+for like` trains the paper's parts, `as shipped` the default parts.
 """
 
 import statistics
@@ -49,7 +49,7 @@ PAPER = {
 
 
 def make_sides(stage: str, on_gpu: bool) -> tuple[str, dict[str, dict[str, Any]]]:
-    """What the levers are compared with, and the settings of each side."""
+    """The baseline, and the settings of each side."""
     paper = PAPER[stage]
     levers = {
         f"paper, {name} as by default": {key: value for key, value in paper.items() if key != name} for name in paper
@@ -70,7 +70,7 @@ def make_sides(stage: str, on_gpu: bool) -> tuple[str, dict[str, dict[str, Any]]
 
 
 def making_the_caches(side: Side) -> float:
-    """Seconds for an image: to read it, and to compute what the run keeps of it."""
+    """Seconds per image: to read it and to compute its caches."""
     stage, names = side.stage, list(side.stage.train_dataset.cached[0][0]) if side.stage.train_dataset.cached else []
     images = stage.sample_rows(side.trainer.args.per_device_train_batch_size)[1]
     seen = stage.image_inputs
@@ -86,7 +86,7 @@ def making_the_caches(side: Side) -> float:
 def main() -> None:
     parser = measure.parser(__doc__, default_images=8)
     parser.add_argument("stage", choices=PAPER)
-    parser.add_argument("--sides", nargs="*", metavar="SIDE", help="which ones, besides what they are compared with")
+    parser.add_argument("--sides", nargs="*", metavar="SIDE", help="sides to measure, besides the baseline")
     arguments = parser.parse_args()
     device = measure.find_device(arguments.size)
     baseline, settings = make_sides(arguments.stage, device.type == "cuda")

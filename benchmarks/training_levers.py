@@ -1,10 +1,10 @@
 """
-What each speed lever of training is worth: the time of a step without it, over the time of a step with it.
+Each speed setting of training alone: the time of a step without it, divided by the time of a step with it.
 
     python benchmarks/training_levers.py [--size tiny|mid|published] [--images 8] [--levers LEVER ...] [--output FILE]
 
-Each lever is a pair of runs of `vlv train` that differ in nothing else and take turns, a few steps each; above 1 is
-faster. Captions have as many tokens as lengths are drawn (see measure.py). On a GPU the memory that the two take is
+Each lever is a pair of runs of `vlv train` that differ only in this setting. They take turns of a few steps. A ratio
+above 1 is faster. The lengths of captions in tokens are drawn (see measure.py). On a GPU, the memory of both runs is
 measured too.
 """
 
@@ -21,12 +21,12 @@ from processing_vlv import VLVProcessor
 
 STAGE_1, STAGE_2 = "autoencode", "caption"
 STEPS = 4  # of a turn
-BATCHES = 40  # of data, the last of which is for evaluation
+BATCHES = 40  # of data; the last one is for evaluation
 
 
 @dataclass
 class Lever:
-    """Settings that switch it on and off, and what both runs share."""
+    """The settings of the runs with and without a lever, and the settings that both share."""
 
     stage: str
     on: dict[str, Any] = field(default_factory=dict)
@@ -48,12 +48,12 @@ LEVERS = {
         STAGE_2,
         {"train_sampling_strategy": "group_by_length"},
         {"train_sampling_strategy": "random"},
-        {"max_steps": BATCHES - 1},  # a whole epoch, for its batches are of different lengths
+        {"max_steps": BATCHES - 1},  # a whole epoch, because its batches have different lengths
     ),
     "`bf16`, stage 1": Lever(STAGE_1, {"bf16": True}, {"bf16": False}),
     "`bf16`, stage 2": Lever(STAGE_2, {"bf16": True}, {"bf16": False}),
     "`sdpa`, not `eager`, stage 2": Lever(STAGE_2, {"attn_implementation": "sdpa"}, {"attn_implementation": "eager"}),
-    # These three take time, and are worth it for the memory that they save.
+    # These three take time to save memory.
     "gradient checkpointing of the UNet": Lever(STAGE_1, {"gradient_checkpointing_parts": ["unet"]}),
     "gradient checkpointing of the encoder": Lever(STAGE_1, {"gradient_checkpointing_parts": ["encoder"]}),
     "gradient checkpointing of the caption head": Lever(STAGE_2, {"gradient_checkpointing_parts": ["caption_head"]}),
@@ -67,7 +67,7 @@ if is_liger_kernel_available():
 
 
 def pull(lever: Lever, common: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What was measured of both runs of a lever: see `measure.compare`."""
+    """The measurements of both runs of a lever (see `measure.compare`)."""
     pair = {
         name: Side(lever.stage, common | lever.both | settings, folder / name)
         for name, settings in (("without", lever.off), ("with", lever.on))

@@ -23,11 +23,11 @@ from vlv.provenance import git_commit
 class ExperimentArguments:
     model: str | None = field(
         default=None,
-        metadata={"help": f"Folder or Hub id of the VLV that {', '.join(MEASURED)} ask (default: vlv-tiny)."},
+        metadata={"help": f"Folder or Hub id of the VLV that {', '.join(MEASURED)} measure (default: vlv-tiny)."},
     )
-    num: int = field(default=500, metadata={"help": "Scenes that each score is measured on."})
+    num: int = field(default=500, metadata={"help": "Number of scenes that each score is measured on."})
     output: str = field(default="docs/results", metadata={"help": "Folder for the JSON."})
-    work: str = field(default="outputs/experiments", metadata={"help": "Folder for what is trained."})
+    work: str = field(default="outputs/experiments", metadata={"help": "Folder for the trained models."})
 
 
 def main(argv: list[str], plan: Plan | None = None) -> None:
@@ -37,16 +37,16 @@ def main(argv: list[str], plan: Plan | None = None) -> None:
     parser = CommandParser(
         ExperimentArguments,
         prog="python -m experiments",
-        description=f"Measure what docs/results.md shows: {', '.join(names)}. Whatever has its JSON is left as it is: "
-        "delete the file to measure again. An interrupted training resumes. The command can run several "
-        "times at once: each does what no other one is at.",
+        description=f"Measure what docs/results.md shows: {', '.join(names)}. Existing JSON files are kept: delete a "
+        "file to measure again. An interrupted training resumes. The command can run several times at once; each "
+        "process then takes work that no other process is doing.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments to run (default: all)")
     arguments, inputs = parser.parse(argv)
     wanted = inputs.names or names
     for name in wanted:
         if name not in names:
-            parser.error(f"there is no experiment {name!r}, but {', '.join(names)}")
+            parser.error(f"there is no experiment {name!r}; choose from {', '.join(names)}")
     work, output = Path(arguments.work), Path(arguments.output)
     planned = {name: partial(ask, name, arguments.model, arguments.num) for name in MEASURED if name in wanted}
     runs = {run.name for name in wanted if name in trained for row in trained[name].rows for run in row.runs}
@@ -58,11 +58,11 @@ def main(argv: list[str], plan: Plan | None = None) -> None:
             if not write(output / f"{name}.json", work / name, measure)
         }
         if planned:
-            time.sleep(30)  # other processes are at what is left
+            time.sleep(30)  # other processes are doing the remaining work
 
 
 def write(file: Path, claim: Path, measure: Callable[[], dict[str, Any]]) -> bool:
-    """Writes what `measure` returns, unless the file is there; False where another process is at it, or at a part."""
+    """Writes what `measure` returns, unless the file exists. False if another process is working on it."""
     if file.exists():
         return True
     start = time.perf_counter()

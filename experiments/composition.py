@@ -1,4 +1,4 @@
-"""Composition: the caption embeddings of two images, truncated and joined, rebuilt into one picture."""
+"""Composition: one picture is rebuilt from the truncated and joined caption embeddings of two images."""
 
 import torch
 from matplotlib.figure import Figure
@@ -11,7 +11,7 @@ from vlv.scenes.reader import scene_reader
 
 
 def join(first: torch.Tensor, second: torch.Tensor, kept: int, how: str) -> torch.Tensor:
-    """`kept` embeddings of the first (B, Q, E), and then as many of the second as there is room for."""
+    """`kept` embeddings of the first image (B, Q, E), then embeddings of the second image up to Q."""
     length = first.shape[1]
     rest = {"from its start": second[:, : length - kept], "in its place": second[:, kept:]}[how]
     return torch.cat([first[:, :kept], rest], dim=1)

@@ -1,6 +1,6 @@
-"""Does the diffusion teacher help to read a hand that no training saw? vlv-emoji's captions against its peers'.
+"""Does the diffusion teacher help to caption drawings of an unseen artist? vlv-emoji is compared with its peers.
 
-    python -m experiments.emoji           measures what docs/results/emoji lacks, then prints the table
+    python -m experiments.emoji           measures what is missing in docs/results/emoji, then prints the table
 
 Every captioner learns from the same captions of the same pictures. VLV continues from vlv-emoji's stage 1; Florence-2
 and LLaVA from the encoder as it was before stage 1. The parts come from the folder that `make emoji` trained into.
@@ -29,13 +29,13 @@ LLAVAS = {"hidden_size": 320, "num_hidden_layers": 5}  # gives LLaVA about as ma
 @dataclass(frozen=True)
 class EmojiPlan:
     """
-    The size of everything that is trained; what a test makes small.
+    The sizes of all trainings. A test makes them small.
 
     Args:
-        parts: where `make emoji` left the encoder and the language model.
-        captions: scenes to learn captions from.
-        steps: of learning captions.
-        language: steps of LLaVA's language model, on text alone.
+        parts: the folder of `make emoji` with the encoder and the language model.
+        captions: number of scenes to learn captions from.
+        steps: training steps of the captioners.
+        language: training steps of LLaVA's language model, on text alone.
     """
 
     parts: str = "outputs-emoji"

@@ -1,7 +1,7 @@
-"""A peer of VLV: a captioner in the manner of LLaVA, from transformers' own class and from VLV's own pretrained parts.
+"""A peer of VLV: a LLaVA captioner, built from transformers' own class and from the pretrained parts of VLV.
 
-The image tokens of Florence-2's frozen vision tower go through LLaVA's projector and stand before the caption in the
-language model; nothing else reads the image. `experiments/recipes/llava.yaml` trains it.
+The image tokens of Florence-2's frozen vision tower pass through LLaVA's projector. The language model reads them
+before the caption. `experiments/recipes/llava.yaml` trains it.
 """
 
 import math
@@ -45,7 +45,7 @@ class ImageTokensConfig(Florence2Config):
 
 
 class ImageTokens(Florence2PreTrainedModel):
-    """What of a Florence-2 sees, in the form in which LLaVA asks a vision tower: (B, 3, H, W) -> image tokens."""
+    """The vision tower of a Florence-2, with the interface that LLaVA needs: (B, 3, H, W) -> image tokens."""
 
     config_class = ImageTokensConfig
 
@@ -66,12 +66,12 @@ AutoModel.register(ImageTokensConfig, ImageTokens)
 
 @dataclass
 class LlavaSettings(Settings):
-    encoder: str | None = field(default=None, metadata={"help": "Folder of the Florence-2 whose vision tower sees."})
+    encoder: str | None = field(default=None, metadata={"help": "Folder of the Florence-2 with the vision tower."})
     language: str | None = field(default=None, metadata={"help": "Folder of the language model."})
 
 
 def assemble(encoder: str, language: str) -> LlavaForConditionalGeneration:
-    """A LLaVA with a new projector; everything but its vision tower trains."""
+    """A LLaVA with a new projector. All of it trains, except the vision tower."""
     florence = Florence2Model.from_pretrained(encoder, dtype=torch.float32)
     llm = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32)
     image_token_id = llm.config.vocab_size
@@ -132,7 +132,7 @@ class LlavaStage(Stage):
 
 
 def image_tokens(model: LlavaForConditionalGeneration) -> torch.Tensor:
-    """The ids (T,) that hold an image's place in the text."""
+    """The token ids (T,) of an image's placeholder in the text."""
     with torch.inference_mode():
         tower = model.model.vision_tower.eval()
         count = tower(torch.zeros(1, 3, image_size(model), image_size(model))).last_hidden_state.shape[1]
@@ -140,6 +140,6 @@ def image_tokens(model: LlavaForConditionalGeneration) -> torch.Tensor:
 
 
 def image_size(model: LlavaForConditionalGeneration) -> int:
-    """Side of the images that its vision tower has positions for, in pixels."""
+    """The side, in pixels, of the images that its vision tower has positions for."""
     vision = model.config.vision_config.vision_config
     return vision.max_position_embeddings * math.prod(vision.patch_stride)

@@ -1,12 +1,12 @@
-"""What an experiment trains, said as data, and made where it is missing: scenes, models put together, trainings.
+"""Describes what an experiment trains as data, and makes what is missing: scenes, assembled models, trainings.
 
-Each is a dataclass with `make(work) -> folder`, and its settings may be others of them, which are made first:
+Each is a dataclass with `make(work) -> folder`. Its settings may be other such objects, which are made first:
 
     stage1 = Training("tiny/autoencode", {"dataset": Scenes(1000), "model": Assembled(seed=0)})
     Training("tiny/caption", {"dataset": Scenes(100), "model": stage1}).make(Path("outputs/experiments"))
 
-What two runs share, such as a stage 1, lies in one folder, named after everything that it was made from. Several
-processes may work in one folder: what one of them makes, the others leave to it.
+What two runs share, such as a stage 1, is made once, in a folder whose name is a hash of all its inputs. Several
+processes may work in one folder; each skips what another one is making.
 """
 
 import fcntl
@@ -30,12 +30,12 @@ from vlv.models.export import export_parts
 from vlv.models.loading import load_whole
 from vlv.scenes import world, write_scenes
 
-ENCODER = "experiments/parts/encoder"  # what tiny/encoder left, in half precision
+ENCODER = "experiments/parts/encoder"  # the result of tiny/encoder, in half precision
 
 
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Keeps other processes from making `path`; raises BlockingIOError where one of them is at it."""
+    """Prevents other processes from making `path`; raises BlockingIOError if one of them is making it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.claim").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,7 +43,7 @@ def claimed(path: Path) -> Iterator[None]:
 
 
 def once(folder: Path, last: str, fill: Callable[[], Any]) -> Path:
-    """The folder, which `fill` fills unless `last` is in it: what it leaves there at the end."""
+    """The folder, filled by `fill`. It is complete if it has the file `last`, which `fill` writes at the end."""
     if not (folder / last).exists():
         with claimed(folder):
             if not (folder / last).exists():
@@ -52,17 +52,17 @@ def once(folder: Path, last: str, fill: Callable[[], Any]) -> Path:
 
 
 def digest(thing: Any) -> str:
-    """A short name for a dataclass and all that is in it."""
+    """A short hash of a dataclass and all its fields."""
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Scenes:
     """
-    The first `num` drawn scenes of a split of a world: the larger set holds the smaller one.
+    The first `num` drawn scenes of a split of a world. A larger set contains the smaller ones.
 
     Args:
-        settings: of the world.
+        settings: the settings of the world.
     """
 
     num: int
@@ -79,7 +79,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Training:
-    """One run of `vlv train`, which resumes where it was interrupted."""
+    """One run of `vlv train`. After an interruption it resumes."""
 
     recipe: str
     settings: dict[str, Any]
@@ -93,14 +93,15 @@ class Training:
             values = value if isinstance(value, list) else [value]
             argv += [f"--{name}", *(str(one.make(work) if hasattr(one, "make") else one) for one in values)]
         train.main(argv)
-        gc.collect()  # the Trainer's circles hold the dataset
+        gc.collect()  # frees the dataset, which Trainer's reference cycles hold
 
     def folder(self, work: Path) -> Path:
         return work / f"{Path(self.recipe).stem}-{digest(self)}"
 
     def records(self, work: Path) -> Iterator[dict[str, Any]]:
-        """What this training and those before it left of themselves, but for their loss logs."""
+        """The records of this training and of those before it, without their loss logs."""
         for before in self.settings.values():
+            before = before.decoder if isinstance(before, Assembled) else before
             if isinstance(before, Training):
                 yield from before.records(work)
         record = json.loads((self.folder(work) / "training.json").read_text(encoding="utf-8"))
@@ -108,21 +109,33 @@ class Training:
 
 
 @dataclass(frozen=True)
+class TinysPart:
+    """The folder of one part of vlv-tiny, as `vlv export` writes it. No stage changes its teacher, `decoder`."""
+
+    name: str = "decoder"
+
+    def make(self, work: Path) -> Path:
+        def export():
+            with atomic_folder(work / "vlv-tiny") as unfinished:
+                export_parts(*load_whole(None), unfinished)
+
+        return once(work / "vlv-tiny", "decoder", export) / self.name
+
+
+@dataclass(frozen=True)
 class Assembled:
-    """
-    A VLV put together from pretrained parts, without a caption head: the decoder is vlv-tiny's, queries and projection
-    are new.
-    """
+    """A VLV assembled from pretrained parts, without a caption head. Its queries and its projection are new."""
 
     seed: int
     settings: dict[str, Any] = field(default_factory=dict)  # of its config
+    decoder: TinysPart | Training = TinysPart()
 
     def make(self, work: Path) -> Path:
         folder = work / f"assembled-{digest(self)}"
         return once(folder, "config.json", lambda: self._assemble(work, folder))
 
     def _assemble(self, work, folder):
-        parts = {"encoder": ENCODER, "decoder": str(_decoder(work))}
+        parts = {"encoder": ENCODER, "decoder": str(self.decoder.make(work))}
         config = dict(self.settings)
         set_seed(self.seed)
         model = VLVModel.from_components(**parts, num_queries=config.pop("num_queries", None), dtype="float32")
@@ -132,7 +145,7 @@ class Assembled:
 
 @dataclass(frozen=True)
 class Bundled:
-    """A bundled checkpoint without its caption head: a stage 1 that was trained to its end."""
+    """A bundled checkpoint without its caption head: a finished stage 1."""
 
     name: str = "vlv-tiny"
 
@@ -150,13 +163,3 @@ def _save(folder, model, processor):
     with atomic_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
-
-
-def _decoder(work):
-    """vlv-tiny's teacher, which no stage of a VLV changes."""
-
-    def export():
-        with atomic_folder(work / "vlv-tiny") as unfinished:
-            export_parts(*load_whole(None), unfinished)
-
-    return once(work / "vlv-tiny", "decoder", export) / "decoder"

@@ -1,4 +1,4 @@
-"""The peers of VLV as captioners: what was trained on the same captions without a diffusion teacher."""
+"""The peers of VLV: captioners that were trained on the same captions without a diffusion teacher."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Peer:
     A trained captioner.
 
     Args:
-        generate: (B, 3, H, W), normalised, and settings of `generate` -> the caption's ids, without a prompt.
+        generate: images (B, 3, H, W), normalised, and settings of `generate` -> the captions' ids, without a prompt.
     """
 
     model: PreTrainedModel
@@ -37,7 +37,7 @@ class Peer:
 
     @torch.inference_mode()
     def write(self, images: Sequence[Image.Image], max_new_tokens: int) -> Iterator[Caption]:
-        """Greedy captions of images of the size that it was trained on, in order."""
+        """Greedy captions of images, in order. The images have the size that it was trained on."""
         for start in range(0, len(images), BATCH):
             batch = np.stack([np.array(image) for image in images[start : start + BATCH]])
             pixel_values = normalise(torch.from_numpy(batch).permute(0, 3, 1, 2))
@@ -71,5 +71,5 @@ def load_florence(folder: Path) -> Peer:
     return Peer(florence, tokenizer, generate)
 
 
-# By the stage that trained them.
+# The peers by the stage that trains them.
 LOADERS = {"experiments.llava:LlavaStage": load_llava, "encoder": load_florence}

@@ -16,7 +16,7 @@ from experiments import MEASURED
 from experiments.trained import Experiment, Plan
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-# What is shown of the runs that train, by the name of the column.
+# The scores of the trained runs, by the name of their column.
 SCORES = {
     "captions exact": "captions/test/exact",
     "captioned right": "captions/test/objects_right",
@@ -26,7 +26,7 @@ MISSING = "–"
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as Markdown: settings as they are, measurements as value ± standard error, or (lowest to highest)."""
+    """Rows as Markdown. Measurements are shown as value ± standard error, or as value (lowest to highest)."""
     lines = [f"| {' | '.join(rows[0])} |", f"| {' | '.join('---' for _ in rows[0])} |"]
     return "\n".join([*lines, *(f"| {' | '.join(map(_cell, row.values()))} |" for row in rows)]) + "\n"
 
@@ -44,7 +44,7 @@ def _cell(value):
 
 
 def gather(experiment: Experiment, folder: Path, columns: Mapping[str, str] = SCORES) -> list[dict[str, Any]]:
-    """One row for each of the experiment's, of those of its runs whose JSON is in `folder`: scores by their column."""
+    """One row for each row of the experiment: the scores of its runs whose JSON is in `folder`, by column."""
     rows = []
     for row in experiment.rows:
         files = [folder / f"{run.name}.json" for run in row.runs]
@@ -58,7 +58,7 @@ def gather(experiment: Experiment, folder: Path, columns: Mapping[str, str] = SC
 
 
 def spread(scores: list[dict | None]) -> dict[str, float] | None:
-    """The mean over the seeds, the lowest and the highest; with one seed, what was measured and its error."""
+    """The mean over the seeds, with the lowest and the highest. With one seed, the measurement and its error."""
     scores = [score for score in scores if score is not None]
     if len(scores) < 2:
         return scores[0] if scores else None
@@ -67,7 +67,7 @@ def spread(scores: list[dict | None]) -> dict[str, float] | None:
 
 
 def plot(experiment: Experiment, rows: list[dict[str, Any]], figure: Figure) -> None:
-    """One panel for each score, over the experiment's `x`; each value of its other setting is a line."""
+    """One panel for each score, over the experiment's `x`. Each value of its other setting is a line."""
     panels = [name for name in SCORES if any(row[name] is not None for row in rows)]
     others = [column for column in experiment.rows[0].settings if column != experiment.x]
     lines: dict[str, list[dict]] = {}
@@ -89,7 +89,7 @@ def _line(axes: Axes, x: str, rows: list[dict], score: str, label: str) -> None:
     scores = [row[score] for row in rows]
     below = [it["value"] - it["lowest"] if "lowest" in it else it["standard_error"] for it in scores]
     above = [it["highest"] - it["value"] if "highest" in it else it["standard_error"] for it in scores]
-    between = "none" if any(isinstance(row[x], str) for row in rows) else "solid"  # there is nothing between words
+    between = "none" if any(isinstance(row[x], str) for row in rows) else "solid"  # no line between words
     values = [it["value"] for it in scores]
     axes.errorbar(
         [row[x] for row in rows], values, [below, above], marker="o", capsize=3, label=label, linestyle=between
@@ -105,10 +105,10 @@ def fill(text: str, name: str, contents: str) -> str:
 
 
 def progress(plan: Plan, folder: Path) -> str:
-    """How many of the planned runs are in."""
+    """How many of the planned runs are finished."""
     runs = plan.runs()
     done = sum((folder / f"{run.name}.json").exists() for run in runs)
-    return f"{done} of the {len(runs)} planned trainings are in.\n"
+    return f"{done} of the {len(runs)} planned runs are finished.\n"
 
 
 def main(docs: Path = DOCS, plan: Plan | None = None) -> None:
@@ -127,7 +127,7 @@ def main(docs: Path = DOCS, plan: Plan | None = None) -> None:
     for experiment in plan.experiments():
         rows = gather(experiment, results)
         if all(row["parameters"] is None for row in rows):
-            text = fill(text, experiment.name, "No run is in yet.\n")
+            text = fill(text, experiment.name, "No run is finished yet.\n")
         else:
             text = show(experiment.name, rows, partial(plot, experiment))
     page.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Solvers, steps and guidance against quality: what a reconstruction costs, and what it is worth."""
+"""The time and the quality of reconstructions by solver, steps and guidance."""
 
 import time
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from vlv.scenes import sample_picture
 from vlv.scenes.reader import scene_reader, to_pixels
 
 PAPER = ("DDPM", 50, 2.0)
-OTHER_NOISE = "DDPM, other noise"  # how far the paper's setting is from itself: what no solver can be asked to better
+OTHER_NOISE = "DDPM, other noise"  # the distance of the paper's setting from itself: no solver can be closer
 SOLVERS = {
     "DDPM": DDPMScheduler,
     OTHER_NOISE: DDPMScheduler,
@@ -36,7 +36,7 @@ SETTINGS = [
 
 @torch.inference_mode()
 def reader_features(images: Sequence[Image.Image]) -> torch.Tensor:
-    """The scene reader's last map, averaged, (N, features): what FID is measured in."""
+    """The features for FID, (N, features): the mean of the scene reader's last map."""
     reader = scene_reader()
     batches = torch.stack([to_pixels(image) for image in images]).split(100)
     return torch.cat([reader.backbone(reader.enlarge(batch)).last_hidden_state.mean((2, 3)) for batch in batches])
@@ -63,7 +63,7 @@ def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:
                 "guidance": guidance,
                 **scores(pictures, truths),
                 "FID to the originals": frechet_distance(originals, drawn),
-                # Of a set to itself it is 0, but for rounding to either side.
+                # The distance of a set to itself is 0, without rounding errors.
                 "FID to the paper's setting": 0.0 if drawn is reference else frechet_distance(reference, drawn),
                 "seconds per 100 images": 100 * seconds / num,
             }

@@ -1,4 +1,4 @@
-"""What the experiments share: pictures out of caption embeddings, and what of the truth is in them."""
+"""What the experiments share: pictures from caption embeddings, and their scores."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,17 +25,18 @@ def encode(model: VLVModel, processor: VLVProcessor, images: Sequence[Image.Imag
 
 
 def rebuild(model: VLVModel, caption_embeds: torch.Tensor, seed: int = 0, **sampling) -> list[Image.Image]:
-    """One picture for each row of embeddings; picture i starts from the noise of seed + i, whatever the settings."""
+    """One picture for each row of embeddings. Picture i starts from the noise of seed + i, for all settings."""
     pictures = []
     for start in tqdm(range(0, len(caption_embeds), BATCH), unit="batch", leave=False):
         embeds = caption_embeds[start : start + BATCH]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(embeds))]
-        pictures += model.reconstruct(caption_embeds=embeds, generator=generators, **sampling)
+        each = {name: value[start : start + BATCH] for name, value in sampling.items() if name == "text"}
+        pictures += model.reconstruct(caption_embeds=embeds, generator=generators, **sampling | each)
     return pictures
 
 
 def scores(pictures: Sequence[Image.Image], truths: Sequence[Scene]) -> dict[str, dict]:
-    """Shares of objects and of backgrounds that the scene reader finds right."""
+    """The shares of objects and of backgrounds that are right, as the scene reader reads them."""
     counts = [compare(found, truth) for found, truth in zip(scene_reader().read(pictures), truths, strict=True)]
     return {
         "objects right": share([it["objects_right"] for it in counts], [it["objects"] for it in counts]),
@@ -44,5 +45,5 @@ def scores(pictures: Sequence[Image.Image], truths: Sequence[Scene]) -> dict[str
 
 
 def share(right: Sequence[float], total: Sequence[float] | None = None) -> dict:
-    """`Measurement.share` as JSON holds it; with each image's sum for `right`, the mean over the `total` things."""
+    """`Measurement.share` as a dict for JSON. If `right` has sums, it is the mean over the `total` things."""
     return asdict(Measurement.share(np.array(right), None if total is None else np.array(total)))

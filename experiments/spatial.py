@@ -1,6 +1,6 @@
-"""Spatial awareness: where rebuilt and captioned objects stand, by their size and by how many there are.
+"""Spatial awareness: the positions of rebuilt and captioned objects, by their size and number.
 
-The training scenes hold one or two objects; three and four ask what the model makes of more than it ever saw.
+The training scenes have one or two objects. Scenes with three and four show how the model handles more.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:
         pictures = rebuild(model, caption_embeds)
         found = scene_reader().read(pictures)
         for size in WORLD.sizes:
-            counts = []  # for each image, of its objects of this size
+            counts = []  # for each image, about its objects of this size
             for image, truth, picture, rebuilt, said in zip(images, truths, pictures, found, captioned, strict=True):
                 objects = [item for item in truth.objects if item.size == size]
                 right = [item for item in objects if item in rebuilt.objects]
@@ -52,12 +52,12 @@ def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:
 
 
 def centre(picture: Image.Image, scene: Scene, item: SceneObject) -> np.ndarray:
-    """Centre of mass (x, y) of an object in its cell, in pixels: of how far each pixel goes from paper to paint."""
+    """Centre of mass (x, y) of an object in its cell, in pixels. A pixel's mass says how near it is to its colour."""
     left, top, width, height = _cell(item)
     pixels = np.asarray(picture, dtype=float)[top : top + height, left : left + width]
     paper, paint = np.array(WORLD.backgrounds[scene.background]), np.array(WORLD.colours[item.colour])
     mass = ((pixels - paper) @ (paint - paper) / np.square(paint - paper).sum()).clip(0, 1)
-    mass[mass < 0.1] = 0  # what a decoder leaves of noise on the paper
+    mass[mass < 0.1] = 0  # noise of the decoder on the background
     y, x = np.mgrid[:height, :width] + 0.5
     return np.array([left + (x * mass).sum() / mass.sum(), top + (y * mass).sum() / mass.sum()])
 

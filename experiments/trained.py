@@ -1,6 +1,6 @@
-"""The experiments that train: which models each of them compares, as data, and what is measured of every one.
+"""The experiments that train models: the models that each one compares, as data, and their measurement.
 
-Every run is measured by itself and leaves its own JSON in docs/results; see `Plan` for what they have in common.
+Each run is measured separately and has its own JSON in docs/results. `Plan` says what the runs have in common.
 """
 
 import time
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import peers
-from experiments.making import ENCODER, Assembled, Bundled, Scenes, Training
+from experiments.making import ENCODER, Assembled, Bundled, Scenes, TinysPart, Training
 from modeling_vlv import VLVForConditionalGeneration
 from vlv.evaluation.results import Measurement
 from vlv.models.loading import load_whole
@@ -19,17 +19,18 @@ from vlv.provenance import git_commit
 from vlv.scenes import World, world
 from vlv.scenes.scorer import SceneScorer, score_captions
 
-READERS = ["queries", "projection"]  # what is new in a VLV's encoder
-LANGUAGE = [*READERS, "language_model"]  # what stage 1 trains
-HEAD = ["prefix_projection", "caption_head"]  # what stage 2 trains; with the language model, what the paper's does
-# Florence's own parts learn more slowly than new ones, or they forget what they knew. Chosen on validation scenes.
+READERS = ["queries", "projection"]  # the new parts of a VLV's encoder
+LANGUAGE = [*READERS, "language_model"]  # the parts that stage 1 trains
+HEAD = ["prefix_projection", "caption_head"]  # the parts that stage 2 trains; the paper also trains the language model
+# Florence's own parts need a smaller learning rate than new parts, or they lose their pretraining. The rates were
+# chosen on validation scenes.
 STAGE1_RATES = {"learning_rate": 2e-3, "encoder_learning_rate": 1e-4}
-STAGE2_RATES = {"encoder_learning_rate": 2e-5}  # beside the recipe's own for the caption head, 1e-3
+STAGE2_RATES = {"encoder_learning_rate": 2e-5}  # the recipe's own rate, for the caption head, is 1e-3
 WHOLE_ENCODER = [*LANGUAGE, "image_projection", "vision_tower", "word_embeddings"]
-# Of a caption head, (width, layers).
+# Sizes of caption heads: (width, layers).
 SMALL, MEDIUM, LARGE = (64, 1), (128, 2), (192, 4)
 LLAVAS = (192, 6)  # gives a LLaVA as many parameters as a VLV with a medium head
-Made = Assembled | Bundled | Training  # a VLV to go on from
+Made = Assembled | Bundled | Training  # a VLV to start from
 MAX_NEW_TOKENS = 48  # the longest true caption has 21 tokens
 
 
@@ -39,7 +40,7 @@ class Run:
     One trained captioner; its JSON is docs/results/`name`.json.
 
     Args:
-        world, splits: what it is measured on.
+        world, splits: of the scenes that it is measured on.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Run:
 def measure(
     folder: Path, stage: str, num: int, drawn: World, splits: Sequence[str]
 ) -> tuple[dict[str, Measurement], int]:
-    """Scores of the captioner that `stage` left in `folder`, and how many parameters it captions with."""
+    """Scores of the captioner in `folder`, which `stage` trained, and the number of parameters for captioning."""
     pictures = {split: [drawn.sample_picture(split, index) for index in range(num)] for split in splits}
     scores = {}
     if stage == "caption":
@@ -88,7 +89,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Row:
-    """What a table shows in one line: settings by column, and the same run with one seed or several."""
+    """One line of a table: settings by column, and runs that differ only in their seed."""
 
     settings: dict[str, Any]
     runs: Sequence[Run]
@@ -98,8 +99,8 @@ class Row:
 class Experiment:
     """
     Args:
-        x: the column that a plot's abscissa shows; each value of the others is a line.
-        log: whether its scale is logarithmic.
+        x: the column on the x axis of the plot. Each value of the other columns is a line.
+        log: whether the x axis is logarithmic.
     """
 
     name: str
@@ -111,16 +112,17 @@ class Experiment:
 @dataclass(frozen=True)
 class Plan:
     """
-    The size of everything that is trained; what a test makes small.
+    The sizes of all trainings. A test makes them small.
 
     Args:
-        stage1, stage2: steps of the two stages; whatever has no stage 1 trains for the sum of them.
-        heads: steps of stage 2 where caption heads are compared, the largest of which learns slowly.
-        batch: images, or captions, a step.
-        images: to train stage 1 on, and how many scenes' captions the language models know as text.
-        captions: to train stage 2 on, where that is not the question.
+        stage1, stage2: steps of the two stages. Models without stage 1 train for the sum of them.
+        heads: steps of stage 2 when caption heads are compared, because the largest head learns slowly.
+        batch: images or captions per step.
+        images: number of images for stage 1, and of captions that the language models are trained on as text.
+        captions: number of captions for stage 2, if the experiment does not change it.
         language: steps of the language models.
-        seeds: of the experiments that are to show their spread; the others have the first.
+        flow_teacher: steps of the second tiny teacher.
+        seeds: of the experiments that show a spread over seeds; the others use the first one.
     """
 
     stage1: int = 2400
@@ -132,23 +134,26 @@ class Plan:
     few_captions: Sequence[int] = (100, 1000, 50_000)
     few_images: Sequence[int] = (100, 1000, 10_000)
     language: int = 500
+    flow_teacher: int = 1600
+    flow_images: int = 30_000
     evaluation: int = 100
     save_steps: int = 400
     seeds: Sequence[int] = (0, 1, 2)
 
     def experiments(self) -> list[Experiment]:
-        """All of them, the most wanted first."""
+        """All experiments, the most important first."""
         return [
             self.compare_captioners(),
             self.compare_queries(),
             self.compare_text_encoder(),
+            self.compare_teachers(),
             self.compare_images(),
             self.compare_parts(),
             self.compare_heads(),
         ]
 
     def runs(self) -> list[Run]:
-        """Every run once, in the order of what is wanted: all with the first seed, then those with the second."""
+        """Every run once, the most important first: all runs with the first seed, then those with the second."""
         experiments = self.experiments()
         ordered = [
             run
@@ -162,7 +167,7 @@ class Plan:
     # ---- the experiments -----------------------------------------------------------------------------------
 
     def compare_captioners(self) -> Experiment:
-        """Stage 2 with and without stage 1, its encoder frozen or trained, and the peers; captions few and many."""
+        """VLVs with and without stage 1, with a frozen or trained encoder, and the peers, by number of captions."""
         arms = {
             "VLV, encoder frozen": lambda n, seed: self.caption(self.autoencode(self.start(seed)), n, seed),
             "VLV, encoder trained": lambda n, seed: self.caption(
@@ -195,6 +200,22 @@ class Plan:
         bypassed = [Run(f"text_encoder/bypassed-seed{s}", self.whole(s, bypass_text_encoder=True)) for s in self.seeds]
         rows = [Row({"text encoder": "in the path"}, self.base()), Row({"text encoder": "bypassed"}, bypassed)]
         return Experiment("text_encoder", rows, x="text encoder")
+
+    def compare_teachers(self) -> Experiment:
+        """The bundled UNet and a flow-matching transformer, which has no text encoder in a VLV."""
+        bypassed = [Run(f"text_encoder/bypassed-seed{s}", self.whole(s, bypass_text_encoder=True)) for s in self.seeds]
+        teacher = self.training(
+            "tiny/flow_teacher", self.flow_images, self.flow_teacher, 0, vae=TinysPart("decoder/vae")
+        )
+        seed = self.seeds[0]
+        start = Assembled(seed, {"num_queries": 24}, teacher)
+        flow = Run(f"teachers/flow-seed{seed}", self.caption(self.autoencode(start), self.captions, seed))
+        rows = [
+            Row({"teacher": "UNet", "text encoder": "in the path"}, self.base()),
+            Row({"teacher": "UNet", "text encoder": "bypassed"}, bypassed),
+            Row({"teacher": "flow transformer", "text encoder": "bypassed"}, [flow]),
+        ]
+        return Experiment("teachers", rows, x="teacher")
 
     def compare_images(self) -> Experiment:
         def run(images):
@@ -237,7 +258,7 @@ class Plan:
     # ---- the models ----------------------------------------------------------------------------------------
 
     def base(self) -> list[Run]:
-        """What all comparisons share: a VLV with nothing changed."""
+        """The baseline of all comparisons: a VLV without changes."""
         return [Run(f"base/seed{seed}", self.whole(seed)) for seed in self.seeds]
 
     def whole(self, seed: int, **config) -> Training:
@@ -279,7 +300,7 @@ class Plan:
         settings = {"model": model, "caption_head": self.language_model(head), "train_parts": list(parts)}
         settings |= _rates(STAGE2_RATES, parts)
         if not {"language_model", "queries"} & set(parts):
-            # To encode every image once pays only where each is seen more often.
+            # Caching saves time only if each image is seen more than once.
             settings["cache_features"] = steps * self.batch > 2 * captions
         return self.training("tiny/caption", captions, steps, seed, save_dtype="float16", **settings)
 
@@ -306,7 +327,7 @@ class Plan:
 
 
 def _rates(rates, parts):
-    """Without those of Florence's own parts where none of them trains."""
+    """`rates`, without the rate of Florence's own parts if none of them trains."""
     return {name: rate for name, rate in rates.items() if name == "learning_rate" or "language_model" in parts}
 
 

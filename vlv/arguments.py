@@ -8,17 +8,17 @@ from transformers import HfArgumentParser
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """Appends each default to its help; `None` is no value that a user could give."""
+    """Appends each default to its help, except `None`, which a user cannot give."""
 
     def _get_help_string(self, action: Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class CommandParser(HfArgumentParser):
-    """`HfArgumentParser` whose errors are one line each that names the fix.
+    """`HfArgumentParser` whose errors are one line that names the fix.
 
-    Dataclass fields become options; positional arguments are added with `add_argument` and come back, as a
-    namespace, behind the dataclasses.
+    Dataclass fields become options. Positional arguments are added with `add_argument`; `parse` returns them as a
+    namespace, after the dataclasses.
     """
 
     def __init__(self, *dataclass_types, **kwargs):
@@ -28,7 +28,7 @@ class CommandParser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help lists the arguments\n")
 
     def parse(self, argv: list[str]) -> tuple:
-        """Parse `argv` into the dataclasses, then the namespace of positional arguments where there are any."""
+        """Parse `argv` into the dataclasses, and the namespace of positional arguments, if there are any."""
         *parsed, unknown = self.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )

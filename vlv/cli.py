@@ -1,4 +1,4 @@
-"""The `vlv` command: finds the command that is asked for, runs it, and turns its errors into one line."""
+"""The `vlv` command: finds the requested command, runs it, and turns its errors into one line."""
 
 import os
 import signal
@@ -13,19 +13,19 @@ from typing import NamedTuple
 class Command(NamedTuple):
     module: str  # imported only when the command runs; its `main(argv)` returns an exit status or None for success
     summary: str
-    in_parts: bool = False  # whether several processes of a launcher share its work
+    in_parts: bool = False  # whether several processes of a launcher can share its work
 
 
 COMMANDS = {
     "caption": Command("vlv.commands.caption", "write a caption for each image", in_parts=True),
-    "reconstruct": Command("vlv.commands.reconstruct", "rebuild images from what their captions are made of"),
+    "reconstruct": Command("vlv.commands.reconstruct", "rebuild images from their caption embeddings"),
     "train": Command("vlv.commands.train", "train or fine-tune with a recipe", in_parts=True),
-    "assemble": Command("vlv.commands.assemble", "put a new model together from pretrained parts"),
-    "convert": Command("vlv.commands.convert", "bring a checkpoint of the paper's code over"),
-    "export": Command("vlv.commands.export", "take a model apart, each part in its own library's format"),
+    "assemble": Command("vlv.commands.assemble", "assemble a new model from pretrained parts"),
+    "convert": Command("vlv.commands.convert", "convert a checkpoint of the paper's own code"),
+    "export": Command("vlv.commands.export", "write each part of a model in its own library's format"),
     "info": Command("vlv.commands.info", "count a model's parameters, part by part"),
     "evaluate": Command("vlv.commands.evaluate", "measure captions and reconstructions"),
-    "publish": Command("vlv.commands.publish", "build the Hub repo of a model, prove it, and push it"),
+    "publish": Command("vlv.commands.publish", "build the Hub repo of a model, check it, and push it"),
     "serve": Command("vlv.commands.serve", "answer chat completions over HTTP with captions"),
     "app": Command("vlv.commands.app", "caption, rebuild and compose images in the browser"),
     "scenes": Command("vlv.commands.scenes", "draw the demo dataset"),
@@ -68,12 +68,12 @@ def run(name: str, command: Callable[[], int | None], is_process: bool) -> int:
     Run a command and turn its errors into one line.
 
     Args:
-        name: what the line begins with.
-        is_process: nothing follows in this process, so that it can be made to end quietly.
+        name: the beginning of the line.
+        is_process: the process ends after the command, so Ctrl-C may be handled for the whole process.
     """
     if is_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-        # A terminal sends Ctrl-C to all processes at once. Those that the command forks leave it to the command.
+        # A terminal sends Ctrl-C to all processes. Processes that the command forks ignore it; the command handles it.
         os.register_at_fork(after_in_child=_ignore_ctrl_c)
     try:
         return command() or 0
@@ -81,7 +81,7 @@ def run(name: str, command: Callable[[], int | None], is_process: bool) -> int:
         print(f"\n{name}: interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output, such as head, has left; point stdout elsewhere, or Python complains at exit.
+        # The reader of our output, such as head, has ended. stdout gets another target, or Python complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError) as error:
@@ -89,7 +89,7 @@ def run(name: str, command: Callable[[], int | None], is_process: bool) -> int:
         return 2
     finally:
         if is_process:
-            _ignore_ctrl_c()  # Python's own end would answer it with a traceback
+            _ignore_ctrl_c()  # while Python shuts down, Ctrl-C would print a traceback
 
 
 def _ignore_ctrl_c() -> None:
@@ -98,8 +98,8 @@ def _ignore_ctrl_c() -> None:
 
 def _interrupt(*_) -> None:
     """
-    Ctrl-C. From now on threads may lose what they work with, so what they say of it is of no use. A second Ctrl-C ends
-    the process at once.
+    Handles Ctrl-C. From now on, threads may fail because the process shuts down, so their errors are not printed. A
+    second Ctrl-C ends the process at once.
     """
     threading.excepthook = _say_nothing
     sys.unraisablehook = _say_nothing
@@ -112,7 +112,7 @@ def _say_nothing(_: object) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The error's sentence on one line; an OSError without a sentence of its own gets its file and reason."""
+    """The error's message on one line. An OSError from the system gives its file and reason."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or an interrupted run, never leaves or meets half of one."""
+"""Writes files and folders atomically, and checks and reads those that the user names."""
 
 import errno
 import json
@@ -14,9 +14,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-# What says how a model's weights lie in a folder; of an earlier model, it must not outlive that.
+# The files of a model's weights. Those of an earlier model must not stay beside a new one.
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
-# Why a disk takes no more: full, a quota, or the most that a file may hold.
+# The errors of a disk without room: it is full, a quota is reached, or a file is too large.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -32,10 +32,10 @@ def looks_like_path(name: str) -> bool:
 @contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[TextIO]:
     """
-    A text file that appears under its name, whole, when the block ends; when the block raises, nothing has changed.
+    A text file that appears under its name when the block ends. If the block raises, nothing has changed.
 
     Raises:
-        OSError: at once, when the file could not be written.
+        OSError: before the block, if the file cannot be written.
     """
     path = Path(path)
     if path.is_dir():
@@ -53,17 +53,17 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[TextIO]:
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
-    A new folder to fill, which appears under its name when the block ends; when the block raises, nothing has changed.
+    A new folder to fill. It appears under its name when the block ends. If the block raises, nothing has changed.
 
     Raises:
-        OSError: at once, when there already is something of that name.
+        OSError: before the block, if a file or a folder with files already has that name.
     """
     path = Path(path).resolve()
     unfinished = path.with_name(f".{path.name}.unfinished")
     with locked(path, beside=True):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(f"{path} already exists and is not overwritten; name a new folder.")
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)  # a killed run may have left it
         unfinished.mkdir()
         try:
             yield unfinished
@@ -75,8 +75,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 @contextmanager
 def replaced_together(folder: str | os.PathLike) -> Iterator[Path]:
     """
-    A folder to fill with a model, whose entries take the place of those of the same names in `folder` when the block
-    ends; when the block raises, nothing has changed.
+    A folder to fill with a model. When the block ends, its entries replace those of the same names in `folder`. If the
+    block raises, nothing has changed.
     """
     folder = Path(folder)
     unfinished = folder / f".unfinished.{os.getpid()}"
@@ -99,14 +99,14 @@ def replaced_together(folder: str | os.PathLike) -> Iterator[Path]:
 @contextmanager
 def locked(output: str | os.PathLike, beside: bool = False) -> Iterator[None]:
     """
-    Keep every other run out of `output`, a file or a folder, until the block ends. The lock file lies in the folder,
-    or beside the file. A file that a killed run left behind locks nothing.
+    Keep every other run out of `output`, a file or a folder, until the block ends. The lock file is in the folder, or
+    beside the file. A lock file that a killed run left locks nothing.
 
     Args:
-        beside: the lock file lies beside a folder, too: the folder is made or replaced as a whole.
+        beside: the lock file of a folder is beside it too, because the folder is made or replaced as a whole.
 
     Raises:
-        OSError: at once, when another run holds the lock, or when nothing can be written there.
+        OSError: before the block, if another run holds the lock, or if nothing can be written there.
     """
     output = Path(output).resolve()
     file = output / ".lock" if output.is_dir() and not beside else output.with_name(f".{output.name}.lock")
@@ -119,7 +119,7 @@ def locked(output: str | os.PathLike, beside: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # before the release: afterwards it could be another run's
+        file.unlink(missing_ok=True)  # before the release, because afterwards the file may belong to another run
         lock.release()
 
 
@@ -129,7 +129,7 @@ def writing_to(folder: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # PyTorch and safetensors tell it in words of their own.
+        # PyTorch and safetensors have their own errors for it.
         is_full = error.errno in NO_ROOM if isinstance(error, OSError) else "PytorchStreamWriter" in str(error)
         if not is_full and not isinstance(error, SafetensorError):
             if isinstance(error, OSError) and error.errno == errno.EIO and error.filename is None:
@@ -137,21 +137,21 @@ def writing_to(folder: str | os.PathLike) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free
         raise OSError(
-            f"{folder} cannot be written to, where {free / 1e9:.2f} GB are free: {error}."
-            " What was saved before is whole."
+            f"{folder} cannot be written to; its disk has {free / 1e9:.2f} GB free: {error}."
+            " Files that were saved before are complete."
         ) from error
 
 
 def check_source(name: str | None, option: str | None = None) -> None:
     """
-    Refuse a path that is not there, before a library takes it for an id on the Hub and asks for it again and again.
+    Refuse a path that does not exist, before a library takes it for a Hub id and asks the Hub for it several times.
 
     Args:
-        name: what a model or a dataset goes by; `None` is none.
-        option: of the command, that it was given with.
+        name: the path or Hub id of a model or a dataset; `None` is allowed.
+        option: the option of the command that it was given with.
 
     Raises:
-        FileNotFoundError: when it means a path, and nothing is there.
+        FileNotFoundError: when it is a path and does not exist.
     """
     if name is None or not looks_like_path(name) or os.path.exists(name):
         return
@@ -164,10 +164,10 @@ def check_source(name: str | None, option: str | None = None) -> None:
 
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
     """
-    The lines of a JSON Lines file: each with its number and the object that it holds.
+    The lines of a JSON Lines file: number, bytes and object of each line.
 
     Raises:
-        ValueError: at a line that holds no object; the sentence names the file and the line.
+        ValueError: at a line that is not an object; the sentence names the file and the line.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):

@@ -1,4 +1,4 @@
-"""Image files on disk: finding them, for every command alike, and reading them one by one past the broken ones."""
+"""Finds image files on disk, in the same way for every command, and reads them, leaving out the damaged ones."""
 
 import codecs
 import glob
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from fsspec.utils import glob_translate
 from PIL import Image
 
-# What a folder is searched for: the suffixes of the formats that `images_vlv.py` opens. A file that is named itself is
-# read whatever its suffix.
+# A folder is searched for these suffixes, which are those of the formats that `images_vlv.py` opens. A file that is
+# named itself is read with any suffix.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".dib"),
     *(".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif", ".jxl", ".qoi", ".ico", ".icns", ".cur"),
@@ -23,14 +23,14 @@ SUFFIXES = (
     *(".bw", ".rgb", ".rgba", ".ras", ".xbm", ".xpm", ".tga", ".icb", ".vda", ".vst"),
 )
 KNOWN_SUFFIXES = frozenset(SUFFIXES)
-MOST_PROBLEMS = 3  # that one message spells out
+MOST_PROBLEMS = 3  # in one message
 
 logger = logging.getLogger(__name__)
 
 
 class ImageFile(NamedTuple):
-    location: str  # as the system spells it; there may be millions, so it is no `Path`
-    name: str  # its `file_name`: relative, with forward slashes, different for every file of a run (see `name_of`)
+    location: str  # as the system spells it; not a `Path`, because there may be millions
+    name: str  # its `file_name`: relative, with forward slashes, and different for every file of a run (see `name_of`)
 
     @property
     def path(self) -> Path:
@@ -38,20 +38,20 @@ class ImageFile(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """The files in a folder and its sub-folders: relative to it, with forward slashes, sorted."""
+    """The files in a folder and its sub-folders: sorted paths relative to it, with forward slashes."""
 
     images: list[str]
     others: list[str]
-    hidden: int  # files and folders that begin with a dot, and are passed over
+    hidden: int  # files and folders whose names begin with a dot; they are skipped
     closed: list[str]  # sub-folders that could not be entered, and why
 
 
 def name_of(path: str) -> str:
     r"""
-    The name by which rows, reports and metadata call a file: its relative path as text that any format can hold.
+    The name of a file in rows, reports and metadata: its relative path, as text that any format can hold.
 
-    Bytes that are not UTF-8 are written as `\xe9`. Where a name really holds a backslash that could be read so, this
-    is written as `\x5c`. All other names are the path itself. `location_of` is the way back.
+    Bytes that are not UTF-8 are written as `\xe9`. If a name already contains a backslash that looks like this, the
+    backslash is written as `\x5c`. All other names are the path itself. `location_of` is the inverse.
     """
     if path.isascii() and "\\x" not in path:
         return path
@@ -60,7 +60,7 @@ def name_of(path: str) -> str:
 
 
 def location_of(name: str) -> str:
-    """The path that `name_of` has made this name of, as the system spells it."""
+    """The path with this name, as the system spells it: the inverse of `name_of`."""
     if "\\x" not in name:
         return name
     return os.fsdecode(re.sub(rb"\\x([0-9a-f]{2})", lambda byte: bytes.fromhex(byte[1].decode()), os.fsencode(name)))
@@ -77,10 +77,10 @@ def list_folder(folder: str | os.PathLike) -> Folder:
     contents = Folder([], [], 0, [])
     hidden, pending = 0, [""]
     links: list[str] = []
-    # A link to a folder that holds this one leads round in a circle.
+    # A link to a folder that contains this one would be a loop.
     seen = {_identity(parent) for parent in Path(folder).resolve().parents}
     while pending or links:
-        inside = pending.pop() if pending else links.pop(0)  # links last: a file is found in its own place first
+        inside = pending.pop() if pending else links.pop(0)  # links last, so that a file is found at its own path
         location = os.path.join(folder, inside)
         try:
             identity = _identity(location)
@@ -100,7 +100,7 @@ def list_folder(folder: str | os.PathLike) -> Folder:
                 hidden += 1
             elif _is_folder(entry):
                 (links if entry.is_symlink() else pending).append(path)
-            elif is_image_name(path) and (entry.is_symlink() or entry.is_file()):  # a dead link is read, and reported
+            elif is_image_name(path) and (entry.is_symlink() or entry.is_file()):  # reading reports dead links
                 contents.images.append(path)
             else:
                 contents.others.append(path)
@@ -112,7 +112,7 @@ def list_folder(folder: str | os.PathLike) -> Folder:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # links that lead round in a circle
+    except OSError:  # a loop of links
         return False
 
 
@@ -121,7 +121,7 @@ def is_image_name(path: str) -> bool:
 
 
 def report_passed_over(folder: str | os.PathLike, contents: Folder, used: int = 0) -> None:
-    """Say what in a folder was not taken for images; `used` of the others are of use as something else."""
+    """Print which files in a folder are not images. `used` of them are used for something else."""
     kinds = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in contents.others)
     listed = ", ".join(f"{name_of(kind)} {count}" for kind, count in kinds.most_common(6))
     others = len(contents.others) - used
@@ -129,29 +129,29 @@ def report_passed_over(folder: str | os.PathLike, contents: Folder, used: int = 
     if contents.hidden:
         parts.append(f"{_count(contents.hidden, 'hidden file or folder', 'hidden files and folders')}")
     if parts:
-        say(f"{name_of(os.fspath(folder))}: passed over {' and '.join(parts)}.")
+        say(f"{name_of(os.fspath(folder))}: skipped {' and '.join(parts)}.")
     if contents.closed:
         say(f"{name_of(os.fspath(folder))}: these folders cannot be entered: {_some(contents.closed, ', ')}.")
 
 
 def say(text: str) -> None:
-    """A remark about the input, once in a run of many processes."""
+    """Print a remark about the input. In a run of many processes, only the first one prints."""
     if os.environ.get("RANK", "0") == "0":
         logger.warning(text)
 
 
 def find_images(paths: Iterable[str | os.PathLike]) -> list[ImageFile]:
     """
-    List the image files that `paths` stand for, each once, in the order given.
+    List the image files that `paths` name, each once, in the given order.
 
-    A folder stands for all images in it and its sub-folders, sorted, hidden ones left out; a pattern (`photos/*.jpg`)
-    for what it matches, sorted; a list, which is a `.txt` file, for the paths in its lines. A `.txt` file beside an
-    image of its name is that image's caption, and is passed over. What is not there, and a folder without images, is
-    listed as it is: reading it says what is wrong, and costs the others nothing.
-    Names are relative to the folder given, or to the deepest folder that holds everything given.
+    A folder names all images in it and its sub-folders, sorted and without hidden ones. A pattern (`photos/*.jpg`)
+    names its matches, sorted. A list, which is a `.txt` file, names the paths in its lines. A `.txt` file beside an
+    image of the same name is that image's caption and is skipped. A path that does not exist, or a folder without
+    images, is listed too: reading it reports the error, and the other images are still read.
+    Names are relative to the given folder, or to the deepest folder that contains everything given.
 
     Raises:
-        FileNotFoundError: when there is no file at all.
+        FileNotFoundError: when there are no files at all.
     """
     places = _without_captions([place for path in paths for place in _match(os.fspath(path))])
     places = [file for place in places for file in (_read_list(place) if _is_text_file(place) else [place])]
@@ -177,7 +177,7 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[ImageFile]:
 
 
 def _match(path: str) -> list[str]:
-    """What a pattern matches, sorted; any other path, and a pattern that matches nothing, is itself."""
+    """The matches of a pattern, sorted. Another path, or a pattern without matches, is returned unchanged."""
     path = str(Path(path))
     if not glob.has_magic(path) or os.path.lexists(path):
         return [path]
@@ -186,7 +186,7 @@ def _match(path: str) -> list[str]:
 
 
 def _match_deep(path: str) -> list[str]:
-    """What a pattern with `**` matches. Python's own `glob` takes for ever where links lead round in a circle."""
+    """The matches of a pattern with `**`. Python's own `glob` never ends when links form a loop."""
     parts = Path(path).parts
     first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     folder = os.path.join(*parts[:first]) if first else os.curdir
@@ -195,7 +195,7 @@ def _match_deep(path: str) -> list[str]:
         contents = list_folder(folder)
     except OSError:
         return []
-    # A folder that matches stands for the images in it.
+    # A folder that matches names the images in it.
     found = [file for file in contents.images if any(map(matches, (file, *map(str, PurePosixPath(file).parents))))]
     if parts[-1] != "**":
         found += filter(matches, contents.others)
@@ -207,9 +207,9 @@ def _is_text_file(path: str) -> bool:
 
 
 def _without_captions(places: list[str]) -> list[str]:
-    """Without the text files that hold the caption of an image beside them, such as `photos/*` brings along."""
+    """The paths without text files that are captions of the images beside them; `photos/*` matches both."""
     if len(places) < 2:
-        return places  # a file that is named alone is meant
+        return places  # a single file is a list, not a caption
     stems: dict[str, set[str]] = {}
 
     def is_caption(place: str) -> bool:
@@ -222,7 +222,7 @@ def _without_captions(places: list[str]) -> list[str]:
 
     kept = [place for place in places if not is_caption(place)]
     if len(kept) < len(places):
-        say(f"Passed over {_count(len(places) - len(kept), 'caption')} (.txt) beside an image of the same name.")
+        say(f"Skipped {_count(len(places) - len(kept), 'caption')} (.txt) beside an image of the same name.")
     return kept
 
 
@@ -232,7 +232,7 @@ def _read_list(path: str) -> list[str]:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """A text file of people: UTF-8, or UTF-16 as Windows writes it. Other bytes survive as in the names of files."""
+    """The text of a file in UTF-8, or in UTF-16 as Windows writes it. Other bytes are kept as in file names."""
     content = Path(path).read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16", "replace")
@@ -245,7 +245,7 @@ def _images_in(folder: str) -> list[str]:
     try:
         contents = list_folder(folder)
     except OSError:
-        return []  # reading it says why
+        return []  # reading it reports why
     report_passed_over(folder, contents)
     return contents.images
 
@@ -273,7 +273,7 @@ def _count(number: int, one: str, many: str | None = None) -> str:
 
 
 def _some(items: list[str], separator: str) -> str:
-    """The first few of many, and how many more there are."""
+    """The first few items, and how many more there are."""
     more = len(items) - MOST_PROBLEMS
     return separator.join(items[:MOST_PROBLEMS]) + (f"{separator}… and {more} more" if more > 0 else "")
 
@@ -296,17 +296,17 @@ def read_images(
     files: Iterable[ImageFile], report: Callable[[str], None], make: Callable[[Image.Image], Any] | None = None
 ) -> Iterator[tuple[ImageFile, Any]]:
     """
-    Read the files as upright RGB images, in their order. One that cannot be read is left out and `report` is told
-    why.
+    Read the files as upright RGB images, in their order. An image that cannot be read is left out, and `report` is
+    called with the reason.
 
     Args:
-        make: what is wanted of an image, in place of the image itself, which may be large. It is called in the process
-            that reads.
+        make: called on each image in the process that reads it; its result is returned instead of the image, which
+            may be large.
 
     Raises:
-        ValueError: at the end, when there were files and none of them could be read.
+        ValueError: at the end, if there were files and none of them could be read.
     """
-    from vlv.reading import read_ahead  # imported only when needed: torch comes with it
+    from vlv.reading import read_ahead  # imported only when needed, because it imports torch
 
     readable = unreadable = 0
 

@@ -1,6 +1,6 @@
 """
-Pickling tensors as plain bytes. torch passes tensors between processes through shared memory, and where /dev/shm is
-small, as in a container, both sides then wait for ever.
+Pickles tensors as plain bytes. torch passes tensors between processes through shared memory. If /dev/shm is small, as
+in a container, both processes then wait for ever.
 """
 
 import io
@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 
 SHARED_MEMORY = "/dev/shm"
-# How many batches of every worker may lie in shared memory at once, with room to spare.
+# More batches than all workers together have in shared memory at once.
 BATCHES_AT_ONCE = 32
 
 
@@ -23,7 +23,7 @@ def dump(value: Any, file: IO[bytes]) -> None:
 
 
 class Batch(dict):
-    """Tensors by name, which travel between processes in shared memory only where there is plenty of it."""
+    """Tensors by name. They pass between processes through shared memory only if there is enough of it."""
 
     def __reduce__(self):
         size = sum(value.nbytes for value in self.values() if isinstance(value, torch.Tensor))
@@ -48,7 +48,7 @@ class Collate:
 
 
 def free_shared_memory() -> int:
-    """Bytes that may still be shared, and all there can be where the system has no folder for them."""
+    """Free bytes of shared memory; without limit if the system has no folder for it."""
     if not os.path.isdir(SHARED_MEMORY):
         return 2**63
     status = os.statvfs(SHARED_MEMORY)
@@ -58,7 +58,7 @@ def free_shared_memory() -> int:
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value):
         if isinstance(value, torch.Tensor):
-            with suppress(TypeError):  # of a type that numpy lacks: torch pickles it, which takes longer
+            with suppress(TypeError):  # numpy lacks some dtypes; torch pickles those, which takes longer
                 return torch.from_numpy, (value.detach().numpy(),)
         return NotImplemented
 

@@ -26,7 +26,7 @@ def digest(value: Any) -> str:
 
 def fingerprint(source: str) -> str:
     """
-    Tells one state of a model from another. For a folder it is a hash of the sizes and times of its weights and of the
+    An identifier of one state of a model. For a folder it is a hash of the sizes and times of its weights and of the
     text of its configs; for a Hub id it is the commit.
     """
     folder = Path(source)

@@ -1,5 +1,5 @@
 """
-Reading pictures in processes of their own, so that a damaged picture costs no more than itself.
+Reads pictures in separate processes, so that a damaged picture does not stop the others.
 
 A decoder may crash, hang or ask for much memory. In a forked process this ends that process alone: the picture is
 reported and the process is replaced. Everything travels through pipes as plain bytes. Shared memory and sockets would
@@ -36,7 +36,7 @@ SECONDS_PER_PICTURE = 60
 # Readers that share a budget decode this many pixels at the same time, and a larger picture alone. A pixel takes up to
 # 12 bytes while it is decoded and converted.
 PIXELS_AT_ONCE = 100_000_000
-# Smaller pictures are not counted: asking for each would cost time.
+# Smaller pictures are not counted, because asking for each of them would take time.
 SMALL_PICTURE = 2_000_000
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread ends that forked it
 
@@ -44,7 +44,7 @@ Key = TypeVar("Key")
 
 
 class Read(NamedTuple):
-    """What reading a picture gave: a result, or the sentence that says why there is none."""
+    """The result of reading a picture, or the sentence that says why it could not be read."""
 
     key: Any
     result: Any
@@ -52,7 +52,7 @@ class Read(NamedTuple):
 
 
 class Budget:
-    """An amount that threads take parts of, and wait for while others hold too much of it."""
+    """An amount that threads share: a thread takes a part of it, and waits while others hold too much."""
 
     def __init__(self, total: int):
         self._total = self._free = total
@@ -60,7 +60,7 @@ class Budget:
 
     @contextmanager
     def hold(self, amount: int) -> Iterator[None]:
-        """Takes the amount, or everything where it is more than there is at all."""
+        """Takes the amount, or all of the budget if the amount is larger."""
         amount = min(amount, self._total)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= amount)
@@ -75,13 +75,13 @@ class Budget:
 
 class Reader:
     """
-    Calls `read(source)` in a forked process, which is started when it is first needed and replaced when it has died.
+    Calls `read(source)` in a forked process. The process is started at the first call and replaced when it has died.
 
-    A reader may be carried into a forked process, which then gets a process of its own. Where the system has no fork,
+    A reader also works in a forked copy of this process: the copy starts its own process. If the system has no fork,
     `read` is called directly.
 
     Args:
-        read: what to do with a source. What it returns is pickled; tensors travel as plain arrays.
+        read: a source -> a result. The result is pickled, with tensors as plain arrays.
         budget: pixels that several readers may decode at the same time.
         seconds: how long one picture may take.
     """
@@ -95,7 +95,7 @@ class Reader:
 
     def __call__(self, source: Any) -> Any:
         """
-        What `read` returns.
+        The result of `read`.
 
         Raises:
             ValueError: when it raised an error, crashed, or took too long; the sentence names the picture.
@@ -109,12 +109,12 @@ class Reader:
         return answer
 
     def start(self) -> None:
-        """Start the process now, not when it is first needed."""
+        """Start the process now, not at the first call."""
         if hasattr(os, "fork"):
             self._running()
 
     def kill(self) -> None:
-        """End the process, whatever it is doing, for good. A thread that waits for it gets a ValueError."""
+        """End the process at once and for good. A thread that waits for it gets a ValueError."""
         with self._changing:
             self._closed = True
             if self._process is not None and self._process.is_own:
@@ -126,7 +126,7 @@ class Reader:
         self._bury()
 
     def __reduce__(self):
-        return Reader, (self._read, None, self._seconds)  # where processes are spawned
+        return Reader, (self._read, None, self._seconds)  # for spawned processes
 
     def __enter__(self) -> "Reader":
         return self
@@ -138,11 +138,11 @@ class Reader:
         try:
             try:
                 self._running().send(source)
-            except BrokenPipeError:  # it died while it had nothing to do
+            except BrokenPipeError:  # it died while it was idle
                 self._bury()
                 self._running().send(source)
             answer = self._process.receive()
-            if isinstance(answer, int):  # pixels, which it waits to be allowed to decode
+            if isinstance(answer, int):  # a number of pixels: the process waits for permission to decode them
                 with self._budget.hold(answer):
                     self._process.send(None)
                     answer = self._process.receive()
@@ -150,7 +150,7 @@ class Reader:
         except (EOFError, OSError, pickle.UnpicklingError):
             return False, f"{_name(source)}: {self._cause_of_death(self._bury())}"
         except BaseException:
-            self._bury()  # its answer would be taken for the next one's
+            self._bury()  # or its answer would be taken for that of the next picture
             raise
 
     def _running(self):
@@ -219,9 +219,9 @@ def read_ahead(
     Reads the sources of (key, source) pairs, in their order, in several processes.
 
     Args:
-        read: what to do with a source (see [`Reader`]).
-        num_workers: processes; 0 reads in this one, where a crash ends the run.
-        number: how many pictures are read before they are asked for.
+        read: a source -> a result (see [`Reader`]).
+        num_workers: processes; with 0, this process reads, and a crash ends the run.
+        number: how many pictures are read ahead.
     """
     if num_workers == 0 or not hasattr(os, "fork"):
         for key, source in items:
@@ -235,7 +235,7 @@ def read_ahead(
         except ValueError as error:
             return Read(key, None, str(error))
 
-    # A thread for each process, which does nothing but wait for it.
+    # One thread for each process, which only waits for it.
     threads = ThreadPoolExecutor(num_workers, "reader")
     try:
         waiting = deque()
@@ -252,8 +252,8 @@ def read_ahead(
         readers.close()
 
 
-# No process may be forked while another one's pipes are open at both ends: it would keep them open, and nobody would
-# see that the other one has died.
+# No process may be forked while both ends of another process's pipes are open. It would keep them open, and the death
+# of the other process would not be noticed.
 _forking = threading.Lock()
 
 
@@ -272,14 +272,14 @@ class _Process:
                     os.close(theirs)
                     _serve(read, seconds, open(requests, "rb"), open(answers, "wb"))  # noqa: SIM115
                 finally:
-                    os._exit(1)  # nothing of the parent's may run at its end
+                    os._exit(1)  # the parent's exit code must not run here
             os.close(requests)
             os.close(answers)
         self._requests, self._answers = open(mine, "wb"), open(theirs, "rb")  # noqa: SIM115
 
     @property
     def is_own(self) -> bool:
-        """Whether this process started it, and not one that this one was forked from."""
+        """Whether this process started it, and not a process that this one was forked from."""
         return self._owner == os.getpid()
 
     def send(self, value: Any) -> None:
@@ -292,7 +292,7 @@ class _Process:
         os.kill(self._pid, signal.SIGKILL)
 
     def reap(self) -> int:
-        """End it if it has not ended, and return its status."""
+        """End the process, if it has not ended, and return its exit status."""
         self.kill()
         for file in (self._requests, self._answers):
             with suppress(OSError):
@@ -303,11 +303,11 @@ class _Process:
 def _serve(
     read: Callable[[Any], Any], seconds: float, requests: io.BufferedReader, answers: io.BufferedWriter
 ) -> None:
-    """The life of a forked process: it ends when its parent does."""
-    if sys.platform == "linux":  # elsewhere, a process that hangs outlives a killed parent until its time is up
+    """The main loop of a forked process, which ends when its parent does."""
+    if sys.platform == "linux":  # on other systems, a hanging process outlives a killed parent until its time is up
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _close_sockets()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     gc.freeze()  # a collection would copy the memory that is shared with the parent
@@ -315,8 +315,8 @@ def _serve(
     with suppress(EOFError, BrokenPipeError):
         while True:
             source = pickle.load(requests)
-            # The system ends this process when it takes too long: no decoder can prevent that, and it works without
-            # the parent.
+            # The system ends this process when it takes too long. No decoder can prevent that, and the parent is not
+            # needed for it.
             signal.setitimer(signal.ITIMER_REAL, seconds)
             pixels = _count_pixels(source)
             if pixels > SMALL_PICTURE:
@@ -348,7 +348,7 @@ def _attempt(read, source):
         return True, read(source)
     except MemoryError:
         return False, f"{_name(source)}: there is not enough memory to read it."
-    except Exception as error:  # whatever a damaged file makes a decoder do, the others are not harmed
+    except Exception as error:  # a damaged file can raise any error, and the other pictures must still be read
         return False, " ".join(str(error).split()) or f"{_name(source)}: {type(error).__name__}"
 
 
@@ -357,7 +357,7 @@ def _reading(key, succeeded, answer):
 
 
 def _count_pixels(source: Any) -> int:
-    """The pixels of a picture, from its header; 0 where that cannot be told."""
+    """The pixels of a picture, from its header; 0 if they are unknown."""
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, (bytes, bytearray)):
@@ -367,12 +367,12 @@ def _count_pixels(source: Any) -> int:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
             return image.width * image.height
-    except Exception:  # what is wrong with it is told when it is read
+    except Exception:  # reading the picture reports what is wrong
         return 0
 
 
 def _name(source: Any) -> str:
-    """What messages call a picture: its path, bytes that are not UTF-8 escaped, but never a whole image in base64."""
+    """The name of a picture in messages: its path, with bytes that are not UTF-8 escaped. Long names are cut."""
     if isinstance(source, dict):
         source = source.get("path")
     if not isinstance(source, (str, os.PathLike)):

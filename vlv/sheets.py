@@ -20,7 +20,7 @@ class Pair(NamedTuple):
 
 
 def side_by_side(image: Image.Image, reconstruction: Image.Image) -> Image.Image:
-    """The image and its reconstruction at one size: the reconstruction's resolution, the image's proportions."""
+    """The image beside its reconstruction, with the reconstruction's resolution and the image's proportions."""
     height = reconstruction.height * max(1, 256 // reconstruction.height)
     width = round(height * min(max(image.width / image.height, 1 / 4), 4))
     sheet = Image.new("RGB", (2 * width + GAP, height), PAPER)
@@ -30,7 +30,7 @@ def side_by_side(image: Image.Image, reconstruction: Image.Image) -> Image.Image
 
 
 def contact_sheet(pairs: Sequence[Pair], title: str, subtitle: str, columns: int = 3, tile: int = 192) -> Image.Image:
-    """A sheet of labelled pairs under a heading; `tile` is the side, in pixels, of the square for each image."""
+    """A sheet of labelled pairs under a heading. Each image gets a square with a side of `tile` pixels."""
     heading, small, text = (ImageFont.load_default(size) for size in (32, 17, 15))
     columns = min(columns, len(pairs))
     pair_width, between = 2 * tile + GAP, 32
@@ -65,7 +65,7 @@ def contact_sheet(pairs: Sequence[Pair], title: str, subtitle: str, columns: int
 
 
 def _paste_fitted(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], tile: int) -> None:
-    """Paste a picture into the middle of its square, whole and in proportion."""
+    """Paste the whole picture into the middle of its square, with its proportions."""
     scale = tile / max(picture.size)
     size = tuple(max(1, round(side * scale)) for side in picture.size)
     x, y = (start + (tile - side) // 2 for start, side in zip(corner, size, strict=True))
@@ -76,14 +76,13 @@ def _paste_fitted(sheet: Image.Image, picture: Image.Image, corner: tuple[int, i
 
 
 def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize; a picture that fits a whole number of times keeps its pixels crisp."""
+    """Resize. If the size is a whole multiple of the picture's, the pixels stay sharp."""
     whole = all(new % old == 0 for new, old in zip(size, picture.size, strict=True))
     return picture.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
 
 
 def _wrapped(label: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The label in lines no wider than `width` pixels, broken at spaces where there are any; the end of a long one
-    is left out."""
+    """The label in lines of at most `width` pixels, broken at spaces if possible. The end of a long label is cut."""
     lines = []
     rest = " ".join(label.split())
     while rest and len(lines) < LABEL_LINES:
@@ -98,7 +97,7 @@ def _wrapped(label: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _draw_mark(draw: ImageDraw.ImageDraw, corner: tuple[int, int], right: bool) -> None:
-    # Drawn, because PIL's own font has neither sign.
+    # Drawn as lines, because PIL's own font has neither a tick nor a cross.
     x, y = corner
     if right:
         draw.line([(x + 1, y + 7), (x + 5, y + 11), (x + 13, y + 2)], fill=RIGHT, width=3, joint="curve")

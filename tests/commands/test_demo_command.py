@@ -1,9 +1,10 @@
-"""`vlv demo` as a process."""
+"""`vlv demo`, run as a process."""
 
 import json
 import subprocess
 import sys
 
+import pytest
 from datasets import load_dataset
 from PIL import Image
 
@@ -16,6 +17,7 @@ def _run(*arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=cwd)
 
 
+@pytest.mark.slow
 def test_demo_shows_file_caption_and_truth(tiny_repo, tmp_path):
     result = _run("--model", tiny_repo, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Commands in several processes: what launchers start is shared out, or refused, and a lost process is said."""
+"""Commands in several processes: the work is divided, or the launch is refused, and a lost process is reported."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--nu
 
 @pytest.fixture
 def alone(monkeypatch):
-    """This process, without what an earlier test has told accelerate."""
+    """This process, without the state that earlier tests have left in accelerate."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     PartialState._reset_state()
     yield PartialState(cpu=True)
@@ -59,8 +59,8 @@ def free_port():
 
 
 @pytest.mark.parametrize("argv", [["caption", "{}"], ["train", "tiny/caption", "--output_dir", "{}"]])
-def test_launch_of_one_process_in_place_of_several_is_refused(argv, alone, monkeypatch, tmp_path, photos, capsys):
-    # What accelerate launch leaves in the environment of the one process that it starts.
+def test_launch_of_one_process_instead_of_several_is_refused(argv, alone, monkeypatch, tmp_path, photos, capsys):
+    # The environment that accelerate launch sets for the one process that it starts.
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert main([part.format(photos) for part in argv]) == 2
@@ -70,18 +70,18 @@ def test_launch_of_one_process_in_place_of_several_is_refused(argv, alone, monke
 def test_processes_that_do_not_find_each_other_are_refused(alone, monkeypatch):
     check_launch(alone)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="3 processes, but this one finds 1"):
+    with pytest.raises(ValueError, match="3 processes, but this process finds 1"):
         check_launch(alone)
 
 
 def test_fsdp_without_gpus_is_refused(alone, monkeypatch, photos, capsys):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", "tiny/caption", "--output_dir", str(photos), "--dataset", str(photos)]) == 2
-    assert "vlv train: error: FSDP spreads a model over several GPUs" in capsys.readouterr().err
+    assert "vlv train: error: FSDP shards a model over several GPUs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["reconstruct", "evaluate", "info"])
-def test_command_whose_work_is_not_shared_out_runs_once(name, monkeypatch, capsys):
+def test_a_command_for_one_process_refuses_a_launcher(name, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert main([name]) == 2
@@ -89,8 +89,8 @@ def test_command_whose_work_is_not_shared_out_runs_once(name, monkeypatch, capsy
 
 
 @pytest.mark.slow
-def test_torchrun_shares_the_images_out(photos, tiny_repo, tmp_path):
-    """Printed captions come from both processes; the summary, from one, counts all of them."""
+def test_torchrun_divides_the_images(photos, tiny_repo, tmp_path):
+    """Both processes print captions. One process prints the summary, which counts all captions."""
     done = start([*TORCHRUN, "--standalone"], "caption", photos, "--model", tiny_repo)
     captions, said = done.communicate(timeout=600)
     assert done.returncode == 0, said
@@ -110,7 +110,7 @@ def test_accelerate_on_a_cpu_says_that_it_starts_one_process(photos, tiny_repo, 
 
 @pytest.mark.slow
 def test_killed_process_is_not_waited_for(photos, tiny_repo, tmp_path):
-    """Started by hand, so that there is no launcher to end the other one."""
+    """The processes are started by hand, because a launcher would end the other process."""
     output = tmp_path / "captions.jsonl"
     argv = ["caption", photos, "--model", tiny_repo, "--output", output, "--batch_size", "1", "--num_workers", "0"]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
@@ -122,7 +122,7 @@ def test_killed_process_is_not_waited_for(photos, tiny_repo, tmp_path):
     second.communicate()
     _, said = first.communicate(timeout=600)
     assert first.returncode == 2
-    assert "vlv caption: error: Another process of this run has ended" in said and "Traceback" not in said
+    assert "vlv caption: error: Another process of this run ended" in said and "Traceback" not in said
     assert not output.exists()
     assert main([*map(str, argv), "--resume"]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]

@@ -1,15 +1,12 @@
-"""The guides and the notebook, followed word for word.
+"""Runs the code of the guides and of the notebook.
 
-The blocks that a page marks as `sh` or `python` run in their order, each in a process of its own and all of a page in
-one folder that is empty at first. Blocks that need a download, a GPU or hours are marked as `text`, or indented.
+The `sh` and `python` blocks of a page run in their order, each in a new process. All blocks of a page run in one
+folder, which is empty at the start, with the package installed from its wheel. Blocks that need a download, a GPU or
+hours are marked as `text`, or indented.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -18,26 +15,23 @@ from paths import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "zero_to_captioner.ipynb"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-RUN = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+RUN = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": ["python", "-c"]}
 PAGES = [
     "README",
     *(f"docs/{name}" for name in ("training", "captioning", "evaluation", "publish", "convert", "extending")),
 ]
 
 
-def follow(page, folder):
-    """Runs the blocks of a page in `folder` and returns all that they printed."""
-    blocks = [(kind, text) for kind, text in BLOCK.findall((ROOT / f"{page}.md").read_text()) if kind in RUN]
-    assert blocks, f"{page}.md has no block that can be run"
-    printed = ""
-    for kind, text in blocks:
-        done = subprocess.run(
-            [*RUN[kind], text], cwd=folder, env={**os.environ, "PATH": PATH}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{page}.md\n{text}\n{done.stderr[-3000:]}"
-        printed += done.stdout
-    return printed
+@pytest.fixture
+def follow(installed, tmp_path):
+    """Runs the blocks of a page in `tmp_path` and returns their output."""
+
+    def follow(page):
+        blocks = [(kind, text) for kind, text in BLOCK.findall((ROOT / f"{page}.md").read_text()) if kind in RUN]
+        assert blocks, f"{page}.md has no block that can be run"
+        return "".join(installed(*RUN[kind], text, cwd=tmp_path) for kind, text in blocks)
+
+    return follow
 
 
 def rows(file):
@@ -45,8 +39,8 @@ def rows(file):
 
 
 @pytest.mark.slow
-def test_training(tmp_path):
-    follow("docs/training", tmp_path)
+def test_training(follow, tmp_path):
+    follow("docs/training")
     captions = [row["text"] for row in rows(tmp_path / "captions.jsonl")]
     assert len(captions) == 200
     assert sum(caption.startswith("view: a ") for caption in captions) > 150
@@ -56,21 +50,29 @@ def test_training(tmp_path):
 
 
 @pytest.mark.slow
-def test_readme(tmp_path):
-    follow("README", tmp_path)
+def test_captioning(follow, tmp_path):
+    by_message, begun, alone = follow("docs/captioning").splitlines()[-3:]
+    (first, _) = rows(tmp_path / "scenes" / "metadata.jsonl")
+    assert first["text"] in by_message and first["text"] in alone
+    assert "'role': 'assistant', 'content': [{'type': 'text', 'text': 'a large " in begun
+
+
+@pytest.mark.slow
+def test_readme(follow, tmp_path):
+    follow("README")
     assert len(rows(tmp_path / "captions.jsonl")) == 12
     assert (tmp_path / "rebuilt.png").is_file() and (tmp_path / "rebuilt" / "contact_sheet.png").is_file()
     assert (tmp_path / "stage2" / "final" / "config.json").is_file()
 
 
 @pytest.mark.slow
-def test_evaluation(tmp_path):
-    assert "'bleu_1': " in follow("docs/evaluation", tmp_path)
+def test_evaluation(follow, tmp_path):
+    assert "'bleu_1': " in follow("docs/evaluation")
 
 
 @pytest.mark.slow
-def test_extending(tmp_path):
-    printed = follow("docs/extending", tmp_path)
+def test_extending(follow, tmp_path):
+    printed = follow("docs/extending")
     assert (tmp_path / "captions.csv").read_text().startswith("file_name,text\n")
     assert json.loads((tmp_path / "shouting" / "training.json").read_text())["steps"] == 2
     assert "colours" in printed
@@ -78,7 +80,7 @@ def test_extending(tmp_path):
 
 @pytest.mark.slow
 def test_notebook(tmp_path):
-    """It runs in an empty folder, and the captioner that it trains has learnt the new wording."""
+    """It runs in an empty folder, and the captioner that it trains has learned the new wording."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))

@@ -1,5 +1,6 @@
-"""What is gathered of a sharded model, and put back into it, in two forked processes with gloo."""
+"""Gathering the weights of a sharded model, and loading them into it, in two forked processes with gloo."""
 
+import pytest
 import tiny
 import torch
 from torch import distributed
@@ -26,7 +27,7 @@ def check(rank, folder):
     weights = list(model.parameters())
     assert all(isinstance(weight, DTensor) for weight in weights)
 
-    # Other methods than forward, of which generate leaves the tied embeddings in the middle of a forward pass.
+    # Other methods than forward. generate uses the tied embeddings during a forward pass.
     model(caption_embeds=expected, input_ids=torch.tensor([[1, 2], [3, 4]]))
     with torch.no_grad(), unsharded(model):
         torch.testing.assert_close(model.encode(pixel_values), expected)
@@ -50,5 +51,6 @@ def check(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_model_is_used_gathered_and_loaded(tmp_path):
     start_processes(check, (str(tmp_path),), nprocs=2, start_method="fork")

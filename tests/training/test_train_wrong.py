@@ -1,4 +1,4 @@
-"""What `vlv train` says to wrong input and to a full disk: one clear line, and a non-zero exit."""
+"""`vlv train` with wrong input or a full disk: it prints one clear line and exits with a non-zero status."""
 
 import resource
 import shutil
@@ -14,7 +14,7 @@ AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
 
 
 def error_of(capsys, recipe, output_dir, **settings):
-    """What a refused run ends with: one line."""
+    """The one line at the end of a refused run."""
     assert vlv(["train", *arguments(recipe, output_dir, **settings)]) == 2
     told = capsys.readouterr().err
     assert told.count("vlv train: error:") == 1 and "Traceback" not in told
@@ -26,7 +26,7 @@ def test_a_folder_with_no_images(recipe, tiny_repo, tmp_path, capsys):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "list.txt").write_text("nothing to see")
     error = error_of(capsys, recipe, tmp_path / "out", dataset=tmp_path / "notes", model=tiny_repo)
-    assert error == f"There are no images in {tmp_path / 'notes'}, and neither parquet files nor WebDataset tars."
+    assert error == f"There are no images, no parquet files and no WebDataset tars in {tmp_path / 'notes'}."
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
@@ -37,7 +37,7 @@ def test_a_missing_caption_column(streaming, tiny_repo, tmp_path, capsys):
     error = error_of(
         capsys, CAPTION, tmp_path / "out", dataset=tmp_path / "bare", model=tiny_repo, streaming=streaming
     )
-    assert error == "The dataset has no column 'text', but image: choose one with caption_column."
+    assert error == "The dataset has no column 'text', only image: choose one with caption_column."
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,7 @@ def test_a_stage_whose_parts_the_checkpoint_lacks(recipe, lacking, message, scen
     assert error.startswith(f"{tmp_path / 'model'}") and message in error
 
 
+@pytest.mark.slow
 def test_a_resume_folder_of_another_model(tiny_repo, scenes, tmp_path, capsys):
     run(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, max_steps=2)
     error = error_of(capsys, AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo, resume=True)
@@ -66,7 +67,7 @@ def test_a_resume_folder_of_another_model(tiny_repo, scenes, tmp_path, capsys):
 
 @contextmanager
 def room_for(size):
-    """Files can grow to `size` bytes: a disk that takes no more, which needs no disk to fill."""
+    """Limits the size of files to `size` bytes. This stands for a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -79,11 +80,12 @@ def room_for(size):
     ("settings", "message"),
     [
         ({"cache_features": True}, "Choose a cache_dir with more room"),
-        ({"cache_features": False}, "What was saved before is whole."),  # the training checkpoint
-        ({"cache_features": False, "save_strategy": "no"}, "What was saved before is whole."),  # the model itself
+        ({"cache_features": False}, "Files that were saved before are complete."),  # the training checkpoint
+        ({"cache_features": False, "save_strategy": "no"}, "Files that were saved before are complete."),  # the model
     ],
     ids=["cache", "checkpoint", "model"],
 )
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_model_from_before(settings, message, tiny_repo, scenes, tmp_path, capsys):
     settings = {"dataset": scenes, "model": tiny_repo, "max_steps": 2, **settings}
     run(CAPTION, tmp_path, **settings)

@@ -1,8 +1,8 @@
 """
-Captions for whole collections. A picture passes through four parts:
+Captions for whole collections. A picture passes through four modules:
 
-    sources.py    where pictures come from: files, parquet, WebDataset archives, `datasets`
-    engine.py     worker processes that read them ahead of the model; ray_engine.py does so on a Ray cluster
-    captioner.py  pixels -> captions, in batches that fit into memory; decoding.py: the settings of the search
-    sink.py       where captions go: journal.py during the run, outputs/ at its end
+    sources.py    finds the pictures: files, parquet, WebDataset archives, `datasets`
+    engine.py     reads them in worker processes ahead of the model; ray_engine.py does this on a Ray cluster
+    captioner.py  pixels -> captions, in batches that fit into memory; decoding.py has the settings of the search
+    sink.py       writes the captions: to journal.py during the run, to outputs/ at its end
 """

@@ -16,7 +16,7 @@ from vlv.captioning.decoding import Spelling, generation_arguments
 from vlv.captioning.memory import free_memory, memory_in_use, peak_memory
 from vlv.captioning.settings import Decoding
 
-# An automatic batch grows between these, as long as memory allows.
+# An automatic batch starts small and grows up to a largest size, as long as memory allows.
 FIRST_BATCH = 4
 LARGEST_BATCH = {"cpu": 64}
 LARGEST_ON_ACCELERATOR = 256
@@ -30,8 +30,8 @@ def largest_batch(device_type: str) -> int:
 
 class Caption(NamedTuple):
     text: str
-    ended: bool  # by its end-of-text token, not by the longest length allowed nor by repeating itself
-    num_tokens: int  # that the model wrote, the end-of-text token among them
+    ended: bool  # with its end-of-text token; not at the longest length allowed, and not because it repeated itself
+    num_tokens: int  # written by the model, including the end-of-text token
 
 
 class Captioner:
@@ -43,10 +43,10 @@ class Captioner:
 
     Args:
         model, processor: from [`load_captioner`].
-        decoding: what the captions are like.
-        batch_size: images at once; `None` starts small and grows as far as free memory allows. What turns out not to
-            fit is halved until it does.
-        compile: decode with a static cache, which transformers compiles where it pays.
+        decoding: how captions are written.
+        batch_size: images at once; `None` starts small and grows as far as free memory allows. A batch that does not
+            fit into memory is halved until it does.
+        compile: decode with a static cache, which transformers compiles on a GPU.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Captioner:
         compile: bool = False,
     ):
         self.model, self.processor, self.decoding, self.compile = model, processor, decoding, compile
+        model.check_num_queries(decoding.num_queries)  # before the first image is read
         self.device = next(model.parameters()).device
         self.largest = batch_size or largest_batch(self.device.type)
         self.batch_size = batch_size or FIRST_BATCH
@@ -68,7 +69,7 @@ class Captioner:
     def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[Caption]]:
         """
         Args:
-            names: the images' names, which seed what is drawn for them.
+            names: the images' names, which seed the sampling of their captions.
             pixel_values: as many tensors of shape `(3, H, W)`, from the processor.
 
         Returns:
@@ -90,8 +91,8 @@ class Captioner:
         return captions
 
     def caption_images(self, images: Iterable[tuple[str, Image.Image]]) -> Iterator[tuple[str, list[Caption]]]:
-        """Captions of PIL images of any mode and size, each behind its name, in order."""
-        # Each is made small as it comes: a batch of large images would fill the memory.
+        """(name, captions) for each PIL image, of any mode and size, in order."""
+        # Each image is resized at once, because a batch of large images would fill the memory.
         prepared = ((name, self.processor(images=image)["pixel_values"][0]) for name, image in images)
         while batch := list(islice(prepared, self.largest)):
             names, pixel_values = zip(*batch, strict=True)
@@ -100,7 +101,7 @@ class Captioner:
     @torch.no_grad()
     def write(self, names: Sequence[str], caption_embeds: torch.Tensor) -> list[list[Caption]]:
         """
-        Captions of what has been encoded, in one batch.
+        Captions for caption embeddings, in one batch.
 
         Args:
             caption_embeds: `(B, Q, E)`, from `model.encode`.
@@ -126,32 +127,32 @@ class Captioner:
         return Caption(text.strip(), end is not None, len(ids) if end is None else end + 1)
 
     def generation_arguments(self, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
-        """What `model.generate` is told, for the images of these names."""
+        """The arguments of `model.generate` for the images with these names."""
         arguments = generation_arguments(self.decoding, names, spelling)
-        if self.compile:  # for which the batch must keep its shape
+        if self.compile:  # compiled code needs batches of one shape
             arguments.pop("custom_generate", None)
             arguments["cache_implementation"] = "static"
         return arguments
 
     def _try(self, names, pixel_values):
-        """The captions, or `None` when memory did not suffice."""
+        """The captions, or `None` when there was not enough memory."""
         try:
             return self._caption(names, pixel_values)
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                 raise
-        return None  # only out here is the memory free that the failed attempt held
+        return None  # here, outside of `except`, the memory of the failed attempt is free again
 
     @torch.no_grad()
     def _caption(self, names, pixel_values):
-        return self.write(names, self.model.encode(pixel_values))
+        return self.write(names, self.model.encode(pixel_values, num_queries=self.decoding.num_queries))
 
     def _shrink(self, failed):
         clear_device_cache(garbage_collection=True)
         if failed == 1:
             raise ValueError(
                 "Not even one image at a time fits into memory: lower --num_beams, --num_captions or "
-                "--max_new_tokens, or take --dtype bfloat16 or --quantization."
+                "--max_new_tokens, or use --dtype bfloat16 or --quantization."
             )
         self.batch_size = self.largest = failed // 2
 

@@ -1,4 +1,4 @@
-"""The settings of the search as transformers takes them, and the processors of logits that it lacks."""
+"""The settings of the search as arguments of transformers, and two logits processors that transformers lacks."""
 
 import hashlib
 import re
@@ -15,15 +15,15 @@ from vlv.captioning.settings import Decoding
 
 class Spelling:
     """
-    The text of captions, part of which the model did not choose itself: a prefix, and forced words.
+    The text of captions with a prefix or forced words, which the model did not choose itself.
 
-    Behind such a part the model may continue without a space, as if it were at the beginning of a caption. There a
-    space is put in where two words would run together. The model is left alone: it reads what it wrote.
+    After such a part the model may continue without a space, as at the beginning of a caption. If two words would then
+    run together, a space is added to the text. The tokens that the model reads are not changed.
     """
 
     def __init__(self, decoding: Decoding, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]):
         self.tokenizer, self.eos_token_ids = tokenizer, list(eos_token_ids)
-        # Tokens for words bring their own space along, so one at the end of the prefix would be one too many.
+        # Tokens of words begin with their own space, so the prefix must not end with one.
         prefix = (decoding.prefix or "").rstrip()
         self.prefix_ids = tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
         self.space = decoding.prefix is not None and prefix != decoding.prefix
@@ -49,19 +49,19 @@ class Spelling:
 
 
 def _run_together(text: str, part: str, space: bool) -> bool:
-    """Whether a space must come between two texts; `space`: one was asked for."""
+    """Whether a space must be added between two texts. `space`: the user's text has one there."""
     if not text or not part or not _is_of_words(part[0]):
         return False
     return space or _is_of_words(text[-1]) or text[-1] in ",.;:!?)]}"
 
 
 def _is_of_words(character: str) -> bool:
-    """Whether it is a letter or a digit of a script with spaces, which Chinese and Japanese are not."""
+    """Whether it is a letter or a digit of a script with spaces between words, unlike Chinese and Japanese."""
     return character.isalnum() and unicodedata.east_asian_width(character) not in "WF"
 
 
 def generation_arguments(decoding: Decoding, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
-    """The settings as arguments of `model.generate`, for the images of these names."""
+    """The settings as arguments of `model.generate`, for the images with these names."""
     tokenizer = spelling.tokenizer
     sampled = decoding.temperature > 0
     arguments = {
@@ -80,7 +80,7 @@ def generation_arguments(decoding: Decoding, names: Sequence[str], spelling: Spe
     if decoding.force_words:
         processors.append(ForcedWords(decoding, tokenizer, spelling))
     if sampled:
-        # The processor leaves one token to draw from: what these would do is done by then.
+        # SeededSampling has applied these already and leaves one token to draw from.
         arguments |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         processors.append(SeededSampling(decoding, names))
     arguments["logits_processor"] = LogitsProcessorList(processors)
@@ -88,15 +88,15 @@ def generation_arguments(decoding: Decoding, names: Sequence[str], spelling: Spe
 
 
 def _spellings(word: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of a word within a sentence and at its beginning, capitalised and not."""
+    """Token ids of a word inside a sentence and at its beginning, capitalised and not capitalised."""
     spellings = {space + form for form in (word, word.capitalize()) for space in ("", " ")}
     return [tokenizer(spelling, add_special_tokens=False).input_ids for spelling in sorted(spellings)]
 
 
 class SeededSampling(LogitsProcessor):
     """
-    Draws each token with a random number that is fixed by the seed, the image's name, the caption's number and the
-    token's place, so that what is drawn for an image does not depend on the images that share its batch.
+    Draws each token with a random number that depends only on the seed, the image's name, the caption's number and the
+    token's position. So the caption of an image does not depend on the other images in its batch.
     """
 
     def __init__(self, decoding: Decoding, names: Sequence[str]):
@@ -126,8 +126,8 @@ class SeededSampling(LogitsProcessor):
 
 class ForcedWords(LogitsProcessor):
     """
-    No caption ends before it holds all of the words. One that it lacks is written where the caption would have
-    ended, or where the room for it runs out, and the model continues from there.
+    Each caption holds all of the words before it ends. A missing word is written where the caption would have ended,
+    or where only enough tokens are left for it, and the model continues from there.
     """
 
     def __init__(self, decoding: Decoding, tokenizer: PreTrainedTokenizerBase, spelling: Spelling):
@@ -139,8 +139,8 @@ class ForcedWords(LogitsProcessor):
             )
             for word in decoding.force_words
         ]
-        # How a caption continues while a word is being written into it. Beams change their rows: only what was written
-        # tells one from another.
+        # The next tokens of captions into which a word is being written. Beams change their rows, so the key is the
+        # text that has been written, not the row.
         self.unwritten: dict[tuple[int, ...], list[int]] = {}
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:

@@ -1,4 +1,4 @@
-"""The engine of one process: pictures are read ahead of the model, and captioned in batches."""
+"""The engine of one process: it reads pictures ahead of the model and captions them in batches."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -17,13 +17,13 @@ from vlv.images import read_image
 from vlv.models.loading import load_captioner
 from vlv.reading import read_ahead
 
-FEW = 8  # images for which one process reads
+FEW = 8  # up to this many images, one process reads
 MOST_READERS = 8
-READ_AHEAD = 256  # images at most: what is read ahead is held in memory
+READ_AHEAD = 256  # images at most, because they are held in memory
 
 
 class Prepared(NamedTuple):
-    """A picture that has been read: its pixels, or why there are none."""
+    """A picture that has been read: its pixels, or the reason why it could not be read."""
 
     order: tuple[int, int]
     name: str
@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
 
 
 def make_captioner(options: ModelOptions, decoding: Decoding, batch_size: int | None) -> Captioner:
-    """The captioner that the options of the command ask for."""
+    """The captioner for the options of the command."""
     loading = {"device_map": options.device_map, "attn_implementation": options.attn_implementation}
     loading = {name: value for name, value in loading.items() if value is not None}
     model, processor = load_captioner(options.model, options.device, options.dtype, options.quantization, **loading)
@@ -48,11 +48,11 @@ def caption_locally(
     parts: int = 1,
 ) -> Iterator[list[Row]]:
     """
-    Caption the pictures that are not done, or one of several equal parts of them.
+    Caption the pictures that have no caption yet, or one of several equal parts of them.
 
     Args:
-        num_workers: processes that read pictures ahead of the model; `None` is a number that fits the machine, 0 reads
-            in this process.
+        num_workers: processes that read pictures ahead of the model; `None` chooses a number that fits the machine, 0
+            reads in this process.
 
     Yields:
         The rows of a batch, in the order of the input.
@@ -72,7 +72,7 @@ def caption_locally(
 
 
 def prepare(pictures: Iterable[Picture], processor: VLVProcessor, num_workers: int, number: int) -> Iterator[Prepared]:
-    """Read pictures, in their order; `num_workers` processes keep up to `number` of them ready."""
+    """Read pictures, in their order. `num_workers` processes read up to `number` of them ahead."""
     items = (((order, name), source) for order, name, source in pictures)
     for (order, name), pixel_values, error in read_ahead(
         items, partial(read_pixels, processor), num_workers, min(number, READ_AHEAD)
@@ -81,7 +81,7 @@ def prepare(pictures: Iterable[Picture], processor: VLVProcessor, num_workers: i
 
 
 def read_pixels(processor: VLVProcessor, source: Any) -> torch.Tensor:
-    """The pixel values (3, H, W) of a picture; raises the error that stands in the place of one."""
+    """The pixel values (3, H, W) of a picture. If the source is an error, it is raised."""
     if isinstance(source, Exception):
         raise source
     image = read_image(source) if isinstance(source, Path) else load_image(source)
@@ -89,7 +89,7 @@ def read_pixels(processor: VLVProcessor, source: Any) -> torch.Tensor:
 
 
 def caption_batch(captioner: Captioner, batch: Sequence[Prepared]) -> list[Row]:
-    """The rows of what has been read."""
+    """The rows of a batch: captions, or errors."""
     readable = [prepared for prepared in batch if prepared.error is None]
     captions = iter(
         captioner([prepared.name for prepared in readable], [prepared.pixel_values for prepared in readable])

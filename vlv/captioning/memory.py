@@ -1,4 +1,4 @@
-"""How much memory is free, and how much a computation took."""
+"""Measures how much memory is free, and how much a computation used."""
 
 import sys
 

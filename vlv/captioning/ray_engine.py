@@ -15,7 +15,7 @@ from vlv.captioning.sink import Row
 from vlv.captioning.sources import Source
 from vlv.models.loading import find_captioner
 
-PARTS_PER_PROCESSOR = 4  # of the input: small enough that no processor waits long for the last one
+PARTS_PER_PROCESSOR = 4  # of the input: small parts, so that no processor waits long for the last one
 
 
 def caption_with_ray(
@@ -26,11 +26,11 @@ def caption_with_ray(
     batch_size: int | None,
 ) -> Iterator[list[Row]]:
     """
-    Caption the pictures that are not done, on all of the cluster that Ray is told of (`RAY_ADDRESS`; else this
-    machine): tasks read pictures, and actors, one on each GPU or on the processors where there is none, caption them.
+    Caption the pictures that have no caption yet, on a whole Ray cluster (`RAY_ADDRESS`; by default this machine).
+    Tasks read the pictures. Actors caption them: one on each GPU or, without GPUs, on the processors.
 
     Yields:
-        Rows as they come, in no order.
+        Rows as they are finished, in any order.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -55,7 +55,7 @@ def caption_with_ray(
         .map_batches(
             _Actor,
             fn_constructor_args=[make_captioner],
-            # Where the batch is left to the actor, it gets as many images as it would ever take at once.
+            # With an automatic batch, the actor gets as many images as its largest batch.
             batch_size=batch_size or largest_batch("cuda" if gpus else "cpu"),
             num_gpus=1 if gpus else None,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=gpus or max(1, processors - 1)),
@@ -75,7 +75,7 @@ class _Actor:
 
 
 def _pack(prepared: Prepared, processor: VLVProcessor) -> dict[str, Any]:
-    """What has been read, as columns; an image that cannot be read has blank pixels, which nobody looks at."""
+    """A picture that has been read, as columns. One that could not be read has blank pixels, which are not used."""
     order, name, pixel_values, error = prepared
     if pixel_values is None:
         pixel_values = torch.zeros(3, processor.image_height, processor.image_width)

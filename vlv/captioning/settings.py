@@ -1,4 +1,4 @@
-"""The options of `vlv caption`, in groups; nothing here loads torch."""
+"""The options of `vlv caption`, in groups. This module does not import torch."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ def option(default: Any, help_text: str, **argparse: Any) -> Any:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What the captions are like."""
+    """How captions are written."""
 
     _argument_group_name = "the captions"
 
@@ -19,14 +19,14 @@ class Decoding:
     num_beams: int = option(1, "Beams of the search; 1 is greedy, the paper uses 4.")
     temperature: float = option(
         0.0,
-        "Above 0, each token is drawn at random, the more freely the higher; 0 takes the likeliest. What is drawn for "
-        "an image depends on --seed and its name, not on the images beside it.",
+        "0 takes the likeliest token. Above 0, each token is drawn at random, and higher values give more varied "
+        "captions. A caption depends on --seed and on the image's name, not on the other images.",
     )
     top_p: float = option(1.0, "Draw only among the likeliest tokens that together have this probability.")
-    seed: int = option(0, "Another seed draws other captions (with --temperature).")
+    seed: int = option(0, "Seed of the draws (with --temperature).")
     num_captions: int = option(
         1,
-        "Captions per image, from one look at it: the best of --num_beams, or as many draws. "
+        "Captions per image: the best ones of --num_beams, or as many draws. The image is encoded once. "
         "With more than 1, text is a list.",
     )
     prefix: str | None = option(
@@ -34,20 +34,27 @@ class Decoding:
     )
     force_words: list[str] | None = option(
         None,
-        "Words that every caption must hold. A missing word is added where the caption would have ended, and the "
+        "Words that every caption must contain. A missing word is added where the caption would have ended, and the "
         "model continues from there.",
         metavar="WORD",
     )
-    ban_words: list[str] | None = option(None, "Words that no caption may hold.", metavar="WORD")
+    ban_words: list[str] | None = option(None, "Words that no caption may contain.", metavar="WORD")
     repetition_penalty: float | None = option(
-        None, "Above 1, what a caption holds already becomes less likely; 1.1 is mild (default: the model's own)."
+        None, "Above 1, tokens that a caption already has become less likely; 1.1 is mild (default: the model's own)."
     )
-    no_repeat_ngram_size: int = option(0, "Sequences of so many tokens may occur only once; 0 allows all.")
+    num_queries: int | None = option(
+        None,
+        "Read only so many of the leading caption embeddings, for a model that was trained with nested_queries "
+        "(default: all).",
+    )
+    no_repeat_ngram_size: int = option(0, "A sequence of this many tokens may occur only once; 0 allows all.")
 
     def __post_init__(self):
         for name in ("max_new_tokens", "num_beams", "num_captions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_queries is not None and self.num_queries < 1:
+            raise ValueError(f"--num_queries is {self.num_queries}; it must be at least 1.")
         for name in ("min_new_tokens", "temperature", "no_repeat_ngram_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 0.")
@@ -74,23 +81,23 @@ class ModelOptions:
     model: str | None = option(None, "Folder or Hub id of a VLV (default: the bundled vlv-tiny, for drawn scenes).")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the accelerator.")
     device_map: str | None = option(
-        None, "auto spreads a model that is too large for one device over all of them and the host's memory."
+        None, "auto: spread a model that is too large for one device over all devices and the host's memory."
     )
     dtype: str = option(
-        "auto", "float32, bfloat16 or float16; auto is float32 on the CPU and what was saved elsewhere."
+        "auto", "float32, bfloat16 or float16; auto is float32 on the CPU, and the saved dtype on other devices."
     )
     quantization: str | None = option(
         None,
-        "Hold the language model's weights in 8 or in 4 bits; needs bitsandbytes.",
+        "Keep the language model's weights in 8 or in 4 bits; needs bitsandbytes.",
         choices=["8bit", "4bit"],
     )
     attn_implementation: str | None = option(
-        None, "sdpa, flash_attention_2 or eager (default: what is best here, mostly sdpa)."
+        None, "sdpa, flash_attention_2 or eager (default: the best one available, mostly sdpa)."
     )
     compile: bool = option(
         False,
-        "Decode with a static cache, which transformers compiles on a GPU: a minute at the start, for large "
-        "collections. On a CPU nothing is compiled.",
+        "Decode with a static cache, which transformers compiles on a GPU. That takes a minute at the start and helps "
+        "with large collections. On a CPU nothing is compiled.",
     )
 
     def __post_init__(self):
@@ -100,10 +107,10 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How the rows of tables are read; image files have none."""
+    """How the rows of tables are read. Image files have no rows."""
 
     _argument_group_name = "rows of parquet files, archives and datasets (image files have none)"
 
     split: str = option("train", "Split of a dataset from the Hub.")
     image_column: str | None = option(None, "Column of the images (default: the column of type Image, or image).")
-    id_column: str | None = option(None, "Column that names the rows (default: their file with number or key).")
+    id_column: str | None = option(None, "Column that names the rows (default: the file and the row's number or key).")

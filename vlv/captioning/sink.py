@@ -1,4 +1,4 @@
-"""Where the rows of a run go: to its journal during the run and to its output at the end, or to the terminal."""
+"""Writes the rows of a run: to its journal during the run and to its output at the end, or to the terminal."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,10 +32,10 @@ class Printer:
 
 class Sink:
     """
-    Takes the rows of a run, and at the end writes its output from them.
+    Takes the rows of a run and writes the output from them at the end.
 
     Args:
-        output: what it writes.
+        output: the output to write.
         settings: the options that the captions depend on. A run is resumed, and a finished output is extended, only
             with the same settings.
         resume: continue an interrupted run, or add to a finished output.

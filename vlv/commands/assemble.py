@@ -31,15 +31,19 @@ class AssembleArguments:
         default=None,
         metadata={"help": "Pixels of a side of a reconstruction (default: what the UNet was trained at)."},
     )
+    encoder_image_size: int | None = field(
+        default=None,
+        metadata={"help": "Pixels of a side that the encoder reads (default: what it was trained at, such as 768)."},
+    )
     crop: Literal["center"] | None = field(
-        default=None, metadata={"help": "center reads the centre of an image, as the paper does, not all of it."}
+        default=None, metadata={"help": "center: read only the centre of an image, as the paper does."}
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Of all weights (default: the narrowest in which no part loses a digit)."}
+        default=None, metadata={"help": "dtype of all weights (default: the smallest that keeps every weight exact)."}
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the parts on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Access token for gated parts on the Hub."})
-    local_files_only: bool = field(default=False, metadata={"help": "Ask the Hub for nothing: folders and its cache."})
+    local_files_only: bool = field(default=False, metadata={"help": "Use only local folders and the Hub's cache."})
 
 
 def main(argv: list[str]) -> None:
@@ -54,7 +58,7 @@ def main(argv: list[str]) -> None:
     for option in ("encoder", "decoder", "caption_head"):
         check_source(getattr(arguments, option), option)
     with atomic_folder(arguments.output) as folder:
-        # Imported only now: torch would keep --help and wrong arguments waiting.
+        # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
         from modeling_vlv import VLVModel
         from processing_vlv import VLVProcessor
 
@@ -67,8 +71,10 @@ def main(argv: list[str]) -> None:
             "token": arguments.token,
             "local_files_only": arguments.local_files_only,
         }
+        processor = VLVProcessor.from_components(
+            encoder_image_size=arguments.encoder_image_size, crop=arguments.crop, **parts
+        )
         model = VLVModel.from_components(num_queries=arguments.num_queries, dtype=arguments.dtype, **parts)
-        processor = VLVProcessor.from_components(crop=arguments.crop, **parts)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     print(f"The model is in {arguments.output}. Train its new parts with `vlv train`.")

@@ -29,38 +29,38 @@ if TYPE_CHECKING:
 class CaptionArguments:
     output: str | None = option(
         None,
-        "File to write: .jsonl or .parquet with a row for each image, file_name (its path below the folder given) and "
-        "text. Written into that folder as metadata.jsonl, it makes it an ImageFolder. A suffix alone, .txt, writes "
-        "each caption into a file beside its image. Without --output, captions are printed, each after its file's "
-        "name and a tab. Images that could not be captioned are listed beside the output, in a file of its name that "
-        "ends in .failures.jsonl.",
+        "File to write: .jsonl or .parquet with a row for each image: file_name (its path below the given folder) and "
+        "text. With metadata.jsonl in that folder as the output, the folder becomes an ImageFolder. A suffix alone, "
+        ".txt, writes each caption into a file beside its image. Without --output, each caption is printed after its "
+        "file's name and a tab. Images that could not be captioned are listed beside the output, in a file of the "
+        "same name that ends in .failures.jsonl.",
     )
     resume: bool = option(
         False,
-        "Continue a run that was interrupted, or add to a finished output what it lacks. Rows that are there stay.",
+        "Continue an interrupted run, or add new images to a finished output. Existing rows are kept.",
     )
-    overwrite: bool = option(False, "Replace an output that is there. Without it and --resume, none is touched.")
+    overwrite: bool = option(False, "Replace an existing output. Without it and --resume, none is changed.")
     existing: str = option(
         "skip",
-        "What becomes of text files that are beside their images already (with --output .txt): skip keeps them and "
-        "captions the other images, overwrite replaces them as --overwrite does, append and prepend add the caption "
-        "after or before their text. An empty file counts as none.",
+        "With --output .txt, what happens to text files that already exist: skip keeps them and captions the other "
+        "images, overwrite replaces them as --overwrite does, append and prepend add the caption after or before "
+        "their text. An empty file counts as missing.",
         choices=list(EXISTING),
     )
     batch_size: str = option(
         "auto",
-        "Images that are captioned at once; auto begins with a few and takes more as long as memory allows. "
-        "A batch that turns out not to fit is halved.",
+        "Images to caption at once; auto starts with a few and takes more as long as memory allows. "
+        "A batch that does not fit into memory is halved.",
         metavar="N",
     )
     num_workers: int | None = option(
         None,
-        "Processes that read images ahead of the model (default: as many as fit this machine). With 0 the main "
-        "process reads them, and an image that crashes its decoder ends the run.",
+        "Processes that read images ahead of the model (default: depends on the machine). With 0 the main process "
+        "reads them, and an image that crashes its decoder ends the run.",
     )
     engine: str = option(
         "local",
-        "ray captions on a whole Ray cluster, or on all of this machine (needs vlv[ray]).",
+        "ray: caption on a whole Ray cluster, or on all of this machine (needs vlv[ray]).",
         choices=["local", "ray"],
     )
 
@@ -109,18 +109,18 @@ def main(argv: list[str]) -> int | None:
 
 
 def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions) -> None:
-    # Imported only now: torch would keep --help and wrong arguments waiting.
+    # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
     from vlv.captioning.engine import caption_locally, make_captioner
     from vlv.models.loading import find_captioner
     from vlv.processes import join_processes
 
-    processes = join_processes(model.device)  # each takes a part
+    processes = join_processes(model.device)  # each captions a part
     if arguments.engine == "ray" and processes.num_processes > 1:
         raise ValueError("--engine ray starts its own processes: run it without torchrun or accelerate launch.")
     find_captioner(model.model)
     output = _open_output(source, arguments, decoding)
     with locked(output.path) if output is not None and processes.is_main_process else nullcontext():
-        processes.wait_for_everyone()  # until no other run writes to this output
+        processes.wait_for_everyone()  # the first process has checked that no other run writes to this output
         sink = _open_sink(output, arguments, decoding, model)
         processes.wait_for_everyone()  # until all have seen what was done before
         batch_size = None if arguments.batch_size == "auto" else int(arguments.batch_size)
@@ -153,14 +153,14 @@ def _open_sink(
 
 
 def _name(model: str | None) -> str:
-    """What tells one model from another, wherever the command is run."""
+    """A model's name that is the same wherever the command is run."""
     if model is None:
         return Path(tiny_checkpoint()).name
     return os.path.realpath(model) if os.path.isdir(model) else model
 
 
 def _fill(sink: Printer | Sink, batches: Iterable[list[Row]], source: Source, processes: "PartialState") -> None:
-    """Take the captions as they come, and make the output of them."""
+    """Collect the captions as they are written, and write the output."""
     total = None if source.total is None else math.ceil(source.total / processes.num_processes)
     before = len(sink.done) // processes.num_processes
     with tqdm(
@@ -188,7 +188,7 @@ def _fill(sink: Printer | Sink, batches: Iterable[list[Row]], source: Source, pr
 
 
 def _finish(sink: Printer | Sink, processes: "PartialState") -> tuple[int, list[Row]]:
-    """How many images were captioned, and the rows of those left out, once all processes have done their parts."""
+    """Wait for all processes. Returns how many images were captioned, and the rows of those left out."""
     if isinstance(sink, Printer):
         from accelerate.utils import gather_object
 

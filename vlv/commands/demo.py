@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def _run(arguments: DemoArguments, folder: Path) -> None:
-    # Imported only now: torch would keep --help and wrong arguments waiting.
+    # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
     from processing_vlv import load_image
     from vlv.captioning.captioner import Captioner
     from vlv.captioning.settings import Decoding
@@ -85,7 +85,7 @@ def _run(arguments: DemoArguments, folder: Path) -> None:
 
 
 def _table(rows: list[tuple[str, str, str]]) -> Table:
-    """File, caption and truth side by side, wrapped to the terminal."""
+    """File, caption and true caption side by side, wrapped to the terminal's width."""
     table = Table("", "file", "caption", "drawn", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name, caption, truth in rows:
         mark = Text("✓", "green") if caption == truth else Text("✗", "red")

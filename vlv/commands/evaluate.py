@@ -30,18 +30,18 @@ class EvaluateArguments:
     metrics: str = field(
         default=SCENES,
         metadata={
-            "help": "What to measure, with commas between. scenes: captions and reconstructions of drawn scenes, "
-            "where every fact is known. On the images of --dataset: "
+            "help": "What to measure, separated by commas. scenes: captions and reconstructions of drawn scenes, "
+            "whose content is known exactly. On the images of --dataset: "
             + "; ".join(f"{family} ({', '.join(scores)})" for family, scores in FAMILIES.items())
-            + ". A family stands for all of its scores; family/score is a single one, as in reconstruction/fid."
+            + ". A family means all of its scores; family/score is a single score, such as reconstruction/fid."
         },
     )
     output: str | None = field(
         default=None,
         metadata={
-            "help": "JSON file to write (default, for scenes: results.json in the folder --model, if it is one). "
-            "Captions, pictures and answers are kept beside it, in a folder of its name that ends in .work: run the "
-            "same command again after an interruption, or with more metrics, and they are not made again."
+            "help": "JSON file to write (default, for scenes: results.json in the folder --model, if it is a folder). "
+            "Captions, pictures and answers are kept beside it, in a folder of the same name that ends in .work. When "
+            "the command runs again after an interruption, or with more metrics, it uses them."
         },
     )
     dataset: str | None = field(
@@ -49,11 +49,11 @@ class EvaluateArguments:
         metadata={"help": "Folder of images, or of parquet or WebDataset files, or Hub id: what to measure on."},
     )
     split: str | None = field(
-        default=None, metadata={"help": "Split of --dataset (default: train, or the only one there is)."}
+        default=None, metadata={"help": "Split of --dataset (default: train, or its only split)."}
     )
     image_column: str = field(default="image", metadata={"help": "Column of --dataset with the images."})
     caption_column: str = field(
-        default="text", metadata={"help": "Column of --dataset with reference captions: one, or a list, per image."}
+        default="text", metadata={"help": "Column of --dataset with reference captions: one per image, or a list."}
     )
     world: Literal["shapes", "emoji"] | None = field(
         default=None,
@@ -73,7 +73,7 @@ class EvaluateArguments:
     guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance of reconstructions."})
     guidance_scales: list[float] = field(
         default_factory=lambda: [1.0, 2.0, 3.0, 4.0],
-        metadata={"help": "caption_to_image: the captions are drawn once at each, as in --guidance_scales 1 2 4."},
+        metadata={"help": "caption_to_image: draw all captions once at each scale, such as --guidance_scales 1 2 4."},
     )
     text_to_image: str | None = field(
         default=None,
@@ -104,7 +104,7 @@ class EvaluateArguments:
     questions: str | None = field(
         default=None,
         metadata={
-            "help": "questions: JSON Lines file, each line with image (its path below the folder of --dataset), "
+            "help": "questions: JSON Lines file. Each line has image (its path below the folder of --dataset), "
             "question, answer (or a list of annotators' answers) and, for multiple choice, choices."
         },
     )
@@ -112,7 +112,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "questions: folder or id of the language model that answers from captions."}
     )
     shots: int = field(
-        default=0, metadata={"help": "questions: solved ones about other images that are shown with each question."}
+        default=0, metadata={"help": "questions: solved examples about other images to show with each question."}
     )
     batch_size: int = field(default=50, metadata={"help": "Images at once."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the accelerator."})
@@ -127,7 +127,7 @@ class EvaluateArguments:
         if self.metrics == SCENES:
             if self.dataset is not None:
                 raise ValueError(
-                    f"--metrics scenes draws its own images; for {self.dataset}, name some of {', '.join(FAMILIES)}."
+                    f"--metrics scenes draws its own images; for {self.dataset}, choose from {', '.join(FAMILIES)}."
                 )
             return
         check_options(find_scores(self.metrics), vars(self))
@@ -140,13 +140,13 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(
         EvaluateArguments,
         prog="vlv evaluate",
-        description="Measure a VLV, print a table, and write the scores with the settings, commit and versions that "
-        "they come from. Without --dataset: on drawn scenes that it never saw, beside ceilings and floors.",
+        description="Measure a VLV, print a table, and write the scores with their settings, commit and versions. "
+        "Without --dataset it is measured on unseen drawn scenes and compared with ceilings and floors.",
         epilog="examples: vlv evaluate --num 200; "
         "vlv evaluate --dataset photos --metrics captions/bleu_4,reconstruction/psnr --output results.json",
     )
     (arguments,) = parser.parse(argv)
-    # Imported only when asked for: torch would keep --help and wrong arguments waiting.
+    # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
     from vlv.evaluation.results import write_results
 
     for option in ("model", "dataset", *_MODELS):
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> None:
 
 
 def _output(arguments: EvaluateArguments) -> Path | None:
-    """Where the results go; without --output nowhere, if the model's folder is not to be written to."""
+    """The file of the results. Without --output it is `None`, unless the default file can be written."""
     if arguments.output is not None:
         return Path(arguments.output)
     folder = Path(arguments.model or tiny_checkpoint())
@@ -212,10 +212,10 @@ def measure_scenes(arguments: EvaluateArguments) -> "dict[str, Measurement]":
 
 def world_of(name: str | None, size: int, source: str) -> "World":
     """
-    The world that a model is measured on: the one whose pictures have the `size` of those that it rebuilds.
+    The world that a model is measured on: the one whose pictures have the `size` that the model rebuilds.
 
     Raises:
-        ValueError: when there is none, or when another one was asked for.
+        ValueError: when there is no such world, or when `name` is another world.
     """
     from vlv.scenes import WORLDS, world
 
@@ -234,7 +234,7 @@ def measure_dataset(arguments: EvaluateArguments) -> "dict[str, Measurement]":
     """The scores asked for on the images of a dataset."""
     if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
         raise ValueError(
-            f"--metrics {arguments.metrics} needs {', '.join(missing)}, which is not here: pip install 'vlv[evaluate]'"
+            f"--metrics {arguments.metrics} needs {', '.join(missing)}, not installed: pip install 'vlv[evaluate]'"
         )
     from vlv.evaluation.images import EvaluationData
     from vlv.evaluation.scorer import DatasetScorer
@@ -252,7 +252,7 @@ def measure_dataset(arguments: EvaluateArguments) -> "dict[str, Measurement]":
     return scorer.measure()
 
 
-# What the numbers depend on; the device and the batch size do not change them.
+# The settings that the numbers depend on. The device and the batch size do not change them.
 _SETTINGS = {
     SCENES: ("world", "num", "seed", "num_inference_steps", "guidance_scale"),
     "captions": ("max_new_tokens", "num_beams", "clip", "sentence_encoder"),
@@ -269,7 +269,7 @@ _LIBRARIES = ("datasets", "evaluate", "pycocoevalcap", "torchmetrics")
 
 
 def _settings(arguments: EvaluateArguments) -> list[str]:
-    """The names of those that are set and that the metrics asked for depend on."""
+    """The names of the settings that have a value and that the chosen metrics depend on."""
     if arguments.metrics == SCENES:
         return list(_SETTINGS[SCENES])
     families = dict.fromkeys(family for family, _ in find_scores(arguments.metrics))
@@ -278,7 +278,7 @@ def _settings(arguments: EvaluateArguments) -> list[str]:
 
 
 def table(metrics: "Mapping[str, Measurement]") -> Table:
-    """One line for each metric, with its error, where it has one, and what it was measured on."""
+    """One line for each metric, with its standard error, if it has one, and what it was measured on."""
     result = Table("metric", "images", "score")
     for column in ("value", "standard error", "n"):
         result.add_column(column, justify="right")

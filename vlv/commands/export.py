@@ -22,15 +22,15 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(
         ExportArguments,
         prog="vlv export",
-        description="Take a VLV apart: encoder (Florence-2), decoder (Stable Diffusion), caption_head (the language "
-        "model) and adapters (queries and projections), each as its own library loads it.",
+        description="Write each part of a VLV in its own library's format: encoder (Florence-2), decoder (Stable "
+        "Diffusion), caption_head (the language model) and adapters (queries and projections).",
         epilog="example: vlv export my-vlv --output parts",
     )
     parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of a VLV.")
     arguments, inputs = parser.parse(argv)
     check_source(inputs.model)
     with atomic_folder(arguments.output) as folder:
-        # Imported only now: torch would keep --help and wrong arguments waiting.
+        # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
         from vlv.models.export import export_parts
         from vlv.models.loading import load_whole
         from vlv.models.onnx_export import check_onnx, export_onnx

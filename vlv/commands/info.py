@@ -1,4 +1,6 @@
-"""`vlv info`: what a VLV is made of."""
+"""`vlv info`: what a VLV is made of, and what stage 1 holds in memory."""
+
+from pathlib import Path
 
 from vlv.arguments import CommandParser
 
@@ -6,21 +8,43 @@ from vlv.arguments import CommandParser
 def main(argv: list[str]) -> None:
     parser = CommandParser(
         prog="vlv info",
-        description="Print the parts of a VLV with their parameters, and their bytes in fp32 and bf16, from "
-        "the config alone: no weights are read or made.",
-        epilog="example: vlv info my-vlv",
+        description="Print the parts of a VLV with their parameters, and their bytes in fp32 and bf16. Only the "
+        "config is read, no weights. Of a recipe of stage 1 that names its parts, also print what a step holds in "
+        "memory on one device.",
+        epilog="examples: vlv info my-vlv; vlv info stage1-sana",
     )
     parser.add_argument(
         "model",
         nargs="?",
-        metavar="MODEL_OR_CONFIG",
-        help="Folder or Hub id of a VLV, or a config.json (default: the bundled vlv-tiny).",
+        metavar="MODEL_OR_CONFIG_OR_RECIPE",
+        help="Folder or Hub id of a VLV, a config.json, or a recipe: a YAML file or the name of one in the package "
+        "(default: the bundled vlv-tiny).",
     )
     (inputs,) = parser.parse(argv)
 
-    # Imported only now: torch would keep --help and wrong arguments waiting.
+    # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
     from vlv import tiny_checkpoint
     from vlv.models.info import count_parts, format_parts
     from vlv.models.loading import read_config
+    from vlv.training.recipe import recipe_names
 
-    print(format_parts(count_parts(read_config(inputs.model or tiny_checkpoint()))))
+    source = inputs.model or tiny_checkpoint()
+    if Path(source).suffix in (".yaml", ".yml") or (source in recipe_names() and not Path(source).exists()):
+        _print_recipe(source)
+    else:
+        print(format_parts(count_parts(read_config(source))))
+
+
+def _print_recipe(name):
+    from vlv.models.info import count_parts, format_parts
+    from vlv.models.memory import format_memory, recipe_config, stage1_memory
+    from vlv.training.recipe import find_recipe, read_recipe_file
+
+    settings = read_recipe_file(find_recipe(name))
+    config = recipe_config(settings)
+    batch_size, half = settings.get("per_device_train_batch_size", 8), bool(settings.get("bf16"))
+    print(format_parts(count_parts(config)))
+    print()
+    print(f"A step on one device, {'under bf16 autocast' if half else 'in fp32'}, without gradient checkpointing:")
+    print(format_memory(stage1_memory(config, settings.get("train_parts"), batch_size, half)))
+    print("The estimate counts what autograd keeps of one forward pass, without running it.")

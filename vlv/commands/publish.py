@@ -1,4 +1,4 @@
-"""`vlv publish`: build the Hub repo of a trained VLV, prove that it works without this package, and push it."""
+"""`vlv publish`: build the Hub repo of a trained VLV, check that it works without this package, and push it."""
 
 import sys
 import tempfile
@@ -20,13 +20,13 @@ class PublishArguments:
         default=None, metadata={"help": "Also publish the app for it as a Space of this name, user/name."}
     )
     captioner_only: bool = field(
-        default=False, metadata={"help": "Leave the diffusion decoder out: a smaller repo that captions only."}
+        default=False, metadata={"help": "Leave out the diffusion decoder: a smaller repo that can only caption."}
     )
     license: str | None = field(
         default=None,
         metadata={
-            "help": "Licence of the weights, as the Hub names it. A VLV that was trained from nothing may leave "
-            "it out (apache-2.0); one with pretrained parts must not."
+            "help": "Licence of the weights, as the Hub names it. Required for a VLV with pretrained parts; for one "
+            "that was trained from random weights the default is apache-2.0."
         },
     )
     examples: str = field(
@@ -35,12 +35,12 @@ class PublishArguments:
     )
     output: str | None = field(
         default=None,
-        metadata={"help": "New folder to build in, and to keep; the Space is built beside it, in OUTPUT-space."},
+        metadata={"help": "New folder to build in. It is kept. The Space is built beside it, in OUTPUT-space."},
     )
-    dry_run: bool = field(default=False, metadata={"help": "Build and prove, but push nothing; needs --output."})
+    dry_run: bool = field(default=False, metadata={"help": "Build and check, but push nothing; needs --output."})
     private: bool = field(default=False, metadata={"help": "Make new repos private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to push the model to (default: main)."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request in place of pushing to a branch."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of pushing to a branch."})
     commit_message: str = field(default="Upload VLV", metadata={"help": "First line of the commits."})
 
     def __post_init__(self):
@@ -61,14 +61,14 @@ def check_name(option: str, name: str) -> None:
     except HFValidationError:
         valid = False
     if not valid:
-        raise ValueError(f"{option} {name} is not a name on the Hub: it must be user/name.")
+        raise ValueError(f"{option} {name} is not a name of a Hub repo: it must be user/name.")
 
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(
         PublishArguments,
         prog="vlv publish",
-        description="Build a Hub repo from a trained VLV, prove that it works without this package, and push it.",
+        description="Build a Hub repo from a trained VLV, check that it works without this package, and push it.",
         epilog="example: vlv publish my_captioner --repo-id me/my-captioner --space me/my-captioner-demo",
     )
     parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of a trained VLV.")
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
 
 
 def publish(model: str, folder: Path, arguments: PublishArguments) -> None:
-    # Imported only now: torch would keep --help and wrong arguments waiting.
+    # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
     from vlv.images import find_images
     from vlv.models.loading import read_config
     from vlv.publish.card import weights_license
@@ -93,12 +93,12 @@ def publish(model: str, folder: Path, arguments: PublishArguments) -> None:
     license = weights_license(read_config(model), arguments.license)
     pictures = find_images([arguments.examples])
     if not arguments.dry_run:
-        check_token()  # before the work of minutes that follows
+        check_token()  # now, before minutes of work
     say("captioning and rebuilding the examples")
     samples = make_samples(model, pictures, arguments.captioner_only)
     say(f"building {folder}")
     build_model_repo(model, folder, arguments.repo_id, samples, license, arguments.captioner_only)
-    say("proving that it works without this package")
+    say("checking that it works without this package")
     prove(folder, samples)
     space_folder = None
     if arguments.space is not None:

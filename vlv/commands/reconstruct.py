@@ -15,7 +15,7 @@ from vlv.images import ImageFile, find_images, read_images
 from vlv.sheets import Pair, contact_sheet, side_by_side
 
 CONTACT_SHEET = "contact_sheet.png"
-ON_SHEET = 60  # pairs; a sheet of thousands would open in no viewer
+ON_SHEET = 60  # pairs; no viewer could open a sheet of thousands
 
 
 @dataclass
@@ -33,8 +33,19 @@ class ReconstructArguments:
     guidance_scale: float = field(
         default=2.0, metadata={"help": "How closely to follow the embeddings; 1 switches guidance off."}
     )
-    seed: int = field(default=0, metadata={"help": "Another seed starts from other noise."})
-    batch_size: int = field(default=8, metadata={"help": "Images that are rebuilt at once."})
+    num_queries: int | None = field(
+        default=None,
+        metadata={
+            "help": "Read only so many of the leading caption embeddings, for a model that was trained with "
+            "nested_queries (default: all)."
+        },
+    )
+    text: str | None = field(
+        default=None,
+        metadata={"help": "Words to add to each image, for teachers whose text encoder the model holds."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the noise that sampling starts from."})
+    batch_size: int = field(default=8, metadata={"help": "Images to rebuild at once."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the accelerator."})
 
     def __post_init__(self):
@@ -47,8 +58,8 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(
         ReconstructArguments,
         prog="vlv reconstruct",
-        description="Rebuild each image from its caption embeddings alone, beside the original. An image that cannot "
-        "be read is reported and left out.",
+        description="Rebuild each image from its caption embeddings alone, and show it beside the original. An image "
+        "that cannot be read is reported and left out.",
         epilog="example: vlv reconstruct photos --output rebuilt",
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="Image files, and folders to search for images.")
@@ -66,11 +77,12 @@ def main(argv: list[str]) -> None:
 def _rebuild(
     files: list[ImageFile], targets: dict[ImageFile, Path], folder: Path, arguments: ReconstructArguments
 ) -> None:
-    # Imported only now: torch would keep --help and wrong arguments waiting.
+    # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
     from vlv.models.loading import load_autoencoder
     from vlv.models.rebuilding import reconstruct_images, see
 
     model, processor = load_autoencoder(arguments.model, arguments.device, caption_config=None)
+    model.check_num_queries(arguments.num_queries)
     pairs = []
     with tqdm(total=len(files), desc="Rebuilding", unit="image") as progress, writing_to(folder):
 
@@ -85,6 +97,9 @@ def _rebuild(
             seed=arguments.seed,
             num_inference_steps=arguments.num_inference_steps,
             guidance_scale=arguments.guidance_scale,
+            num_queries=arguments.num_queries,
+            text=arguments.text,
+            tokenizer=processor.decoder_tokenizer,
         )
         for file, image, reconstruction in rebuilt:
             try:
@@ -108,7 +123,7 @@ def _rebuild(
 
 
 def _targets(files: list[ImageFile], folder: Path) -> dict[ImageFile, Path]:
-    """Where each image's PNG goes: x.png for x.jpg, but x.jpg.png where there is more than one x."""
+    """The path of each image's PNG: x.png for x.jpg, but x.jpg.png if several images are called x."""
     stems = Counter(PurePosixPath(file.name).with_suffix("") for file in files)
     targets = {}
     for file in files:

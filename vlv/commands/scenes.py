@@ -14,18 +14,18 @@ class ScenesArguments:
         metadata={
             "help": "Folder to write to: new, empty, or an earlier output of this command, which is replaced. "
             "It becomes an ImageFolder: PNG files and a metadata.jsonl with the columns file_name, text (the caption) "
-            "and short (one description per object and one of the background)."
+            "and short (a list: one description per object, and one of the background)."
         }
     )
     num: int = field(default=100, metadata={"help": "How many scenes to draw."})
-    seed: int = field(default=0, metadata={"help": "Another seed draws other scenes; the same one, the same files."})
+    seed: int = field(default=0, metadata={"help": "Seed of the scenes: the same seed gives the same files."})
     split: Literal["train", "validation", "test", "novel", "artist"] = field(
         default="test",
         metadata={
-            "help": "Which scenes to draw. Train, validation, test and novel share no scene, nor the mirror image of "
-            "one: the bundled models learned from train; novel scenes hold a combination (of shape, colour and place, "
-            "or of thing and place) that occurs in none of the others. artist, of the emoji world: test scenes by the "
-            "artist whose drawings no training sees."
+            "help": "Which scenes to draw. The splits train, validation, test and novel have no scene in common, also "
+            "when mirrored. The bundled models were trained on train. Novel scenes have a combination (of shape, "
+            "colour and place, or of thing and place) that no other split has. artist (emoji world): test scenes by "
+            "the artist whose drawings no training sees."
         },
     )
     world: Literal["shapes", "emoji"] = field(
@@ -33,7 +33,7 @@ class ScenesArguments:
         metadata={"help": "shapes: coloured shapes, 32 pixels wide. emoji: things drawn by artists, 64 pixels wide."},
     )
     max_objects: int = field(
-        default=2, metadata={"help": "Scenes have one to so many objects; 2 is what the bundled models learned from."}
+        default=2, metadata={"help": "Most objects of a scene; the bundled models were trained with 2."}
     )
     artwork: str | None = field(
         default=None,
@@ -42,13 +42,13 @@ class ScenesArguments:
         },
     )
     artists: list[str] | None = field(
-        default=None, metadata={"help": "World emoji: who draws, in place of the artists of the split."}
+        default=None, metadata={"help": "World emoji: artists to draw, instead of those of the split."}
     )
     varied: float = field(
         default=0.0,
         metadata={
-            "help": "World emoji: share of pictures that are varied as another artist might draw them (recoloured "
-            "part by part, bent, outlined), to learn from."
+            "help": "World emoji: share of the pictures that is changed as another artist might draw them (recoloured "
+            "part by part, bent, outlined), for training."
         },
     )
 

@@ -11,7 +11,7 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--accelerate_config"]:
         return launch(argv[1:])
 
-    # Imported only now: torch would keep other commands' --help waiting.
+    # Imported only now, because importing torch would delay the --help of other commands.
     from vlv.files import locked
     from vlv.processes import check_launch, said_when_lost
     from vlv.training.checks import require_arguments, require_output_folder
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(overview_of_recipes())
         if not argv:
-            raise ValueError("Name a recipe: a YAML file, or one of those above.")
+            raise ValueError("Name a recipe: a YAML file, or one of the recipes above.")
         raise SystemExit(0)
     if argv[0].startswith("-"):
         raise ValueError(f"The recipe comes first: vlv train RECIPE {' '.join(argv)}")
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     except ImportError as error:  # peft, flash_attn, ...: the library's sentence says how to install it
         raise ValueError(str(error)) from error
     except (OSError, ValueError) as error:
-        if str(error).startswith("Caught "):  # DataLoader puts a worker's traceback in front of the worker's sentence
+        if str(error).startswith("Caught "):  # DataLoader writes a worker's traceback before the worker's message
             raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
         raise
 
@@ -62,10 +62,10 @@ def launch(argv: list[str]) -> None:
         raise FileNotFoundError(
             f"--accelerate_config {config}: there is no such file, and the package has {', '.join(names)}."
         )
-    # accelerate reads its own options up to the module, and leaves everything behind it to the module.
+    # accelerate reads its own options up to the module, and passes everything after it to the module.
     recipe = next((place for place, word in enumerate(rest) if is_recipe(word)), None)
     if recipe is None:
-        raise ValueError(f"--accelerate_config {config}: name a recipe behind it.")
+        raise ValueError(f"--accelerate_config {config}: name a recipe after it.")
     options, training = rest[:recipe], rest[recipe:]
     launch_command(
         launch_command_parser().parse_args(["--config_file", str(file), *options, "-m", "vlv.train", *training])

@@ -1,4 +1,4 @@
-"""Rows of images and captions from wherever they are: folders, tables, archives, the Hub."""
+"""Rows of images and captions from folders, tables, archives and the Hub."""
 
 from vlv.data.rows import load_rows, open_image
 

@@ -1,4 +1,4 @@
-"""A folder of images as rows for `datasets`: each image, and what metadata or a text file beside it says of it."""
+"""A folder of images as rows for `datasets`: each image, with its metadata or the text file beside it."""
 
 import hashlib
 import json
@@ -25,17 +25,17 @@ Row = dict[str, Any]
 def image_folder(folder: str, contents: Folder) -> tuple[dict[str, Dataset], int]:
     """
     The rows of each split: `image`, undecoded, and the columns of the metadata. `datasets` calls such a folder an
-    ImageFolder, but here the name of a file decides nothing.
+    ImageFolder, but here the file names of images do not affect the splits.
 
-    Where metadata say nothing of captions, `.txt` files beside the images are the column `text`, as `vlv caption
-    --output .txt` writes them: a caption in each line.
+    If the metadata have no captions, the `.txt` files beside the images become the column `text`. Each line of them is
+    a caption, as `vlv caption --output .txt` writes them.
 
     Returns:
-        The splits, of which there is one, `train`, unless the folder's own sub-folders are splits; and how many of its
-        other files were of use.
+        The splits, and how many of the folder's other files were used. There is one split, `train`, unless the
+        folder's sub-folders are splits.
 
     Raises:
-        ValueError: for metadata that cannot be read; the sentence names the file, and the line.
+        ValueError: for metadata that cannot be read; the sentence names the file and the line.
     """
     metadata = [name for name in contents.others if os.path.basename(name) in METADATA]
     if len({os.path.splitext(name)[1] for name in metadata}) > 1:
@@ -44,7 +44,7 @@ def image_folder(folder: str, contents: Folder) -> tuple[dict[str, Dataset], int
     if metadata:
         listed = {row["image"] for row in rows}
         if unlisted := sum(image not in listed for image in contents.images):
-            say(f"{name_of(folder)}: passed over {unlisted:,} images that {', '.join(map(name_of, metadata))} lack.")
+            say(f"{name_of(folder)}: skipped {unlisted:,} images that {', '.join(map(name_of, metadata))} lack.")
     else:
         rows = [{"image": image} for image in contents.images]
     used = len(metadata)
@@ -58,9 +58,9 @@ def image_folder(folder: str, contents: Folder) -> tuple[dict[str, Dataset], int
 
 
 def _rows_of_metadata(folder: str, metadata: list[str], images: list[str]) -> Iterator[Row]:
-    """The rows of all metadata files, each with the `image` that it is of, relative to the folder."""
+    """The rows of all metadata files, each with its `image`, relative to the folder."""
     known = {name_of(image): image for image in images}
-    # Systems spell letters with accents in two ways, and copying between them may change which.
+    # Letters with accents have two spellings in Unicode, and copying between systems may change the spelling.
     composed = {unicodedata.normalize("NFC", name): image for name, image in known.items() if not name.isascii()}
     for file in metadata:
         path = os.path.join(folder, file)
@@ -74,7 +74,7 @@ def _rows_of_metadata(folder: str, metadata: list[str], images: list[str]) -> It
 
 
 def _inside(folder: str, above: str, file_name: Any) -> str:
-    """The name below `folder` of an image that metadata in its sub-folder `above` call `file_name`."""
+    """The path below `folder` of an image that metadata in its sub-folder `above` call `file_name`."""
     if not isinstance(file_name, str) or not file_name:
         raise ValueError("there is no file_name, the path of the image below the folder of this file.")
     inside = os.path.join(name_of(above), file_name)
@@ -82,7 +82,7 @@ def _inside(folder: str, above: str, file_name: Any) -> str:
         inside = os.path.relpath(os.path.realpath(file_name), os.path.realpath(folder))
     inside = os.path.normpath(inside).replace(os.sep, "/")
     if inside.split("/")[0] == os.pardir:
-        raise ValueError(f"{file_name} lies outside of {name_of(folder)}: give a path below the folder of this file.")
+        raise ValueError(f"{file_name} is outside of {name_of(folder)}: give a path below the folder of this file.")
     return inside
 
 
@@ -92,7 +92,7 @@ def _read_metadata(path: str) -> list[Row]:
             return list(_read_json_lines(path))
         if path.endswith(".parquet"):
             return parquet.read_table(path).to_pylist()
-        # Only an empty field is a missing value: a caption may well be "None".
+        # Only an empty field is a missing value, because a caption may be the word "None".
         table = pandas.read_csv(path, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
         return table.astype(object).where(table.notna(), None).to_dict("records")
     except (ValueError, pyarrow.ArrowException) as error:
@@ -115,7 +115,7 @@ def _read_json_lines(path: str) -> Iterator[Row]:
 
 
 def _add_captions(folder: str, rows: list[Row], others: list[str]) -> int:
-    """Give the rows the captions in the text files beside their images, and count these files."""
+    """Add the captions from the text files beside the images to the rows. Returns how many such files there are."""
     files = {name for name in others if name.endswith(".txt")}
     beside = {row["image"]: os.path.splitext(row["image"])[0] + ".txt" for row in rows}
     if not files.intersection(beside.values()):
@@ -140,7 +140,7 @@ def _captions(path: str) -> list[str]:
 
 def _table(folder: str, rows: list[Row]) -> Dataset:
     root = os.path.abspath(folder)
-    # The paths in a table are text too: `open_image` finds their way back.
+    # The paths in a table are text too; `open_image` turns them back into paths.
     paths = [name_of(os.path.join(root, row["image"])) for row in rows]
     empty = pyarrow.nulls(len(rows), pyarrow.binary())
     columns = {"image": pyarrow.StructArray.from_arrays([empty, pyarrow.array(paths)], ["bytes", "path"])}
@@ -158,7 +158,7 @@ def _table(folder: str, rows: list[Row]) -> Dataset:
 
 
 def _fingerprint(table: pyarrow.Table, root: str, rows: list[Row]) -> str:
-    """Changes with what the rows say, and with any image: what was computed of other images is not used again."""
+    """Changes with the rows and with any image, so that cached results of other images are not used."""
     digest = hashlib.blake2b(digest_size=8)
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, table.schema) as writer:

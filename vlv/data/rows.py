@@ -1,4 +1,4 @@
-"""Rows of images and captions, loaded through `datasets`: of folders, tables, archives and the Hub."""
+"""Loads rows of images and captions through `datasets`: from folders, tables, archives and the Hub."""
 
 import glob
 import hashlib
@@ -19,7 +19,7 @@ from processing_vlv import load_image
 from vlv.data.image_folder import SPLITS, image_folder
 from vlv.images import list_folder, location_of, report_passed_over
 
-# Shards of a dataset that lies on disk in one piece and is streamed: enough for many processes and their workers.
+# Shards of a streamed dataset that is on disk in one piece: enough for many processes and their workers.
 STREAM_SHARDS = 64
 # `train/a.parquet`, `train.parquet`, `train-0001.tar`, and `any-00000-of-00001.parquet` as `push_to_hub` names it.
 SPLIT_OF_TABLE = rf"({'|'.join(SPLITS)})(?:/.*|(?:-\d+)?\.\w+)|(?:data/)?(\w+)-\d{{5}}-of-\d{{5}}\.\w+"
@@ -29,10 +29,10 @@ def load_rows(dataset: str, split: str | None = None, streaming: bool = False) -
     """Loads one split of a folder of images (see [`image_folder`]), of parquet or WebDataset files, of a folder from
     `save_to_disk`, or of a Hub id.
 
-    Images stay encoded (`Image(decode=False)`): `open_image` reads them where they are needed.
+    Images stay encoded (`Image(decode=False)`). `open_image` decodes them when they are needed.
 
     Raises:
-        FileNotFoundError: when `dataset` looks like a path and is none.
+        FileNotFoundError: when `dataset` looks like a path and does not exist.
         ValueError: when it holds no images, or no such split.
     """
     path = Path(dataset).expanduser()
@@ -50,7 +50,7 @@ def load_rows(dataset: str, split: str | None = None, streaming: bool = False) -
         raise ValueError(f"{dataset} has the splits {', '.join(splits)}: choose one with train_split or eval_split.")
     name = split or ("train" if "train" in splits else next(iter(splits)))
     if name not in splits:
-        raise ValueError(f"{dataset} has no split '{name}', but {', '.join(splits)}.")
+        raise ValueError(f"{dataset} has no split '{name}'; its splits are {', '.join(splits)}.")
     rows = splits[name]
     if streaming and isinstance(rows, Dataset):
         rows = rows.to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(rows)))
@@ -61,7 +61,7 @@ def load_rows(dataset: str, split: str | None = None, streaming: bool = False) -
 
 
 def read_folder(folder: Path, streaming: bool) -> dict[str, Dataset | IterableDataset]:
-    """The splits of a folder of images, else of parquet files, else of WebDataset tars."""
+    """The splits of a folder of images, of parquet files, or of WebDataset tars, whichever is found first."""
     contents = list_folder(folder)
     if contents.images:
         splits, used = image_folder(str(folder), contents)
@@ -72,19 +72,19 @@ def read_folder(folder: Path, streaming: bool) -> dict[str, Dataset | IterableDa
             report_passed_over(folder, contents, len(files))
             return load_dataset(builder, data_files=split_tables(folder, files), streaming=streaming)
     report_passed_over(folder, contents)
-    raise ValueError(f"There are no images in {folder}, and neither parquet files nor WebDataset tars.")
+    raise ValueError(f"There are no images, no parquet files and no WebDataset tars in {folder}.")
 
 
 @contextmanager
 def reading(dataset: str) -> Iterator[None]:
-    """Turns whatever `datasets` raises into one error that names the dataset."""
+    """Turns any error of `datasets` into one error that names the dataset."""
     try:
         yield
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"There is no folder {dataset}, and no dataset of that name was found on the Hub: {error}"
         ) from error
-    except Exception as error:  # it raises an IndexError for an empty metadata.jsonl, for example
+    except Exception as error:  # for example, an empty metadata.jsonl raises an IndexError
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         if isinstance(cause, OSError | ValueError) and dataset in str(cause):
             raise cause from error
@@ -92,7 +92,7 @@ def reading(dataset: str) -> Iterator[None]:
 
 
 def split_tables(folder: Path, files: Sequence[str]) -> dict[str, list[str]]:
-    """The files of each split: they are one, `train`, unless every one of them is named after its split."""
+    """The files of each split. There is one split, `train`, unless every file is named after its split."""
     named = [re.fullmatch(SPLIT_OF_TABLE, file) for file in files]
     splits: dict[str, list[str]] = {}
     for file, match in zip(files, named, strict=True):
@@ -105,23 +105,23 @@ def require_column(rows: Dataset | IterableDataset, column: str, setting: str) -
     """Raises ValueError, naming the setting that chooses it, when `rows` has no such column."""
     if rows.column_names is not None and column not in rows.column_names:
         raise ValueError(
-            f"The dataset has no column '{column}', but {', '.join(rows.column_names)}: choose one with {setting}."
+            f"The dataset has no column '{column}', only {', '.join(rows.column_names)}: choose one with {setting}."
         )
 
 
 def row_number(rows: Dataset, index: int) -> int:
-    """Where a row lies in the dataset as it was loaded, before some of its rows were selected."""
+    """The number of a row in the dataset as it was loaded, before some of its rows were selected."""
     return index if rows._indices is None else rows._indices.column(0)[index].as_py()
 
 
 def require_text(rows: Dataset | IterableDataset, column: str) -> None:
-    """Raises ValueError when a column of captions is known to hold anything but text, or lists of text."""
+    """Raises ValueError when the type of a column of captions is neither text nor lists of text."""
     feature = (rows.features or {}).get(column)
     if feature is None:
         return
     feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
     kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
-    # The type null is that of a column without any caption, which is said where captions are missed.
+    # A column without any caption has the type null; the error for that is raised later.
     if kind not in ("string", "large_string", "null"):
         raise ValueError(
             f"The column '{column}' holds {kind}, not text: write each caption as text, in quotes in a metadata.jsonl,"
@@ -143,7 +143,7 @@ def captions_of(value: str | Sequence[str] | None) -> list[str]:
 
 
 def read_captions(row: dict[str, Any], column: str) -> dict[str, list[str]]:
-    """All `captions` of a row; raises ValueError where there is none."""
+    """All `captions` of a row; raises ValueError if there are none."""
     captions = captions_of(row[column])
     if not captions:
         raise ValueError("there is no caption.")
@@ -151,23 +151,23 @@ def read_captions(row: dict[str, Any], column: str) -> dict[str, list[str]]:
 
 
 def open_image(source: Any) -> Image.Image:
-    """The image in a row, upright and in RGB; raises OSError or ValueError where it cannot be read."""
+    """The image in a row, upright and in RGB; raises OSError or ValueError if it cannot be read."""
     if source is None:
         raise ValueError("there is no image.")
     if isinstance(source, dict) and source["bytes"] is None:
         if "://" not in source["path"]:
             return load_image(local_path(source["path"]))
-        with fsspec.open(source["path"], "rb") as file:  # a stream names files where they lie: hf://, zip://, ...
+        with fsspec.open(source["path"], "rb") as file:  # the paths of a stream are URLs: hf://, zip://, ...
             source = {**source, "bytes": file.read()}
     return load_image(source)
 
 
 def local_path(path: str) -> str:
-    """Where the file lies that a row names: rows of a folder spell it as [`name_of`] does."""
+    """The path on disk of a file that a row names. Rows of a folder have names as [`name_of`] gives them."""
     return path if os.path.exists(path) else location_of(path)
 
 
 def image_digest(source: Any) -> bytes:
-    """Tells the image in a row from all others, without reading it: by its bytes, or by its path."""
+    """An identifier of the image in a row, from its bytes or its path; the image is not decoded."""
     content = source["bytes"] or source["path"].encode() if isinstance(source, dict) else repr(source).encode()
     return hashlib.blake2b(content, digest_size=8).digest()

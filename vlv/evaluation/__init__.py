@@ -1,1 +1,1 @@
-"""How good a VLV is, by numbers that a command reprints."""
+"""Measures how good a VLV is."""

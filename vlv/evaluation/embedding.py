@@ -14,7 +14,7 @@ from vlv.data.rows import open_image
 
 
 def is_clip(config) -> bool:
-    """Whether a model's config is of one that embeds images and texts alike: CLIP, SigLIP and their kin."""
+    """Whether a config belongs to a model that embeds both images and texts, such as CLIP or SigLIP."""
     model_class = MODEL_MAPPING.get(type(config), None)
     return hasattr(model_class, "get_image_features") and hasattr(model_class, "get_text_features")
 
@@ -23,7 +23,7 @@ class Embedder:
     """
     Args:
         source: id or folder of a pretrained model.
-        device: as torch names it.
+        device: a torch device.
         batch_size: images or texts at once.
 
     Raises:
@@ -34,20 +34,20 @@ class Embedder:
         self.source, self.batch_size = source, batch_size
         with reading_part("model", source):
             model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        # A classifier's backbone is often saved without the pooler that the class would add: then it is random.
+        # A classifier's backbone is often saved without the pooler of its class. The pooler would then be random.
         self.has_pooler = not any("pooler" in key for key in info["missing_keys"])
         if missing := [key for key in info["missing_keys"] if "pooler" not in key]:
-            raise ValueError(f"{source} lacks {len(missing)} of the weights that its config asks for: {missing[0]}, …")
+            raise ValueError(f"{source} lacks {len(missing)} of the weights that its config needs: {missing[0]}, …")
         self.model = model.to(device).eval()
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Any]) -> Tensor:
         """
-        One vector for each image, (N, D) float32 on the CPU: the model's image features if it is a CLIP, else what it
-        pools, else the mean of its last states.
+        One vector for each image, (N, D) float32 on the CPU: a CLIP's image features; of other models the pooled
+        output or, without a pooler, the mean of the last hidden states.
 
         Args:
-            images: each anything that `open_image` reads.
+            images: sources that `open_image` reads.
         """
         with reading_part("image processor", self.source):
             processor = AutoImageProcessor.from_pretrained(self.source)
@@ -68,13 +68,13 @@ class Embedder:
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """
-        One vector for each text, (N, D) float32 on the CPU: the model's text features if it is a CLIP, else the mean
-        of its last states, as most sentence encoders are trained for. Texts are cut at the model's longest.
+        One vector for each text, (N, D) float32 on the CPU: a CLIP's text features; of other models the mean of the
+        last hidden states, which most sentence encoders are trained for. Longer texts are cut at the model's limit.
         """
         with reading_part("tokenizer", self.source):
             tokenizer = AutoTokenizer.from_pretrained(self.source)
         longest = min(tokenizer.model_max_length, _positions(self.model.config))
-        padding = "max_length" if is_clip(self.model.config) else True  # SigLIP knows no other
+        padding = "max_length" if is_clip(self.model.config) else True  # SigLIP was trained only with this padding
 
         def embed(batch):
             inputs = tokenizer(batch, padding=padding, truncation=True, max_length=longest, return_tensors="pt")
@@ -97,12 +97,12 @@ class Embedder:
 
 @lru_cache(maxsize=2)
 def load_embedder(source: str, device: str = "cpu", batch_size: int = 50) -> Embedder:
-    """An [`Embedder`], kept while several metrics in a row ask for the same one."""
+    """An [`Embedder`]. The last one is cached, because several metrics in a row use the same one."""
     return Embedder(source, device, batch_size)
 
 
 def _pooled(output) -> Tensor:
-    """Releases of transformers differ in whether features come alone or in an output."""
+    """The features of an output. Some releases of transformers return them without an output object."""
     return getattr(output, "pooler_output", output)
 
 

@@ -1,4 +1,4 @@
-"""The images, and reference captions, that a model is measured on."""
+"""The images and reference captions that a model is measured on."""
 
 import os
 from functools import cached_property
@@ -16,13 +16,13 @@ from vlv.reading import Reader
 class EvaluationData:
     """
     Args:
-        dataset: as [`load_rows`] reads it.
-        split: of it.
-        image_column, caption_column: of its rows; captions are one string or a list of them per image.
-        num: how many of its first images are used; all by default.
+        dataset: a dataset that [`load_rows`] reads.
+        split: a split of it.
+        image_column, caption_column: columns of it. Captions are one string or a list of strings per image.
+        num: how many images to use, from the first one on; all by default.
 
     Raises:
-        OSError, ValueError: when there is no such dataset, split or column, or no image in it.
+        OSError, ValueError: when there is no such dataset, split or column, or when it has no images.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class EvaluationData:
         paths = rows.select_columns([image_column]).flatten()[f"{image_column}.path"]
         self.all_names = [_name(path, root) for path in paths]
         rows = rows.select(range(min(num or len(rows), len(rows))))
-        self.images = rows[image_column]  # bytes and path of each, undecoded, read when asked for
-        self._read = Reader(open_image)  # in a process of its own: a damaged image must not end this one
+        self.images = rows[image_column]  # bytes and path of each image, undecoded
+        self._read = Reader(open_image)  # in another process, because a damaged image must not end this one
         self._captions = rows[caption_column] if caption_column in rows.column_names else None
         self._caption_column = caption_column
 
@@ -52,11 +52,11 @@ class EvaluationData:
 
     @property
     def names(self) -> list[str]:
-        """Each image's path below the dataset's folder; two rows may share one."""
+        """The path of each image below the dataset's folder. Two rows may have the same image."""
         return self.all_names[: len(self)]
 
     def load(self, number: int) -> Image.Image:
-        """Image `number` in RGB; raises ValueError where it cannot be read."""
+        """Image `number` in RGB; raises ValueError if it cannot be read."""
         return self._read(self.images[number])
 
     @cached_property
@@ -65,12 +65,12 @@ class EvaluationData:
         The captions of each image.
 
         Raises:
-            ValueError: when the dataset has none, or an image has none with a word in it.
+            ValueError: when the dataset has no captions, or an image has no caption with a word in it.
         """
         if self._captions is None:
             raise ValueError(
                 f"The dataset {self.name} has no captions to compare with: no column {self._caption_column!r}. "
-                "Choose one with --caption_column, or metrics that need none."
+                "Choose a column with --caption_column, or choose metrics that need no captions."
             )
         references = []
         for name, captions in zip(self.names, self._captions, strict=True):
@@ -83,7 +83,7 @@ class EvaluationData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with any image, and with their order."""
+        """A hash of the images, in order."""
         return fingerprint_images(
             image["bytes"] if image["bytes"] is not None else Path(local_path(image["path"])).read_bytes()
             for image in self.images

@@ -1,4 +1,4 @@
-"""The one place of an evaluation that draws pictures: from images' embeddings, or from captions."""
+"""Draws the pictures of an evaluation: from the embeddings of images, or from captions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,11 +19,11 @@ def draw(
     start: int = 0,
 ) -> Iterator[Image.Image]:
     """
-    A picture of each item from `start` on, in order.
+    A picture of each item, from `start` on, in order.
 
     Args:
-        paint: pictures of a batch of items. Picture i of all starts from the noise of `seed + i`, whatever the batch
-            and wherever an interrupted run continues.
+        paint: a batch of items -> their pictures. Picture i starts from the noise of `seed + i`, for any batch size,
+            also when an interrupted run continues.
     """
     for first in range(start, len(items), batch_size):
         batch = items[first : first + batch_size]
@@ -37,7 +37,7 @@ def encode_images(model: VLVModel, processor: VLVProcessor, images: Sequence[Ima
 
 def embed_captions(model: VLVModel, processor: VLVProcessor, captions: Sequence[str]) -> torch.Tensor:
     """
-    The captions' word embeddings (B, Q, E): what the decoder was trained to read, cut at the text encoder's positions.
+    The captions' word embeddings (B, Q, E), which the decoder was trained with, cut at the text encoder's positions.
 
     Raises:
         ValueError: when the checkpoint lacks its decoder's tokenizer.
@@ -51,10 +51,10 @@ def embed_captions(model: VLVModel, processor: VLVProcessor, captions: Sequence[
 
 
 def decoder_tokenizer(processor: VLVProcessor):
-    """The tokenizer of the decoder's text encoder; raises ValueError where the checkpoint lacks it."""
+    """The tokenizer of the decoder's text encoder; raises ValueError if the checkpoint lacks it."""
     if processor.decoder_tokenizer is None:
         raise ValueError(
-            "The checkpoint lacks its decoder's tokenizer (folder decoder_tokenizer), without which its decoder draws "
-            "no captions."
+            "The checkpoint lacks its decoder's tokenizer (folder decoder_tokenizer), so its decoder cannot draw "
+            "captions."
         )
     return processor.decoder_tokenizer

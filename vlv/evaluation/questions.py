@@ -1,4 +1,4 @@
-"""Questions about images that a language model answers from their captions alone."""
+"""Questions about images. A language model answers them from the captions alone."""
 
 import inspect
 import json
@@ -24,10 +24,10 @@ INSTRUCTION = "Answer the question about an image from its description alone, in
 class Question:
     """
     Args:
-        image: the file name of the image that it is about.
-        question: in words.
-        answers: the right one, or those of at least four annotators.
-        choices: of a multiple-choice question; the right one is among them.
+        image: the file name of its image.
+        question: its text.
+        answers: the right answer, or the answers of at least four annotators.
+        choices: the choices of a multiple-choice question, including the right answer.
     """
 
     image: str
@@ -36,7 +36,7 @@ class Question:
     choices: tuple[str, ...] = ()
 
     def prompt(self, caption: str) -> str:
-        """The question as the language model reads it, up to where it answers."""
+        """The prompt of the language model, up to the answer."""
         choices = f"\nChoices: {'; '.join(self.choices)}" if self.choices else ""
         return f"Description: {caption}\nQuestion: {self.question}{choices}\nAnswer:"
 
@@ -47,7 +47,7 @@ def read_questions(file: str) -> list[Question]:
     for multiple choice, `choices`.
 
     Raises:
-        OSError, ValueError: when there is no such file, or a line is not a question; the sentence names the line.
+        OSError, ValueError: when there is no such file, or when a line is not a question; the sentence names the line.
     """
     questions = []
     with Path(file).open(encoding="utf-8") as lines:
@@ -83,15 +83,15 @@ def _question(row) -> Question:
 
 class Answerer:
     """
-    A language model that answers questions, of any kind that transformers loads for causal language modelling.
+    A language model that answers questions: any causal language model of transformers.
 
-    Multiple-choice questions are answered by the choice whose tokens are the likeliest on average after the prompt;
-    the others by the first line of what is written greedily. Where the tokenizer has a chat template, the prompt is
-    the user's message.
+    The answer to a multiple-choice question is the choice whose tokens have the highest mean likelihood after the
+    prompt. The answer to another question is the first line that greedy search writes. If the tokenizer has a chat
+    template, the prompt is the user's message.
 
     Args:
         source: id or folder.
-        device: as torch names it; on the CPU it runs in fp32, elsewhere as it was saved.
+        device: a torch device. On the CPU the model runs in fp32, on other devices in the saved dtype.
         batch_size: prompts at once.
     """
 
@@ -104,7 +104,7 @@ class Answerer:
         self._accepts = inspect.signature(self.model.forward).parameters
 
     def answer(self, questions: Sequence[Question], prompts: Sequence[str]) -> Iterator[str]:
-        """An answer to each question, given its whole prompt, in order."""
+        """The answer to each question, from its whole prompt, in order."""
         for start in range(0, len(questions), self.batch_size):
             batch = questions[start : start + self.batch_size]
             written = prompts[start : start + self.batch_size]
@@ -143,10 +143,10 @@ class Answerer:
         return best
 
     def _likelihoods(self, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
-        """The mean log-probability of the second tokens after the first."""
+        """The mean log-probability of the second tokens of each pair after the first tokens."""
         ids, mask = self._pad([torch.cat(pair) for pair in pairs])
         longest = max(len(continuation) for _, continuation in pairs)
-        extra = {  # where a model takes them, as transformers' own generation does
+        extra = {  # only if the model takes them, as in transformers' own generation
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
             "logits_to_keep": longest + 1,
         }
@@ -164,10 +164,10 @@ class Answerer:
                 message, tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
             whole = prompt + continuation
-        special = self.tokenizer.chat_template is None  # a template writes its own
+        special = self.tokenizer.chat_template is None  # a chat template adds its own special tokens
         ids, whole_ids = (self.tokenizer(text, add_special_tokens=special).input_ids for text in (prompt, whole))
         for tokens in (ids, whole_ids):
-            if special and tokens[-1] == self.tokenizer.eos_token_id:  # nothing could follow an end of text
+            if special and tokens[-1] == self.tokenizer.eos_token_id:  # an answer cannot follow an end of text
                 tokens.pop()
         return torch.tensor(ids), torch.tensor(whole_ids[len(ids) :])
 
@@ -182,13 +182,14 @@ def write_prompts(questions: Sequence[Question], captions: dict[str, str], shots
     """
     The whole prompt of each question: the instruction, `shots` solved examples, and the question.
 
-    The examples of a question are drawn from those about other images, by `seed` and its number.
+    The examples of a question are drawn from the questions about other images. `seed` and the question's number seed
+    the draw.
 
     Args:
-        captions: of each image, by file name.
+        captions: the caption of each image, by file name.
         shots: at most [`most_shots`].
     """
-    most = len(questions) - most_shots(questions)  # questions about one image
+    most = len(questions) - most_shots(questions)  # most questions about one image
     prompts = []
     for number, question in enumerate(questions):
         drawn = random.Random(f"{seed} {number}").sample(questions, min(shots + most, len(questions)))
@@ -199,7 +200,7 @@ def write_prompts(questions: Sequence[Question], captions: dict[str, str], shots
 
 
 def most_shots(questions: Sequence[Question]) -> int:
-    """How many examples every question can have: there are so many about other images."""
+    """The largest number of examples that every question can have: the number of questions about other images."""
     return len(questions) - max(Counter(question.image for question in questions).values())
 
 

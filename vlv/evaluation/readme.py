@@ -7,7 +7,7 @@ from typing import Any
 
 from vlv import tiny_checkpoint
 
-# What a reader wants to know first: the promise, the ceilings above it and the floors below.
+# The rows that readers want to see first: the scores of the model, then ceilings and floors.
 ROWS = (
     ("captions exactly right", "captions/test/exact"),
     ("captions: objects right", "captions/test/objects_right"),
@@ -27,7 +27,7 @@ BLOCK = re.compile(r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def table(results: dict[str, Any]) -> str:
-    """The contents of a results.json as a Markdown table; rows that it lacks are left out."""
+    """The contents of a results.json as a Markdown table. Missing rows are left out."""
     lines = ["| on scenes that were never trained on | share | ± standard error | n |", "| --- | ---: | ---: | ---: |"]
     for title, name in ROWS:
         if name in results["metrics"]:

@@ -18,9 +18,9 @@ class Measurement:
     """
     Args:
         value: the metric.
-        n: how many things it is measured on (objects, captions, images: the metric's name says which).
-        standard_error: of `value`, with images as the independent units; 0 when all images agree, `None` where it is
-            not defined: for a score of the whole set, or of one image.
+        n: how many objects, captions or images it is measured on; the metric's name says which.
+        standard_error: of `value`, with images as the independent units. 0 if all images agree; `None` if it is not
+            defined: for a score of the whole set, or of one image.
     """
 
     value: float
@@ -30,24 +30,24 @@ class Measurement:
     @classmethod
     def share(cls, right: np.ndarray, total: np.ndarray | None = None) -> "Measurement":
         """
-        A share of things that come in clusters: `right` of the `total` things of each image are right, (images,).
-        Without `total` each image counts once.
+        The share of things that are right. Of the `total` things in each image, `right` are right; both have the shape
+        (images,). Without `total`, each image is one thing.
 
         Raises:
-            ValueError: when there is nothing to measure on.
+            ValueError: when there is nothing to measure.
         """
         right = np.asarray(right, dtype=float)
         total = np.ones_like(right) if total is None else np.asarray(total, dtype=float)
         if total.sum() == 0:
             raise ValueError("There is nothing to measure: the dataset holds no images, or no objects in them.")
         value = right.sum() / total.sum()
-        residuals = right - value * total  # of a ratio of sums, each image being one draw
+        residuals = right - value * total  # for the error of a ratio of sums, with each image as one draw
         error = float(np.sqrt(np.square(residuals).sum()) / total.sum()) if len(right) > 1 else None
         return cls(float(value), int(total.sum()), error)
 
     @classmethod
     def of(cls, score: float | Sequence[float], n: int) -> "Measurement":
-        """What a metric gives for `n` images: one number for each of them, or one for the whole set."""
+        """A metric's score for `n` images: one number for each of them, or one for the whole set."""
         return cls(float(score), n, None) if isinstance(score, float) else cls.share(score)
 
 
@@ -55,10 +55,10 @@ def write_results(
     file: Path, metrics: Mapping[str, Measurement], settings: Mapping[str, Any], libraries: Sequence[str] = ()
 ) -> None:
     """
-    Writes `results.json`: one object per metric, and the commit, versions and settings that they come from.
+    Writes `results.json`: one object per metric, and the commit, versions and settings of the measurement.
 
     Args:
-        libraries: whose versions matter beside those of the models' own.
+        libraries: packages whose versions are recorded too.
     """
     record = {
         "metrics": {name: asdict(measurement) for name, measurement in metrics.items()},

@@ -1,4 +1,4 @@
-"""Scores on any dataset of images: of captions, of reconstructions, of pictures drawn from captions, of answers."""
+"""Scores on a dataset of images: of captions, reconstructions, pictures drawn from captions, and answers."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,25 +33,25 @@ from vlv.provenance import digest, fingerprint
 @dataclass
 class DatasetScorer:
     """
-    Scores a VLV on the images of a dataset. Captions, pictures and answers take time: they are kept in `work`
-    and not made twice.
+    Scores a VLV on the images of a dataset. Captions, pictures and answers take time to make, so they are kept in
+    `work` and not made twice.
 
     Args:
         data: images and their captions.
         work: where captions, pictures and answers are kept.
-        wanted: the scores to measure, (family, name) each, as `find_scores` gives them.
+        wanted: the scores to measure, each (family, name), from `find_scores`.
         model: folder or Hub id of the VLV; the bundled checkpoint by default.
-        device: as torch names it, or `"auto"`.
+        device: a torch device, or `"auto"`.
         batch_size: images, prompts or texts at once.
         seed: of the noise of pictures, and of the examples shown to the language model.
         max_new_tokens, num_beams: of captions.
         num_inference_steps: of every picture.
         guidance_scale: of reconstructions.
-        guidance_scales: of pictures drawn from captions, which are drawn once at each.
+        guidance_scales: of pictures drawn from captions. All captions are drawn once at each scale.
         text_to_image: folder or id of the diffusers pipeline that draws captions; the model's own decoder by default.
         clip, sentence_encoder, feature_extractor, llm: folders or ids of the models that scores need.
-        questions: a file, as [`read_questions`] reads it; `image` is the path of an image below the dataset's folder.
-        shots: solved questions in front of each question.
+        questions: a file for [`read_questions`]; `image` is the path of an image below the dataset's folder.
+        shots: solved questions before each question.
     """
 
     data: EvaluationData
@@ -76,11 +76,11 @@ class DatasetScorer:
 
     def measure(self) -> dict[str, Measurement]:
         """
-        The scores, by `family/dataset/score`. Of pictures drawn from captions, the dataset's name is followed
-        by the guidance.
+        The scores, by `family/dataset/score`. For pictures drawn from captions, the guidance follows the dataset's
+        name.
 
         Raises:
-            OSError, ValueError: before any work, when something that a score needs is not there or does not fit.
+            OSError, ValueError: before any work, when something that a score needs is missing or does not fit.
         """
         self.check()
         measures = {
@@ -98,7 +98,7 @@ class DatasetScorer:
     # ---- what is needed ------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises what [`measure`] would raise when something is missing, without loading any weights."""
+        """Raises the errors of [`measure`] for missing things, without loading any weights."""
         scores = [FAMILIES[family][name] for family, name in self.wanted]
         for (family, name), score in zip(self.wanted, scores, strict=True):
             if len(self.data) < score.images:
@@ -111,7 +111,7 @@ class DatasetScorer:
             with reading_part(f"model of --{option}", getattr(self, option)):
                 config = AutoConfig.from_pretrained(getattr(self, option))
                 if option == "clip" and not is_clip(config):
-                    raise ValueError(f"a {config.model_type} does not embed images and texts alike; take a CLIP.")
+                    raise ValueError(f"a {config.model_type} does not embed both images and texts; use a CLIP.")
         if "questions" in self._families and self.shots > most_shots(self._asked):
             raise ValueError(
                 f"--shots {self.shots} asks for more examples than there are questions about other images: "
@@ -122,9 +122,9 @@ class DatasetScorer:
                 DiffusionPipeline.load_config(self.text_to_image)
         config = read_config(self._source)
         if config.caption_config is None and self._families != {"reconstruction"}:
-            raise ValueError(f"{self._source} has no caption head and cannot caption; take another --model.")
+            raise ValueError(f"{self._source} has no caption head and cannot caption; choose another --model.")
         if config.decoder_config is None and self._decodes:
-            raise ValueError(f"{self._source} has no diffusion decoder and cannot draw; take another --model.")
+            raise ValueError(f"{self._source} has no diffusion decoder and cannot draw; choose another --model.")
 
     # ---- families ------------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class DatasetScorer:
             predictions=[row["answer"] for row in answers],
             references=[list(question.answers) for question in self._asked],
         )["accuracy"]
-        # Questions about one image share its caption: the image is what was drawn at random.
+        # Questions about one image share its caption, so the image is the independent unit.
         images = {name: number for number, name in enumerate(dict.fromkeys(one.image for one in self._asked))}
         places = [images[question.image] for question in self._asked]
         accuracy = Measurement.share(np.bincount(places, scores), np.bincount(places))
@@ -211,7 +211,7 @@ class DatasetScorer:
         predictions: Sequence[str],
         inputs: Callable[[str], Mapping[str, Any]],
     ) -> dict[str, Measurement]:
-        """`images`: what to call what is measured on; `inputs`: what a metric compares the predictions with."""
+        """`images`: the name of the images in the results; `inputs`: what a metric compares the predictions with."""
         computed, metrics = {}, {}
         for name in names:
             score = FAMILIES[family][name]
@@ -290,7 +290,7 @@ class DatasetScorer:
         }
 
     def _seen(self, number: int, size: tuple[int, int]) -> Image.Image:
-        """The part of an image that the model sees, in the shape in which the decoder rebuilds it."""
+        """The part of an image that the model sees, resized to the size that the decoder rebuilds."""
         return self._processor.preprocess_image(self.data.load(number)).resize(size, Image.Resampling.BILINEAR)
 
     # ---- models --------------------------------------------------------------------------------------------
@@ -313,10 +313,10 @@ class DatasetScorer:
 
     @cached_property
     def _vlv(self) -> tuple[VLVModel, VLVProcessor]:
-        """Loaded when something is to be made, with its decoder only when that is to draw."""
+        """The model and its processor, loaded at first use. The decoder is loaded only if it is needed to draw."""
         model, processor = (load_autoencoder if self._decodes else load_captioner)(self._source, self.device)
         if self._draws_captions:
-            decoder_tokenizer(processor)  # told now, not after an hour of captioning
+            decoder_tokenizer(processor)  # raises now, not after an hour of captioning
         return model, processor
 
     def _reconstruct(self, embeds, guidance_scale, generators):

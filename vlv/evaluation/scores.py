@@ -1,4 +1,4 @@
-"""What `vlv evaluate` can measure: families of scores by name, and what each score needs."""
+"""The scores of `vlv evaluate`: families of scores by name, and what each score needs."""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -9,10 +9,10 @@ class Score(NamedTuple):
     """
     Args:
         metric: the module in `metrics/` that computes it.
-        key: its name there.
-        model: the option that names the pretrained model it is computed with, where there is one.
-        images: the fewest that it is defined on.
-        also: what else must be given.
+        key: its name in that module.
+        model: the option that names the pretrained model that it needs, if any.
+        images: the smallest number of images that it is defined for.
+        also: other options that it needs.
     """
 
     metric: str
@@ -33,8 +33,8 @@ PICTURES = {
     "feature_similarity": Score("image_similarity", "similarity", "feature_extractor"),
     "clip_similarity": Score("image_similarity", "similarity", "clip"),
 }
-# By family: of captions, of pictures rebuilt from embeddings, of pictures drawn from captions, and of answers that a
-# language model finds in captions.
+# The families: scores of captions, of reconstructions, of pictures drawn from captions, and of answers that a language
+# model finds in captions.
 FAMILIES = {
     "captions": {
         "cider": Score("cider", "cider", images=2),
@@ -47,38 +47,38 @@ FAMILIES = {
     "caption_to_image": PICTURES,
     "questions": {"accuracy": Score("answers", "accuracy", "llm", also=("questions",))},
 }
-SCENES = "scenes"  # measured by `SceneScorer` on scenes that it draws, not on a dataset
+SCENES = "scenes"  # `SceneScorer` measures it on drawn scenes, not on a dataset
 REFERENCED = ("cider", "overlap", "text_similarity")  # the metrics that compare with the dataset's own captions
 
 
 def find_scores(metrics: str) -> list[tuple[str, str]]:
     """
-    The scores that `--metrics` asks for, as (family, name), in the order of `FAMILIES`.
+    The scores that `--metrics` names, as (family, name), in the order of `FAMILIES`.
 
     Args:
-        metrics: families (`captions`) and single scores (`reconstruction/fid`), with commas between them.
+        metrics: families (`captions`) and single scores (`reconstruction/fid`), separated by commas.
 
     Raises:
-        ValueError: for a name that is none of them.
+        ValueError: for an unknown name.
     """
     asked = [name.strip() for name in metrics.split(",") if name.strip()]
     known = [(family, name) for family, scores in FAMILIES.items() for name in scores]
     names = [*FAMILIES, *(f"{family}/{name}" for family, name in known)]
     if not asked:
-        raise ValueError(f"--metrics names nothing; there are {', '.join([*FAMILIES, SCENES])}.")
+        raise ValueError(f"--metrics names nothing; choose from {', '.join([*FAMILIES, SCENES])}.")
     for name in asked:
         if name == SCENES:
-            raise ValueError("--metrics scenes stands alone: it draws its own images and takes no dataset.")
+            raise ValueError("--metrics scenes must be alone: it draws its own images and takes no dataset.")
         if name not in names:
             near = get_close_matches(name, names, n=1) or [full for full in names if full.endswith(f"/{name}")][:1]
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join([*FAMILIES, SCENES])}"
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join([*FAMILIES, SCENES])}"
             raise ValueError(f"--metrics {name} is unknown; {hint}")
     return [(family, name) for family, name in known if family in asked or f"{family}/{name}" in asked]
 
 
 def check_options(wanted: Sequence[tuple[str, str]], options: Mapping[str, Any]) -> None:
     """
-    Raises ValueError when scores need options that were not given. It names them, and the scores that need no more.
+    Raises ValueError when scores need options that were not given. It names them, and the scores that can be measured.
 
     Args:
         wanted: from [`find_scores`].

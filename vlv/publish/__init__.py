@@ -1,1 +1,1 @@
-"""Taking a trained VLV to the Hub: the model repo, its proof, its card, the Space, and the push."""
+"""Publishes a trained VLV on the Hub: builds the model repo, its card and the Space, checks them, and pushes them."""

@@ -1,4 +1,4 @@
-"""The model card: a template, filled with what the checkpoint itself records."""
+"""The model card: a template, filled with the records of the checkpoint."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from vlv.publish.samples import Sample
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
-# Of the pretrained parts that a VLV is usually made of; of any other the card links the page.
+# Licences of common pretrained parts. For other parts, the card links their page.
 LICENSES = {
     "florence-community/Florence-2-base": "MIT",
     "florence-community/Florence-2-large": "MIT",
@@ -29,7 +29,7 @@ LICENSES = {
 
 
 def pretrained_parts(config: VLVConfig) -> dict[str, str | None]:
-    """Which model of the Hub each part was made from, as the config records it; `None` where it records none."""
+    """The Hub model that each part was made from, as the config records it; `None` if it records none."""
     decoder = config.decoder_config or {"unet": {}, "vae": {}}
     origins = {
         "encoder": config.encoder_config._name_or_path,
@@ -43,7 +43,7 @@ def pretrained_parts(config: VLVConfig) -> dict[str, str | None]:
 
 def weights_license(config: VLVConfig, license: str | None) -> str:
     """
-    The licence that is asked for; apache-2.0 where none is and every part was trained from nothing.
+    `license`, or apache-2.0 if it is not given and every part was trained from random weights.
 
     Raises:
         ValueError: when there are pretrained parts and no `license` is given.
@@ -51,7 +51,7 @@ def weights_license(config: VLVConfig, license: str | None) -> str:
     origins = sorted({origin for origin in pretrained_parts(config).values() if origin})
     if license is None and origins:
         raise ValueError(
-            f"The weights contain {', '.join(origins)}: name with --license what their licences allow, such as "
+            f"The weights contain {', '.join(origins)}: give a licence that theirs allow with --license, such as "
             "openrail++ or other."
         )
     return license or "apache-2.0"
@@ -62,10 +62,10 @@ def model_card(folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sa
     The card of the repo in `folder`.
 
     Args:
-        folder: holds `results.json`, `training.json` and `training/STAGE/training.json`, where there are any.
+        folder: may have `results.json`, `training.json` and `training/STAGE/training.json`.
         repo_id: user/name.
-        model: what was saved there.
-        samples: pictures, their captions and reconstructions, in `samples/`.
+        model: the model that was saved in the folder.
+        samples: the pictures in `samples/`, with their captions and reconstructions.
         license: of the weights, as the Hub names it.
     """
     parts = _parts(model)
@@ -109,7 +109,7 @@ def model_card(folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sa
     )
 
 
-# The rest of what an evaluation measures on drawn scenes are the ceilings and floors beside them.
+# An evaluation on drawn scenes also measures ceilings and floors, which are not listed here.
 _OF_THE_MODEL = ("captions", "reconstruction", "caption_to_image", "questions")
 
 
@@ -118,7 +118,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _parts(model):
-    """Each part: what it is, how large, what it was made from and under which licence."""
+    """Each part: its class, its size, the model that it was made from, and the licence."""
     origins = pretrained_parts(model.config)
     parts = [
         ("encoder", "Florence-2", [model.encoder], origins["encoder"]),
@@ -144,12 +144,12 @@ def _parts(model):
 
 
 def _is_hub_id(name):
-    """Whether it is user/name, and no folder of this machine."""
+    """Whether it is user/name and not a folder of this machine."""
     return bool(name) and name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
 
 
 def _metrics(results):
-    """What was measured, one dictionary each; their names are `what/images/score`."""
+    """The measured scores as dictionaries; the names in `results` are `what/images/score`."""
     return [
         {**dict(zip(("what", "images", "score"), name.split("/"), strict=True)), **measured}
         for name, measured in results.get("metrics", {}).items()
@@ -157,7 +157,7 @@ def _metrics(results):
 
 
 def _eval_result(metric, results):
-    """For the metadata; what was measured on no dataset was measured on drawn scenes, whose images are a split."""
+    """A score for the card's metadata. Scores without a dataset are of drawn scenes, and their images are a split."""
     name, score = metric["images"], metric["score"]
     dataset = {"dataset_type": name, "dataset_name": name, "metric_type": score}
     if "dataset" not in results:
@@ -172,18 +172,18 @@ def _eval_result(metric, results):
 
 
 def _trainings(folder):
-    """What each training recorded. A training comes after those whose output folders its recipe names."""
+    """The record of each training. A training comes after those whose output folders its recipe names."""
     files = [*folder.glob("training/*/training.json"), *folder.glob("training.json")]
     records = [{**_read(file), "file": file.relative_to(folder).as_posix()} for file in files]
     for record in records:
-        # Paths of the machine it ran on, and whatever was left alone, tell a reader nothing.
+        # Paths of another machine, and settings with their default value, do not help a reader.
         recipe = {
             name: value for name, value in record["recipe"].items() if value is not None and name != "output_dir"
         }
         record["yaml"] = yaml.safe_dump(recipe, sort_keys=False).strip()
     records.sort(
         key=lambda record: (record["file"] == "training.json", record["file"])
-    )  # the last training is at the top
+    )  # the record of the last training is in the folder itself
     made = {record["recipe"].get("output_dir"): number for number, record in enumerate(records)}
     starts = {
         number: {made[v] for v in record["recipe"].values() if isinstance(v, str) and made.get(v, number) != number}
@@ -191,17 +191,17 @@ def _trainings(folder):
     }
     try:
         return [records[number] for number in TopologicalSorter(starts).static_order()]
-    except CycleError:  # trained back and forth between two folders: no order is the right one
+    except CycleError:  # two trainings name each other's folders, so there is no order
         return records
 
 
 def _datasets(trainings):
-    """What the recipes trained on, where that is a dataset of the Hub."""
+    """The datasets of the recipes that are on the Hub."""
     return sorted({record["recipe"]["dataset"] for record in trainings if _is_hub_id(record["recipe"].get("dataset"))})
 
 
 def _command(repo_id, results):
-    """What measures the same again: on drawn scenes unless the results name a dataset."""
+    """The command that measures the results again: on drawn scenes, unless they name a dataset."""
     settings = {name: value for name, value in results.items() if name not in ("metrics", "commit", "versions")}
     if "dataset" in results:
         settings["metrics"] = ",".join(dict.fromkeys(f"{m['what']}/{m['score']}" for m in _metrics(results)))

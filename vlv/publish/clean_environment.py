@@ -1,9 +1,9 @@
 """
-What a Hub user has: transformers, diffusers and torch, but not this package. Run as a script, in a process of its own:
+Loads a repo as a Hub user does, who has transformers, diffusers and torch, but not this package. It runs as a script:
 
     python -P clean_environment.py FOLDER REPORT.json
 
-It loads the repo in FOLDER in every documented way and writes what each gives to REPORT.json.
+It loads the repo in FOLDER in every documented way, and writes the results to REPORT.json.
 """
 
 import json

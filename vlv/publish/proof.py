@@ -1,4 +1,4 @@
-"""The proof before the push: a clean environment gets from the folder what its author got from the checkpoint."""
+"""The check before the push: in a clean environment, the folder gives the same results as the author's checkpoint."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from processing_vlv import load_image
 from vlv.publish import clean_environment
 from vlv.publish.samples import Sample
 
-# Mean difference of two pictures, of 255 levels: kernels may round differently for another batch size.
+# Largest mean difference of two pictures, in levels of 255: kernels may round differently for another batch size.
 TOLERANCE = 1.0
 
 
@@ -24,7 +24,7 @@ def prove(folder: Path, samples: Sequence[Sample]) -> None:
     package, and compare captions and reconstructions with the author's.
 
     Raises:
-        ValueError: when it cannot be loaded, or says something else.
+        ValueError: when it cannot be loaded, or when the results differ.
     """
     samples = sorted(samples, key=lambda sample: f"{sample.name}.png")
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""A folder to the Hub, all of it or nothing."""
+"""Pushes a folder to the Hub in one commit."""
 
 import os
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-# The file by which a repo is known as one of ours, to be written to again.
+# The file that marks a repo as one that this command wrote, so that it may be written again.
 MARKS = {"model": "modeling_vlv.py", "space": "spaces_app.py"}
-# Earlier weights in other files would be loaded in place of the new ones, or beside them.
+# Earlier weights are deleted. They would be loaded instead of the new ones, or together with them.
 STALE = ("*.safetensors", "*.safetensors.index.json")
 
 
 def check_token() -> None:
-    """Raises OSError when the Hub cannot be reached, or knows no user by the token of this machine."""
+    """Raises OSError when the Hub cannot be reached, or when this machine has no valid token."""
     api = HfApi()
     with _hub_errors("the Hub", api.endpoint):
         api.whoami()
@@ -32,16 +32,16 @@ def push(
     commit_message: str = "Upload VLV",
 ) -> CommitInfo:
     """
-    Upload a folder as one commit. Nothing is published before all of it is there; an interrupted upload, run again,
-    sends only what is missing, and a finished one nothing.
+    Upload a folder as one commit. Nothing is published before all files are uploaded. When an interrupted upload runs
+    again, it sends only the missing files; a finished one sends nothing.
 
     Args:
-        private: of a new repo; `None` is the account's default. An existing one stays as it is.
-        revision: a branch, made if need be; `None` is the main one.
-        create_pr: open a pull request in place of writing to the branch.
+        private: for a new repo; `None` is the account's default. An existing repo is not changed.
+        revision: a branch, which is created if it does not exist; `None` is the main branch.
+        create_pr: open a pull request instead of writing to the branch.
 
     Raises:
-        ValueError, OSError: when the Hub cannot be reached or says no; the sentence says what to do.
+        ValueError, OSError: when the Hub cannot be reached or refuses the push; the sentence says what to do.
     """
     api = HfApi()
     with _hub_errors(repo_id, api.endpoint):
@@ -51,7 +51,7 @@ def push(
         new = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
         old = api.list_repo_files(repo_id, repo_type=repo_type, revision=None if create_pr else revision)
         stale = [name for name in old if name not in new and any(fnmatch(name, pattern) for pattern in STALE)]
-        # Not upload_folder: in huggingface_hub 2 it publishes a long upload in several commits.
+        # upload_folder is not used, because in huggingface_hub 2 it splits a long upload into several commits.
         return api.create_commit(
             repo_id,
             [
@@ -67,7 +67,7 @@ def push(
 
 @contextmanager
 def _hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
-    """Turns what the Hub's client raises into one OSError that says what to do."""
+    """Turns the errors of the Hub's client into one OSError that says what to do."""
     try:
         yield
     except OfflineModeIsEnabled as error:
@@ -92,7 +92,7 @@ def _claim(api, repo_id, repo_type, private):
 def _sentence(error, repo_id, endpoint):
     """What went wrong and how to fix it, in one sentence."""
     while error.__cause__ is not None and not isinstance(error, HTTPError):
-        error = error.__cause__  # the failed request is wrapped where several files are sent at once
+        error = error.__cause__  # if several files are sent at once, the failed request is wrapped
     if isinstance(error, LocalTokenNotFoundError):
         return "There is no token for the Hub: run `hf auth login`, or set HF_TOKEN to one with write permission."
     if not isinstance(error, HfHubHTTPError):
@@ -101,7 +101,7 @@ def _sentence(error, repo_id, endpoint):
     status = error.response.status_code
     if status == 401:
         source = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "`hf auth login`"
-        return f"The Hub does not know the token from {source}: take a valid one from {endpoint}/settings/tokens."
+        return f"The Hub does not know the token from {source}: get a valid one from {endpoint}/settings/tokens."
     if status == 403:
         return (
             f"Your token may not write to {repo_id}: give it write permission at {endpoint}/settings/tokens, or "

@@ -1,4 +1,4 @@
-"""The model repo, built in a folder before anything leaves this machine."""
+"""Builds the model repo in a local folder."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from vlv.publish.card import model_card
 from vlv.publish.samples import Sample
 
 LICENSE = Path(__file__).parent / "LICENSE"
-# What evaluation and training left beside the weights; of a training in several stages, a folder of each.
+# Records of evaluation and training beside the weights. A training in several stages has a folder for each.
 RECORDS = ("results.json", "training.json", "training/*/*")
 
 
@@ -24,20 +24,20 @@ def build_model_repo(
     max_shard_size: str = "5GB",
 ) -> None:
     """
-    Write everything that a user needs of the VLV `source` into `folder`: weights, configs, processor and code
-    (`save_pretrained` leaves those), licence, records, sample pictures and the model card.
+    Write everything that users of the VLV `source` need into `folder`: weights, configs, processor and code (written
+    by `save_pretrained`), licence, records, sample pictures and the model card.
 
     Args:
         source: folder or Hub id of a VLV.
-        repo_id: what the card calls it.
-        samples: [`make_samples`] of the same source.
+        repo_id: its name in the card.
+        samples: from [`make_samples`] of the same source.
         license: of the weights; see [`weights_license`].
         captioner_only: leave the diffusion decoder out.
     """
     model_class = VLVForConditionalGeneration if captioner_only else VLVModel
     model = model_class.from_pretrained(source, dtype="auto")
     for part in (model.config.encoder_config, model.config.text_encoder_config, model.config.caption_config):
-        if Path(part._name_or_path).exists():  # a folder of this machine says nothing to anybody else
+        if Path(part._name_or_path).exists():  # a folder of this machine means nothing to other users
             part._name_or_path = ""
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     VLVProcessor.from_pretrained(source).save_pretrained(folder)

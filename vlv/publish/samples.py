@@ -1,4 +1,4 @@
-"""Pictures, and what a model makes of them: shown on the card, and demanded of the published repo."""
+"""Sample pictures with a model's captions and reconstructions. The card shows them, and the check compares them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

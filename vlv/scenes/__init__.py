@@ -1,7 +1,7 @@
-"""The drawn worlds: everything in a scene is known, so whatever a model says or paints of it can be scored exactly.
+"""The drawn worlds. The content of a scene is known, so captions and reconstructions of it can be scored exactly.
 
-A scene is one or two objects on a 2x2 grid of places. There are two worlds: `shapes`, vlv-tiny's, whose names are the
-ones below, and `emoji`, vlv-emoji's. `world(name)` gives either, with one interface (see `World`).
+A scene is one or two objects on a 2x2 grid of places. There are two worlds: `shapes` for vlv-tiny, whose names are
+imported below, and `emoji` for vlv-emoji. `world(name)` returns either one; both have the interface of `World`.
 """
 
 from vlv.scenes.folder import write_scenes

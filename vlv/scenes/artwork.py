@@ -1,8 +1,8 @@
-"""Drawings of named things by several artists: a folder of one sheet of tiles for each artist, and index.json.
+"""Drawings of named things by several artists: a folder with index.json and one sheet of tiles for each artist.
 
 index.json   {"tile": 64, "columns": 12, "names": [{"icon": "red-apple", "text": "apple"}, ...],
               "artists": {"noto": "Noto Emoji, Apache-2.0, Google", ...}}
-noto.png     RGBA; tile i lies in row i // columns and column i % columns, and shows the thing number i
+noto.png     RGBA; tile i is in row i // columns and column i % columns, and shows thing number i
 """
 
 import json
@@ -38,7 +38,7 @@ def bundled_artwork() -> Artwork:
 
 
 def load_artwork(folder: str | Path) -> Artwork:
-    """Read a folder of sheets; raises OSError or ValueError, in one sentence, for one that is not whole."""
+    """Read a folder of sheets; raises OSError or ValueError, in one sentence, if it is incomplete or wrong."""
     folder = Path(folder)
     file = folder / "index.json"
     if not folder.is_dir():
@@ -56,24 +56,24 @@ def load_artwork(folder: str | Path) -> Artwork:
         if type(value) is not int or value < 1:
             raise ValueError(f"{file}: {name} must be a whole number above 0, not {value!r}.")
     if not isinstance(artists, dict) or not artists:
-        raise ValueError(f"{file}: artists must map the name of each sheet to its licence, with one sheet at least.")
+        raise ValueError(f"{file}: artists must map the name of each sheet to its licence, for at least one sheet.")
     names = _names(file, things)
     return Artwork(names, artists, {artist: _tiles(folder, artist, tile, columns, len(names)) for artist in artists})
 
 
 def _names(file: Path, things: object) -> tuple[str, ...]:
     if not isinstance(things, list) or not things:
-        raise ValueError(f"{file}: names must be a list of things, with one at least.")
+        raise ValueError(f"{file}: names must be a list of at least one thing.")
     names = []
     for number, thing in enumerate(things):
         name = thing.get("text") if isinstance(thing, dict) else None
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{file}: the thing number {number} has no name; give it a text for captions.")
-        # A caption joins its things by commas and "and": these cannot be part of a name.
+        # A caption joins its things with commas and "and", so these cannot be part of a name.
         if name != " ".join(name.split()) or "," in name or "and" in name.split():
             raise ValueError(f"{file}: '{name}' must be words with one space between, without commas or 'and'.")
         if name in names:
-            raise ValueError(f"{file}: two things are called '{name}'; each needs a name of its own.")
+            raise ValueError(f"{file}: two things are called '{name}'; each needs its own name.")
         names.append(name)
     return tuple(names)
 

@@ -1,4 +1,4 @@
-"""The world of drawn things: vlv-emoji's, 64 pixels wide, in the hands of four artists."""
+"""The world of vlv-emoji: things drawn by four artists, in pictures 64 pixels wide."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ BACKGROUNDS: dict[str, RGB] = {
     "rose": (250, 186, 192),
     "navy": (44, 58, 98),
 }
-# Of the bundled artists, the one whose drawings no training ever sees: see docs/vlv-emoji.md for why this one.
+# The bundled artist whose drawings no training sees. docs/vlv-emoji.md says why it is this one.
 UNSEEN_ARTIST = "noto-v1"
-# The share of things that train, validation and test never show in one of the two rows.
+# The share of things that never appear in one of the two rows in train, validation and test.
 NOVEL_SHARE = 0.24
 
 
 @dataclass(frozen=True)
 class Thing(GridObject):
-    """One thing at one place. Which names there are is the artwork's to say."""
+    """One thing at one place. The artwork defines the names of things."""
 
     known = {"size": SIZES, "place": PLACES}
 
@@ -58,15 +58,15 @@ def is_novel(name: str, place: str) -> bool:
 
 class EmojiWorld(World):
     """
-    Each picture is by one artist. Those of the split `artist` show what test scenes show, drawn by the artist whose
-    drawings no training sees; all the others draw the other splits.
+    Each picture is by one artist. The split `artist` has the scenes of `test`, drawn by the artist whose drawings no
+    training sees. The other artists draw the other splits.
 
     Args:
         artwork: the bundled one by default.
-        artists: who draws, in place of the split's own.
-        varied: share of pictures that are varied as another hand might draw them, to learn from: recoloured part by
-            part, bent, outlined.
-        max_objects: how many things a scene of a split has at most.
+        artists: the artists, instead of those of the split.
+        varied: share of the pictures that is changed as another artist might draw them (recoloured part by part, bent,
+            outlined), for training.
+        max_objects: most things in a scene of a split.
 
     Raises:
         ValueError: for an artist that the artwork lacks, or another wrong argument.
@@ -111,7 +111,7 @@ class EmojiWorld(World):
         return "test" if split == "artist" else split
 
     def artists_of(self, split: str) -> tuple[str, ...]:
-        """Who draws a split; raises ValueError where nobody does."""
+        """The artists of a split; raises ValueError if it has none."""
         if self.artists:
             return self.artists
         artists = tuple(artist for artist in self.artwork.artists if (artist == UNSEEN_ARTIST) == (split == "artist"))
@@ -138,8 +138,8 @@ class EmojiWorld(World):
         """Paint a scene.
 
         Args:
-            seed: seeds each thing's small shift, turn and change of size, and which way it looks.
-            artist: who draws it; by default the first that draws the train split.
+            seed: of each thing's small shift, turn, change of size, and mirroring.
+            artist: the artist; by default the first one of the train split.
 
         Returns:
             an RGB image of `image_size` squared (64x64).

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from vlv.scenes.shapes import WORLD
 from vlv.scenes.world import World
 
-_MARK = ".vlv-scenes.json"  # hidden from ImageFolder; says that the folder's pictures are ours to replace
+_MARK = ".vlv-scenes.json"  # hidden from ImageFolder; marks a folder that this command wrote and may replace
 _CHUNK = 500
 
 
@@ -22,8 +22,8 @@ def write_scenes(
     """Draw `num` scenes of a world's split into a Hugging Face ImageFolder.
 
     The folder gets 000000.png, 000001.png, ... and metadata.jsonl with the columns `file_name`, `text` (the caption)
-    and `short` (the list of a scene's `short_captions`). metadata.jsonl appears last and whole: an interrupted run
-    leaves none. The same arguments give the same files.
+    and `short` (the list of a scene's `short_captions`). metadata.jsonl is written last and atomically, so an
+    interrupted run leaves none. The same arguments give the same files.
 
     Returns:
         the folder.
@@ -46,7 +46,7 @@ def write_scenes(
             rows += write_chunk(chunks[0])
             progress.update(num)
         else:
-            # Ctrl-C is the parent's to handle: leaving the block ends the workers.
+            # The parent handles Ctrl-C, and the end of this block ends the workers.
             with Pool(min(len(chunks), os.cpu_count() or 1), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
                 for written in pool.imap(write_chunk, chunks):
                     rows += written

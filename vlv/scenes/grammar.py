@@ -1,4 +1,4 @@
-"""What all drawn worlds share in words: things on a grid, the grammar of their captions, and how a scene is scored."""
+"""What all drawn worlds share: objects on a grid, the grammar of captions, and the scores of a scene."""
 
 import re
 from collections import Counter
@@ -18,11 +18,11 @@ PLACES = (  # in reading order, row by row
 
 class GridObject:
     """
-    One thing at one place. A world's own class is a frozen dataclass; its fields are the words of its phrase in their
-    order, and the last one is `place`.
+    One thing at one place. Each world has a frozen dataclass for it. Its fields are the words of the phrase, in their
+    order; the last one is `place`.
     """
 
-    known: ClassVar[Mapping[str, Collection[str]]]  # the words that a field can be; any other raises ValueError
+    known: ClassVar[Mapping[str, Collection[str]]]  # the allowed words of each field; others raise ValueError
 
     def __post_init__(self):
         for name, known in self.known.items():
@@ -40,11 +40,11 @@ class GridObject:
 
 class GridScene:
     """
-    Objects in reading order, no two at one place, on a background; raises ValueError otherwise. A world's own class is
-    a frozen dataclass with the fields `objects` and `background`.
+    Objects on a background. They are in reading order, and no two have the same place; otherwise ValueError is raised.
+    Each world has a frozen dataclass for it, with the fields `objects` and `background`.
 
-    The scenes of every split have 1 to `max_objects` objects. Any number that fits the grid is a scene, because a
-    reader or a captioner may find more of them, or none.
+    The scenes of every split have 1 to `max_objects` objects. A scene can have any number of objects that fits the
+    grid, because a reader or a captioner may find more objects, or none.
     """
 
     objects_are: ClassVar[type[GridObject]]
@@ -58,7 +58,7 @@ class GridScene:
         positions = [self.places.index(item.place) for item in self.objects]
         if any(after <= before for before, after in pairwise(positions)):
             places = ", ".join(item.place for item in self.objects)
-            raise ValueError(f"A scene's objects must stand in reading order at different places, not at: {places}.")
+            raise ValueError(f"A scene's objects must be in reading order at different places, not at: {places}.")
 
     @cached_property
     def caption(self) -> str:
@@ -68,7 +68,7 @@ class GridScene:
         return f"{listed} on a {self.background} background".strip()
 
     def short_captions(self) -> tuple[str, ...]:
-        """Descriptions of one thing each: every object alone, then the background alone; never the whole scene."""
+        """Descriptions of one thing each: each object alone, then the background alone."""
         return (*(item.phrase for item in self.objects), f"a {self.background} background")
 
     def mirrored(self) -> "GridScene":
@@ -91,13 +91,13 @@ _CAPTION = re.compile(r"(.+) on a (\w+) background")
 
 
 def parse(text: str, scene_type: type[GridScene], words: Mapping[str, Collection[str]]) -> GridScene:
-    """Read a full description back into the scene it describes, the exact inverse of `GridScene.caption`.
+    """Parse a full description into its scene: the exact inverse of `GridScene.caption`.
 
     Args:
-        words: the words that each field of the scene's objects can be, in the order of the phrase, `place` last.
+        words: the allowed words of each field of the scene's objects, in the order of the phrase, `place` last.
 
     Raises:
-        ValueError: saying what is wrong, for any text that is not letter for letter a caption of this grammar.
+        ValueError: for any text that is not exactly a caption of this grammar; the sentence says what is wrong.
     """
     whole = _CAPTION.fullmatch(text)
     if whole is None:
@@ -114,22 +114,22 @@ def parse(text: str, scene_type: type[GridScene], words: Mapping[str, Collection
         objects.append(scene_type.objects_are(*match.groups()))
     scene = scene_type(tuple(objects), background)
     if scene.caption != text:
-        raise ValueError(f"The caption '{text}' must join its objects by commas and a last 'and': '{scene.caption}'.")
+        raise ValueError(f"The caption '{text}' must join its objects with commas and 'and': '{scene.caption}'.")
     return scene
 
 
 def compare(predicted: GridScene | None, truth: GridScene) -> Counter:
-    """Count what a predicted scene gets right of the true one. Counts of many scenes add up with `Counter.update`.
+    """Compare a predicted scene with the true scene. `Counter.update` adds the counts of many scenes.
 
-    Objects are matched by their place. An object that the truth has and the prediction lacks is wrong in everything;
-    one that only the prediction has is counted in `extra_objects`, takes nothing from `objects_right`, and makes
-    `exact` 0. `predicted=None` (a text that cannot be parsed) has nothing right and nothing extra.
+    Objects are matched by their place. An object that is only in the true scene is wrong in all its words. An object
+    that is only in the predicted scene is counted in `extra_objects` and makes `exact` 0, but it does not change
+    `objects_right`. `predicted=None` (a text that cannot be parsed) has nothing right and nothing extra.
 
     Returns:
-        totals: `scenes` (1) and `objects` (those of the truth);
-        of the scenes: `exact` (every object and the background right, none extra), `background_right`;
-        of the truth's objects: `objects_right` (all its words right), `place_right` (something is there), and one for
-        each other word of its phrase, as `size_right` (of what is there);
+        totals: `scenes` (1) and `objects` (those of the true scene);
+        of the scene: `exact` (all objects and the background are right, no object is extra), `background_right`;
+        of the true objects: `objects_right` (all words are right), `place_right` (an object is at this place), and a
+        count for each other word of the phrase, such as `size_right`;
         and `extra_objects`.
     """
     found = {item.place: item for item in predicted.objects} if predicted else {}

@@ -1,7 +1,7 @@
-"""How a thing's tile comes onto a picture: placed as it was drawn, or varied as another artist's hand might draw it.
+"""Draws a thing's tile onto a picture: as the artist drew it, or varied as another artist might draw it.
 
-A model that saw three artists' drawings of an owl knows three owls. Varied drawings are recoloured part by part, bent,
-stretched and outlined, so that what stays the same of a thing is what makes it that thing.
+A model that saw three drawings of an owl may only know these three drawings. Varied drawings are recoloured part by
+part, bent, stretched and outlined. The model has to learn what all drawings of an owl have in common.
 """
 
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ import numpy as np
 from PIL import Image
 
 SUPERSAMPLING = 4
-PARTS = 6  # how many colours of a drawing are changed each on its own
+PARTS = 6  # number of colours of a drawing that are changed separately
 
 
 @dataclass(frozen=True)
 class Placement:
     """
-    Where and how a tile is put into its cell.
+    Where and how a tile is drawn in its cell.
 
     Args:
         radius: half of the tile's extent on the picture, in pixels.
         shift: right and down from the cell's middle, in pixels.
         turn: in radians.
-        flip: -1 mirrors the drawing; a mirrored owl is an owl.
-        aspect: width by height.
-        bend: how far, in the tile's half-extents, each corner of a 4x4 grid moves; (4, 4, 2).
+        flip: -1 mirrors the drawing.
+        aspect: width divided by height.
+        bend: how far each corner of a 4x4 grid moves, in half-extents of the tile; (4, 4, 2).
     """
 
     radius: float
@@ -36,7 +36,7 @@ class Placement:
 
 
 def put(picture: np.ndarray, tile: np.ndarray, corner: tuple[int, int], cell: int, place: Placement) -> None:
-    """Draw a tile (float, 0..1, RGB times alpha, and alpha) into one cell of a picture (float, 0..1), in place."""
+    """Draw a tile (float 0..1: RGB times alpha, then alpha) into one cell of a picture (float 0..1), in place."""
     left, top = corner
     side = cell * SUPERSAMPLING
     steps = (np.arange(side) + 0.5) / SUPERSAMPLING - cell / 2
@@ -58,7 +58,7 @@ def put(picture: np.ndarray, tile: np.ndarray, corner: tuple[int, int], cell: in
 
 
 def _sample(grid: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Bilinear values of `grid` (H, W, C) at pixel coordinates, whose border continues outside."""
+    """Bilinear values of `grid` (H, W, C) at pixel coordinates. Outside, the values of the border are repeated."""
     height, width, _ = grid.shape
     x, y = x.clip(0, width - 1.001), y.clip(0, height - 1.001)
     left, top = x.astype(int), y.astype(int)
@@ -70,13 +70,13 @@ def _sample(grid: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def premultiplied(tile: np.ndarray) -> np.ndarray:
-    """uint8 RGBA as `put` takes it."""
+    """A tile, uint8 RGBA, in the form that `put` reads."""
     values = tile.astype(np.float32) / 255
     return np.concatenate([values[..., :3] * values[..., 3:], values[..., 3:]], axis=-1)
 
 
 def varied_placement(place: Placement, rng: np.random.Generator) -> Placement:
-    """The same place, but turned, stretched, scaled and bent."""
+    """The placement, further turned, stretched, scaled and bent."""
     return Placement(
         place.radius * rng.normal(1, 0.06),
         place.shift,
@@ -88,7 +88,7 @@ def varied_placement(place: Placement, rng: np.random.Generator) -> Placement:
 
 
 def varied_colours(tile: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A tile, uint8 RGBA, in other colours, some with an outline or a missing piece; uint8 RGBA again."""
+    """A tile in other colours; some get an outline or a missing piece. uint8 RGBA -> uint8 RGBA."""
     alpha = tile[..., 3:].astype(np.float32) / 255
     colours = tile[..., :3].astype(np.float32) / 255
     parts = np.asarray(Image.fromarray(tile[..., :3]).quantize(PARTS, method=Image.Quantize.MEDIANCUT, kmeans=2))
@@ -104,7 +104,7 @@ def varied_colours(tile: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         ink = rng.uniform(0, 0.3, 3) + (0.7 if rng.random() < 0.15 else 0)
         wide = _grown(alpha, int(rng.integers(1, 3)))
         colours, alpha = colours * alpha + ink * (1 - alpha), wide
-    if rng.random() < 0.2:  # a piece that is hidden
+    if rng.random() < 0.2:  # hide a piece
         size = len(tile)
         height, width = rng.integers(size // 8, size // 3, 2)
         top, left = rng.integers(0, size - size // 3, 2)
@@ -114,7 +114,7 @@ def varied_colours(tile: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _hue_rotation(angle: float) -> np.ndarray:
-    """Turns colours around the gray axis: (3, 3)."""
+    """The matrix (3, 3) that turns colours around the grey axis."""
     cos, third = np.cos(angle), 1 / 3
     sin = np.sin(angle) * third**0.5
     near, far = third * (1 - cos) - sin, third * (1 - cos) + sin
@@ -123,14 +123,14 @@ def _hue_rotation(angle: float) -> np.ndarray:
 
 
 def _grown(alpha: np.ndarray, by: int) -> np.ndarray:
-    """The mask (H, W, 1), grown by some pixels in each direction."""
+    """The mask (H, W, 1), grown by `by` pixels in each direction."""
     padded = np.pad(alpha, ((by, by), (by, by), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * by + 1, 2 * by + 1), axis=(0, 1))
     return windows.max((-1, -2))
 
 
 def roughened(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A whole picture (float, 0..1), a little blurred and grainy."""
+    """A whole picture (float 0..1), with a little blur and grain."""
     if rng.random() < 0.3:
         padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), mode="edge")
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(0, 1))

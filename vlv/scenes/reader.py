@@ -1,8 +1,8 @@
-"""The scene reader: a small classifier that says what a picture of a scene shows, with no help from any caption model.
+"""The scene reader: a small classifier that reads the scene of a picture. It is independent of all caption models.
 
-It is how reconstructions are scored: an image that a diffusion decoder painted is read back into a `Scene` and
-compared with the true one. It learned from drawings of the train split, blurred, tinted and made noisy, since painted
-pictures are never clean. The trained one is bundled (see `scene_reader`); `python -m vlv.scenes.reader` trains it.
+It scores reconstructions: it reads a picture from a diffusion decoder as a `Scene`, which is compared with the true
+scene. It was trained on drawings of the train split, blurred, tinted and with noise, because decoded pictures are not
+clean. The trained reader is bundled (see `scene_reader`); `python -m vlv.scenes.reader` trains it.
 """
 
 import json
@@ -39,9 +39,9 @@ IGNORED = -100  # the label that cross-entropy skips
 
 @dataclass(frozen=True)
 class Lessons:
-    """What a world's reader is like where it is not the default one, and how its lessons are drawn."""
+    """The settings of a world's reader and of its training data."""
 
-    folder: str  # of the bundled reader, among the checkpoints
+    folder: str  # of the bundled reader, in the folder of checkpoints
     config: dict[str, Any] = field(default_factory=dict)
     world: dict[str, Any] = field(default_factory=dict)
 
@@ -65,15 +65,15 @@ LESSONS = {
 
 
 class SceneReaderConfig(PreTrainedConfig):
-    """The names that the reader knows, in the order of its logits, and its network.
+    """The words that the reader knows, in the order of its logits, and its network.
 
     Args:
         world: the name of the world that it reads.
         grid: columns and rows; `places` names its cells in reading order.
-        cell_size: pixels that the side of a cell is enlarged to, before the network shrinks it.
-        attributes: the fields of an object, each with the words that it can be; the first says what the object is.
-            Pairs and not a mapping, whose order a saved config loses.
-        backbone_config: what `ResNetConfig` takes.
+        cell_size: side of a cell in pixels, after enlarging and before the network.
+        attributes: the fields of an object and the words of each; the first field says what the object is. They are
+            pairs, because a saved config loses the order of a mapping.
+        backbone_config: the arguments of `ResNetConfig`.
     """
 
     model_type = "scene-reader"
@@ -107,7 +107,7 @@ class SceneReaderConfig(PreTrainedConfig):
 
     @classmethod
     def of(cls, world: World, **kwargs) -> "SceneReaderConfig":
-        """For a reader of a world."""
+        """The config of a reader for a world."""
         fields = dict.fromkeys((world.subject, *world.words))
         attributes = [(name, world.words[name]) for name in fields if name != "place"]
         return cls(
@@ -125,9 +125,9 @@ class SceneReaderConfig(PreTrainedConfig):
 class SceneReaderOutput(ModelOutput):
     """
     Args:
-        loss: the sum of the mean cross-entropies of all logits, when labels were given.
-        attribute_logits: for each of the config's attributes, in their order, (B, places, words); the first has one
-            more in front, which says that there is no object.
+        loss: the sum of the mean cross-entropies of all logits, if labels are given.
+        attribute_logits: for each of the config's attributes, in their order, (B, places, words). The first attribute
+            has one more logit at the beginning, for no object.
         background_logits: (B, backgrounds).
     """
 
@@ -137,7 +137,7 @@ class SceneReaderOutput(ModelOutput):
 
 
 class SceneReader(PreTrainedModel):
-    """A ResNet whose last map is pooled to the grid of places; one head, shared by all places, reads each cell."""
+    """A ResNet. Its last map is pooled to the grid of places, and one head, shared by all places, reads each cell."""
 
     config_class = SceneReaderConfig
     base_model_prefix = "reader"
@@ -148,8 +148,8 @@ class SceneReader(PreTrainedModel):
         backbone_config = ResNetConfig(**config.backbone_config)
         width = backbone_config.hidden_sizes[-1]
         self.backbone = ResNetModel(backbone_config)
-        # A ResNet shrinks fourfold at once and small objects are but a few pixels across. A power of 2 also makes the
-        # last map an exact multiple of the grid.
+        # A ResNet shrinks the image fourfold in its first layers, and small objects are only a few pixels wide, so
+        # the image is enlarged first. A power of 2 also makes the last map an exact multiple of the grid.
         columns, rows = config.grid
         self.enlarge = nn.Upsample((config.cell_size * rows, config.cell_size * columns), mode="bilinear")
         self.pool = nn.AdaptiveAvgPool2d((rows, columns))
@@ -165,9 +165,8 @@ class SceneReader(PreTrainedModel):
         """
         Args:
             pixel_values: (B, 3, image_size, image_size), float, in -1..1.
-            labels: (B, places, attributes), int: the first attribute is 0 where there is no object; -100 is not
-                scored.
-            background_labels: (B,), int; needed where labels are given.
+            labels: (B, places, attributes), int. The first attribute is 0 if there is no object; -100 is ignored.
+            background_labels: (B,), int; needed if labels are given.
 
         Raises:
             ValueError: for pixel_values of another shape.
@@ -188,7 +187,7 @@ class SceneReader(PreTrainedModel):
 
     @torch.inference_mode()
     def read(self, images: Sequence[Image.Image], batch_size: int = 256) -> list[GridScene]:
-        """Read PIL images of any mode and size (resized to the reader's own) into the most likely scene of each."""
+        """The most likely scene of each PIL image, of any mode and size; images are resized to the reader's size."""
         self.eval()
         size = (self.config.image_size,) * 2
         scenes = []
@@ -214,7 +213,7 @@ class SceneReader(PreTrainedModel):
 
 @cache
 def scene_reader(world_name: str = "shapes") -> SceneReader:
-    """The trained reader of a world that ships with this package, in fp32, ready to `read`."""
+    """The trained reader of a world, which ships with this package, in fp32."""
     folder = Path(__file__).parents[1] / "checkpoints" / LESSONS[world_name].folder
     return SceneReader.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -228,19 +227,19 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def degrade(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Blur, tint and roughen a drawing by random amounts, as a diffusion decoder might."""
+    """Add random blur, tint and noise to a drawing, as a diffusion decoder might."""
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
     pixels = np.asarray(image) * rng.uniform(0.96, 1.04, size=3) + rng.uniform(-6, 6, size=3)
-    for cells, strength in ((image.height, 10), (8, 8)):  # fine grain, and stains the size of a latent's cells
+    for cells, strength in ((image.height, 10), (8, 8)):  # fine noise, and noise of the size of a latent's cells
         noise = rng.normal(128, rng.uniform(0, strength), size=(cells, cells, 3)).clip(0, 255).astype(np.uint8)
         pixels += np.asarray(Image.fromarray(noise).resize(image.size, Image.Resampling.BICUBIC)) - 128.0
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 class ReadingLessons(Dataset):
-    """Drawings of the train split, most of them degraded, with the labels that `SceneReader.forward` takes.
+    """Drawings of the train split, most of them degraded, with the labels of `SceneReader.forward`.
 
-    A third of them hold any number of objects that fits the grid: what a decoder paints need not be a split's scene.
+    A third of them have any number of objects that fits the grid, because a decoder may draw scenes of no split.
     """
 
     def __init__(self, config: SceneReaderConfig, drawn: World, num: int, seed: int):
@@ -266,7 +265,7 @@ class ReadingLessons(Dataset):
 
 
 def measure(reader: SceneReader, split: str, num: int = 1000, degraded: bool = False) -> dict[str, int]:
-    """Read `num` drawings of a split; returns the sums of `vlv.scenes.compare`."""
+    """Read `num` drawings of a split. Returns the summed counts of `vlv.scenes.compare`."""
     drawn = world(reader.config.world)
     pictures = [drawn.sample_picture(split, index) for index in range(num)]
     images = [degrade(image, np.random.default_rng(i)) if degraded else image for i, (image, _) in enumerate(pictures)]
@@ -285,8 +284,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(
         (ReaderArguments, TrainingArguments),
         prog="python -m vlv.scenes.reader",
-        description="Train the scene reader from nothing on drawn scenes, and measure it on unseen ones. Takes every "
-        "argument of transformers' TrainingArguments; --output_dir gets the reader and its accuracy.json.",
+        description="Train the scene reader from random weights on drawn scenes, and measure it on unseen scenes. It "
+        "takes every argument of transformers' TrainingArguments and writes the reader and its accuracy.json to "
+        "--output_dir.",
     )
     parser.set_defaults(
         output_dir="outputs/scene-reader",

@@ -1,8 +1,7 @@
-"""Scores on drawn scenes, where every fact is known: captions are parsed, pictures are read by the scene reader.
+"""Scores on drawn scenes, whose content is known: captions are parsed, and the scene reader reads pictures.
 
-Everything that can be drawn is drawn by the same sampler from caption embeddings, so that only their source differs:
-the image (that is the model), the true caption's word embeddings (the teacher: a ceiling), the empty prompt's or
-another image's (floors).
+The same sampler draws all pictures from caption embeddings. Only the source of the embeddings differs: the image (the
+model), the word embeddings of the true caption (the teacher: a ceiling), the empty prompt or another image (floors).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,13 +25,13 @@ from vlv.scenes.reader import scene_reader
 
 Pictures = Sequence[tuple[Image.Image, GridScene]]
 
-# As `vlv.scenes.compare` counts them: of scenes, and of their objects, whose place is right where anything is there.
+# The counts of `vlv.scenes.compare`, of scenes and of objects. A place is right if any object is there.
 OF_SCENES = ("exact", "background_right")
 MAIN_SCORES = ("objects_right", "background_right")  # of ceilings and floors
 
 
 def scores_of(world: World) -> tuple[str, ...]:
-    """All scores of a world, what a thing is first."""
+    """All scores of a world. The score of what an object is comes first."""
     fields = dict.fromkeys((world.subject, *world.words))
     return ("exact", "objects_right", *(f"{name}_right" for name in fields), "background_right")
 
@@ -44,10 +43,10 @@ class SceneScorer:
 
     Args:
         model, processor: the VLV, on its device.
-        world: whose scenes they are.
+        world: the world of the scenes.
         batch_size: pictures at once.
-        num_inference_steps, guidance_scale: of the sampler, for everything drawn.
-        seed: of the noise; picture i starts from the noise of `seed + i`, whatever the batch.
+        num_inference_steps, guidance_scale: of the sampler, for all pictures.
+        seed: of the noise. Picture i starts from the noise of `seed + i`, for any batch size.
     """
 
     model: VLVModel
@@ -59,24 +58,24 @@ class SceneScorer:
     seed: int = 0
 
     def captions(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
-        """Greedy captions of the pictures, parsed, and the share of them that ended by themselves."""
+        """Scores of parsed greedy captions of the pictures, and the share of captions that ended by themselves."""
         captioner = Captioner(self.model, self.processor, Decoding(), self.batch_size)
         images = ((str(number), image) for number, (image, _) in enumerate(pictures))
         captions = (best for _, (best, *_) in captioner.caption_images(images))
         return score_captions(_progress(captions, f"Captioning {name}", pictures), pictures, name, self.world)
 
     def reconstructions(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
-        """Pictures rebuilt from nothing but their caption embeddings."""
+        """Scores of pictures that are rebuilt from their caption embeddings."""
         painted = self._draw(lambda batch: self._encode([image for image, _ in batch]), pictures)
         return self._read(pictures, f"reconstruction/{name}", painted, scores_of(self.world))
 
     def drawings(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
-        """What the scene reader, a classifier that knows nothing of the model, reads in the pictures themselves."""
+        """Scores of the scene reader on the pictures themselves."""
         images = (image for image, _ in pictures)
         return self._read(pictures, f"reader on drawings/{name}", images, scores_of(self.world))
 
     def ceilings(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
-        """What no reconstruction can be expected to pass: reader alone, VAE alone, and the teacher."""
+        """Ceilings that no reconstruction is expected to exceed: the reader alone, the VAE alone, and the teacher."""
         taught = self._draw(
             lambda batch: embed_captions(self.model, self.processor, [truth.caption for _, truth in batch]), pictures
         )
@@ -87,7 +86,7 @@ class SceneScorer:
         }
 
     def floors(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
-        """What chance alone gets right: pictures drawn from the empty prompt, and from another image's embeddings."""
+        """Floors, which are right only by chance: pictures from the empty prompt, and from another image."""
         from_nothing = self._draw(
             lambda batch: embed_captions(self.model, self.processor, [""] * len(batch)), pictures
         )
@@ -100,7 +99,7 @@ class SceneScorer:
         }
 
     def _draw(self, embed: Callable[[Pictures], torch.Tensor], pictures: Pictures) -> Iterator[Image.Image]:
-        """Pictures from the caption embeddings that `embed` gives for batches of `pictures`."""
+        """Pictures drawn from the caption embeddings that `embed` returns for batches of `pictures`."""
 
         def paint(batch, generators):
             return self.model.reconstruct(
@@ -124,7 +123,7 @@ class SceneScorer:
     def _read(
         self, pictures: Pictures, name: str, painted: Iterable[Image.Image], scores: Sequence[str] = MAIN_SCORES
     ) -> dict[str, Measurement]:
-        """What the scene reader finds in the painted pictures, compared with the truth of `pictures`."""
+        """Scores of drawn pictures: the scene reader's scenes, compared with the true scenes of `pictures`."""
         reader = scene_reader(self.world.name).to(self.model.device)
         scenes = reader.read(list(_progress(painted, name, pictures)))
         counts = [compare(scene, truth) for scene, (_, truth) in zip(scenes, pictures, strict=True)]
@@ -137,7 +136,7 @@ class SceneScorer:
 def score_captions(
     captions: Iterable[Caption], pictures: Pictures, name: str, world: World = WORLD
 ) -> dict[str, Measurement]:
-    """What captions of the pictures, parsed, get right, and the share of them that ended by themselves."""
+    """Scores of the parsed captions of the pictures, and the share of captions that ended by themselves."""
     captions = list(captions)
     scenes = (_parsed(caption.text, world) for caption in captions)
     counts = [compare(scene, truth) for scene, (_, truth) in zip(scenes, pictures, strict=True)]
@@ -146,7 +145,7 @@ def score_captions(
 
 
 def mirror(pictures: Pictures) -> Pictures:
-    """The pictures and their scenes, mirrored: right answers mirror too."""
+    """The pictures and their scenes, both mirrored."""
     return [(ImageOps.mirror(image), scene.mirrored()) for image, scene in pictures]
 
 

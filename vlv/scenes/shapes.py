@@ -1,4 +1,4 @@
-"""The world of coloured shapes: vlv-tiny's, 32 pixels wide."""
+"""The world of vlv-tiny: coloured shapes, in pictures 32 pixels wide."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from vlv.scenes.grammar import PLACES, RGB, GridObject, GridScene, mirrored_plac
 from vlv.scenes.world import World, share_of
 
 SHAPES = ("circle", "square", "triangle", "cross")
-# Far apart in CIELAB: two objects differ by 33 at least, an object and a background by 35, two backgrounds by 23.
+# The colours are far apart in CIELAB: two objects by at least 33, an object and a background by 35, two backgrounds
+# by 23.
 COLOURS: dict[str, RGB] = {
     "red": (222, 36, 42),
     "yellow": (255, 206, 22),
@@ -36,7 +37,7 @@ NOVEL_SHARE = 0.12
 
 @dataclass(frozen=True)
 class SceneObject(GridObject):
-    """One shape at one place; each field is a name from `WORLD`, anything else raises ValueError."""
+    """One shape at one place. Each field is a word of `WORLD`; others raise ValueError."""
 
     known = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES}
 
@@ -48,7 +49,7 @@ class SceneObject(GridObject):
 
 @dataclass(frozen=True)
 class Scene(GridScene):
-    """Shapes on a background; every shape is symmetric, so that a mirrored picture shows the mirrored scene."""
+    """Shapes on a background. Every shape is symmetric, so that a mirrored picture shows the mirrored scene."""
 
     objects_are = SceneObject
     places = PLACES
@@ -82,8 +83,8 @@ class ShapesWorld(World):
         """Paint a scene.
 
         Args:
-            seed: seeds each object's small shift (up to 1 px either way) and change of size (up to 3 %), so that two
-                pictures of one scene are not equal. No object leaves its cell of the grid.
+            seed: of each object's small shift (at most 1 px) and change of size (at most 3 %), so that two pictures
+                of one scene differ. No object leaves its cell of the grid.
 
         Returns:
             an RGB image of `image_size` squared (32x32).
@@ -114,7 +115,7 @@ WORLD = ShapesWorld()
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
-    """The corners of a shape of half-extent 1 around (0, 0), y pointing down; every one is symmetric in x."""
+    """The corners of a shape of half-extent 1 around (0, 0), with y pointing down. Every shape is symmetric in x."""
     if shape == "circle":
         return [(0.95 * math.cos(t), 0.95 * math.sin(t)) for t in np.linspace(0, 2 * math.pi, 96)]
     if shape == "square":
@@ -129,12 +130,12 @@ def _outline(shape: str) -> list[tuple[float, float]]:
     raise ValueError(f"No outline is known for the shape '{shape}'.")
 
 
-_STENCIL_RADIUS, _STENCIL_SIZE = 64, 400  # the margin lets a cell around a small, shifted object be cut from it
+_STENCIL_RADIUS, _STENCIL_SIZE = 64, 400  # with a margin, for cells around small and shifted objects
 
 
 @cache
 def _stencil(shape: str) -> Image.Image:
-    """A large mask of the shape; objects are anti-aliased by cutting any fractional box from it and shrinking that."""
+    """A large mask of the shape. Cutting a fractional box from it and shrinking it gives an anti-aliased object."""
     oversampling = 4
     middle, radius = oversampling * _STENCIL_SIZE / 2, oversampling * _STENCIL_RADIUS
     mask = Image.new("L", (oversampling * _STENCIL_SIZE,) * 2)
@@ -142,7 +143,7 @@ def _stencil(shape: str) -> Image.Image:
     return mask.reduce(oversampling)
 
 
-# The world's own functions by their short names.
+# Short names for the methods of the world.
 draw, parse_caption, split_of = WORLD.draw, WORLD.parse_caption, WORLD.content_split
 sample_scene, sample_picture = WORLD.sample_scene, WORLD.sample_picture
 SPLIT_NAMES = WORLD.splits

@@ -1,6 +1,6 @@
-"""What all drawn worlds share beside words: the grid, the splits, and scenes by random access.
+"""What all drawn worlds share besides the grammar: the grid, the splits, and random access to scenes.
 
-(split, index, seed) names one scene and one picture of it for ever, on every machine.
+(split, index, seed) always gives the same scene and the same picture, on every machine.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlv.scenes.grammar import PLACES, RGB, GridScene, parse
 
-# Shares of all content that holds no combination kept for the split "novel".
+# The splits' shares of all scenes without a combination of the split "novel".
 SHARES = {"train": 0.90, "validation": 0.05, "test": 0.05}
 
 
@@ -21,10 +21,10 @@ class World(ABC):
     """A world of scenes: its words, its pictures and its splits. Lengths are in pixels.
 
     Args:
-        max_objects: how many objects a scene of a split has at most.
+        max_objects: most objects in a scene of a split.
 
     Raises:
-        ValueError: for more of them than there are places, or none.
+        ValueError: when it is less than 1, or more than there are places.
     """
 
     name: str
@@ -46,27 +46,27 @@ class World(ABC):
     @property
     @abstractmethod
     def words(self) -> dict[str, tuple[str, ...]]:
-        """The words of an object's phrase, in their order: the names that each field can be, `place` last."""
+        """The fields of an object's phrase, in their order, with the allowed words of each; `place` is last."""
 
     @property
     @abstractmethod
     def subject(self) -> str:
-        """The field of `words` that says what an object is, as "shape"."""
+        """The field of `words` that says what an object is, such as "shape"."""
 
     @abstractmethod
     def draw(self, scene: GridScene, seed: int | Sequence[int]) -> Image.Image:
-        """Paint a scene; the seed says how exactly."""
+        """Draw a scene. The seed sets the small differences between two pictures of it."""
 
     @abstractmethod
     def holds_novel(self, scene: GridScene) -> bool:
-        """Whether the scene holds a combination that train, validation and test never show, nor mirrored."""
+        """Whether the scene has a combination that train, validation and test never show, also not mirrored."""
 
     def parse_caption(self, text: str) -> GridScene:
-        """Read a full description back into the scene it describes; raises ValueError for any other text."""
+        """Parse a full description into its scene; raises ValueError for any other text."""
         return parse(text, self.scene_type, self.words)
 
     def content_split(self, scene: GridScene) -> str:
-        """The one split that a scene belongs to, with its mirror image, by content alone."""
+        """The split of a scene and of its mirror image. It depends only on their content."""
         if self.holds_novel(scene):
             return "novel"
         share = share_of(min(scene.caption, scene.mirrored().caption))
@@ -77,10 +77,10 @@ class World(ABC):
         return split
 
     def sample_scene(self, split: str, index: int, seed: int = 0, count: int | None = None) -> GridScene:
-        """The scene number `index` of a split under a seed.
+        """The scene number `index` of a split, for a seed.
 
-        The number of objects is `count`, or else uniform in 1..`max_objects`; given it, every scene of the split is
-        equally likely.
+        The number of objects is `count`, or else uniform in 1..`max_objects`. For each number, all scenes of the split
+        are equally likely.
 
         Raises:
             ValueError: for an unknown split.
@@ -93,15 +93,15 @@ class World(ABC):
                 return scene
 
     def content_of(self, split: str) -> str:
-        """The split by content that a split's scenes come from."""
+        """The split of `content_split` that a split's scenes come from."""
         return split
 
     def sample_picture(
         self, split: str, index: int, seed: int = 0, count: int | None = None
     ) -> tuple[Image.Image, GridScene]:
-        """`sample_scene`, drawn: the picture number `index` of a split under a seed, and the scene it shows."""
+        """The picture number `index` of a split, for a seed, and the scene that it shows (see `sample_scene`)."""
         scene = self.sample_scene(split, index, seed, count)
-        key = (*self.key(split, index, seed), 1)  # the 1: other random numbers than those that chose the scene
+        key = (*self.key(split, index, seed), 1)  # the 1 gives other random numbers than those that chose the scene
         return self.draw(scene, key), scene
 
     def key(self, split: str, index: int, seed: int) -> tuple[int, int, int]:
@@ -128,5 +128,5 @@ class World(ABC):
 
 
 def share_of(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone, on every machine and in every process."""
+    """A number in [0, 1) that depends only on the text: it is the same on every machine and in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64

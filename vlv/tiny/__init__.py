@@ -1,1 +1,1 @@
-"""The parts of the bundled checkpoint, each with the training stage that makes it: VAE, teacher, encoder, language."""
+"""The parts of the bundled checkpoint, and the training stage of each: VAE, teacher, encoder, language."""

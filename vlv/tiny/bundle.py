@@ -1,7 +1,7 @@
 """
-Puts a trained checkpoint into the package: `python -m vlv.tiny.bundle OUTPUTS [vlv-tiny | vlv-emoji]`.
+Copies a trained checkpoint into the package: `python -m vlv.tiny.bundle OUTPUTS [vlv-tiny | vlv-emoji]`.
 
-OUTPUTS is the folder that `make tiny` or `make emoji` trained into.
+OUTPUTS is the folder that `make tiny` or `make emoji` wrote.
 """
 
 import os
@@ -18,11 +18,11 @@ STEPS = ("vae", "teacher", "encoder", "language", "autoencode", "caption")
 
 def bundle(outputs: Path, checkpoint: Path, recipes: str) -> None:
     """
-    Makes `checkpoint` the final model of `outputs`, with what is known of its making in `training/`: each step's
-    recipe, and the record (settings, seed, commit, versions, loss log) that its run left.
+    Copies the final model of `outputs` to `checkpoint`. Its folder `training/` gets the recipe of each step and the
+    record of its run (settings, seed, commit, versions, loss log).
 
     Raises:
-        FileNotFoundError: when a step has not been trained to its end.
+        FileNotFoundError: when the training of a step is not finished.
     """
     for step in STEPS:
         if not (outputs / step / "training.json").is_file():
@@ -31,7 +31,7 @@ def bundle(outputs: Path, checkpoint: Path, recipes: str) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
     left_behind = ("checkpoint-*", "cache", "samples", "*.py", "training.json", "failures.jsonl")
     shutil.copytree(outputs / "caption", checkpoint, ignore=shutil.ignore_patterns(*left_behind))
-    for name in CODE_FILES:  # one copy of the code in the repository; a wheel holds the files themselves
+    for name in CODE_FILES:  # links, so that the repository has one copy of the code; a wheel has copies
         (checkpoint / name).symlink_to(os.path.relpath(root / name, checkpoint))
     for step in STEPS:
         folder = checkpoint / "training" / step

@@ -33,14 +33,14 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 @dataclass
 class EncoderSettings(Settings):
     encoder: str | None = field(
-        default=None, metadata={"help": "Folder of a Florence-2 to go on from (default: a new one)."}
+        default=None, metadata={"help": "Folder of a Florence-2 to start from (default: a new one)."}
     )
     caption_column: str = field(
         default="short",
-        metadata={"help": "Column of short captions, one or a list per image."},
+        metadata={"help": "Column of short captions: one per image, or a list."},
     )
     image_size: int = field(
-        default=32, metadata={"help": "Side of the images in pixels, a multiple of all strides together."}
+        default=32, metadata={"help": "Side of the images in pixels, a multiple of the product of all strides."}
     )
     vision_widths: list[int] = field(
         default_factory=lambda: [64, 128], metadata={"help": "Channels of the vision tower's stages, multiples of 32."}
@@ -50,10 +50,10 @@ class EncoderSettings(Settings):
     )
     width: int = field(default=160, metadata={"help": "Width of the language encoder and decoder."})
     max_length: int = field(default=16, metadata={"help": "Caption length in tokens, <s>, </s> and padding included."})
-    vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
+    vocab_size: int = field(default=600, metadata={"help": "Largest size of the vocabulary; 256 entries are bytes."})
     task_prompt: str = field(
         default="Describe with a paragraph what is shown in the image.",
-        metadata={"help": "What the language encoder reads behind the image."},
+        metadata={"help": "Prompt that the language encoder reads after the image."},
     )
 
 
@@ -106,7 +106,8 @@ def tiny_florence2(
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    # At the default of 0.02 the places drown in the image features, and learning where things are takes far longer.
+    # With the default of 0.02 the position embeddings are small beside the image features, and learning where things
+    # are takes far longer.
     positions = model.model.multi_modal_projector.image_position_embed
     for embedding in (positions.row_embeddings, positions.column_embeddings):
         nn.init.normal_(embedding.weight, std=0.5)
@@ -116,8 +117,8 @@ def tiny_florence2(
 class ShortCaptioning(nn.Module):
     """The captioning loss of a Florence-2 that reads image tokens and then a task prompt, as VLV's encoder does.
 
-    Each image is read once and all of its short captions are learned from it: one caption drawn at random says little
-    about the image, and leaves it open which thing was meant.
+    Each image is encoded once, and all of its short captions are learned together. One random caption would say little
+    about the image, and the model could not know which thing it is about.
     """
 
     def __init__(self, florence: Florence2ForConditionalGeneration, prompt_ids: list[int]):
@@ -126,7 +127,7 @@ class ShortCaptioning(nn.Module):
         self.register_buffer("prompt_ids", torch.tensor(prompt_ids))
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> what the language encoder reads, (B, image tokens + prompt, D)."""
+        """(B, 3, H, W) -> the inputs of the language encoder, (B, image tokens + prompt, D)."""
         image_features = self.florence.get_image_features(pixel_values).pooler_output
         prompt = self.florence.get_input_embeddings()(self.prompt_ids).expand(len(pixel_values), -1, -1)
         return torch.cat([image_features, prompt], dim=1)
@@ -134,7 +135,7 @@ class ShortCaptioning(nn.Module):
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """labels: (B, K, L), K captions per image, -100 on padding and for captions that an image does not have."""
         memory = self.florence.model.language_model.encoder(inputs_embeds=self.embed(pixel_values)).last_hidden_state
-        # Captions that an image does not have, and padding that all captions have, cost time and add nothing.
+        # Missing captions and padding that all captions share add nothing to the loss, so they are cut to save time.
         learned = labels != -100
         image, caption = learned.any(-1).nonzero(as_tuple=True)
         labels = labels[image, caption, : learned.any(0).any(0).sum()]
@@ -176,7 +177,7 @@ class EncoderStage(Stage):
 
     def train_tokenizer(self, rows: Dataset) -> PreTrainedTokenizerBase:
         captions = [caption for alternatives in self.captions(rows) for caption in alternatives]
-        # As many prompts as captions, so that each word of the prompt becomes one token too.
+        # The prompt is repeated as often as there are captions, so that each of its words becomes one token too.
         return train_tokenizer(
             [*captions, *[self.settings.task_prompt] * len(captions)],
             self.settings.vocab_size,
@@ -206,7 +207,7 @@ class EncoderStage(Stage):
 
     @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:
-        """Share of generated captions that are true of their picture, and how many different ones there are."""
+        """The share of generated captions that are true for their picture, and the number of different captions."""
         florence, images = self.model.florence, self.eval_dataset.columns["images"]
         said: list[str] = []
         for batch in images.split(250):
@@ -221,6 +222,6 @@ class EncoderStage(Stage):
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 3, H, W) to what Florence-2 expects: ImageNet's mean and standard deviation."""
+    """uint8 (B, 3, H, W) -> images normalised for Florence-2, with ImageNet's mean and standard deviation."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
     return (images.float() / 255 - mean) / std

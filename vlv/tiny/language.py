@@ -18,12 +18,12 @@ class LanguageSettings(Settings):
     max_length: int = field(
         default=24, metadata={"help": "Caption length in tokens, end-of-text and padding included."}
     )
-    vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
+    vocab_size: int = field(default=600, metadata={"help": "Largest size of the vocabulary; 256 entries are bytes."})
     hidden_size: int = field(default=192, metadata={"help": "Width of the language model."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the language model."})
     world: str | None = field(
         default=None,
-        metadata={"help": f"World whose grammar the captions follow, to be measured: {', '.join(WORLDS)}."},
+        metadata={"help": f"World whose grammar the captions are measured with: {', '.join(WORLDS)}."},
     )
 
 
@@ -48,9 +48,9 @@ def tiny_language_model(tokenizer: PreTrainedTokenizerBase, width: int, layers: 
 
 
 def causal_table(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int) -> Table:
-    """Captions with their end-of-text token, which is learned; the padding after it is not."""
+    """Captions with their end-of-text token, which is part of the loss. The padding after it is not."""
     input_ids = tokenize(tokenizer, [caption + tokenizer.eos_token for caption in captions], max_length)
-    # Padding is the end-of-text token too: what counts is that only the first one is part of the caption.
+    # Padding is the end-of-text token too, but only the first of these tokens has a label.
     is_end = (input_ids == tokenizer.eos_token_id).long()
     padding = is_end.cumsum(dim=1) - is_end > 0
     return Table(input_ids=input_ids, attention_mask=(~padding).long(), labels=input_ids.masked_fill(padding, -100))
@@ -67,7 +67,7 @@ class LanguageStage(Stage):
             [caption for value in self.captioned(rows)[settings.caption_column][:] for caption in captions_of(value)]
             for rows in self.load_data()
         )
-        # Qwen2's own tokenizer class, with a vocabulary learned from these captions.
+        # Qwen2's own tokenizer class, with a vocabulary that is learned from these captions.
         self.tokenizer = Qwen2Tokenizer().train_new_from_iterator(
             self.captions[0], settings.vocab_size, show_progress=False
         )
@@ -84,7 +84,7 @@ class LanguageStage(Stage):
 
     @torch.inference_mode()
     def evaluate(self, samples: int = 200) -> dict[str, float]:
-        """Perplexity per token of the evaluation captions; in a world, the share of free samples in its grammar."""
+        """Perplexity per token of the evaluation captions; with a world, the share of samples in its grammar."""
         inputs = {name: column.to(self.model.device) for name, column in self.eval_dataset.columns.items()}
         measured = {"perplexity": math.exp(self.model(**inputs).loss.item())}
         if self.world is None:

@@ -9,14 +9,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import make_image_grid
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, TrainingArguments
 
 from vlv.data.rows import captions_of, open_image, read_captions
-from vlv.tiny.average import MovingAverage
 from vlv.tiny.tokenization import train_tokenizer
+from vlv.training.average import MovingAverage
 from vlv.training.cache import as_tensors
 from vlv.training.examples import Examples, Table, draw_captions, fixed_noise, squeeze, to_unit_range, tokenize
 from vlv.training.stage import Settings, Stage
@@ -26,7 +33,7 @@ from vlv.training.stage import Settings, Stage
 class TeacherSettings(Settings):
     vae: str | None = field(default=None, metadata={"help": "Folder of the AutoencoderKL, which stays frozen."})
     max_length: int = field(default=24, metadata={"help": "Caption length in tokens, padding included."})
-    vocab_size: int = field(default=600, metadata={"help": "Most entries of the tokenizer, 256 of them bytes."})
+    vocab_size: int = field(default=600, metadata={"help": "Largest size of the vocabulary; 256 entries are bytes."})
     unet_widths: list[int] = field(
         default_factory=lambda: [64, 96, 96], metadata={"help": "Channels of the UNet's levels, multiples of 16."}
     )
@@ -40,7 +47,7 @@ class TeacherSettings(Settings):
 
 
 def tiny_unet(vae: AutoencoderKL, widths: Sequence[int], text_width: int) -> UNet2DConditionModel:
-    """A randomly initialised UNet, of whose levels all but the first read the caption."""
+    """A randomly initialised UNet. All its levels but the first read the caption."""
     lower = len(widths) - 1
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     return UNet2DConditionModel(
@@ -76,7 +83,7 @@ def tiny_text_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int, width
 
 
 def v_prediction_scheduler() -> DDIMScheduler:
-    """The noise schedule: v-prediction down to zero signal, so that sampling may start from pure noise."""
+    """The noise schedule: v-prediction with zero terminal SNR, so that sampling can start from pure noise."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",
@@ -87,7 +94,7 @@ def v_prediction_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=1,  # of no effect with trailing spacing, but Stable Diffusion's pipeline asks for it
+        steps_offset=1,  # has no effect with trailing spacing, but Stable Diffusion's pipeline requires it
     )
 
 
@@ -96,14 +103,13 @@ class TeacherTraining(nn.Module):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
-        scheduler: DDIMScheduler,
+        denoiser: dict[str, nn.Module],
+        scheduler: SchedulerMixin,
         empty_ids: torch.Tensor,
         caption_dropout: float,
     ):
         super().__init__()
-        self.denoiser = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+        self.denoiser = nn.ModuleDict(denoiser)  # under the names of diffusers' pipeline
         self.average = deepcopy(self.denoiser).requires_grad_(False)
         self.scheduler = scheduler
         self.caption_dropout = caption_dropout
@@ -129,24 +135,37 @@ class TeacherTraining(nn.Module):
         if noise is None:
             noise = torch.randn_like(latents)
         if timesteps is None:
-            timesteps = torch.randint(
-                self.scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device
-            )
+            timesteps = self.draw_timesteps(len(latents)).to(latents.device)
+        prediction, target = self.predict(denoiser, latents, noise, timesteps, input_ids)
+        return {"loss": nn.functional.mse_loss(prediction.float(), target)}
 
+    def draw_timesteps(self, count: int) -> torch.Tensor:
+        """Timesteps (count,) to train on, int64."""
+        return torch.randint(self.scheduler.config.num_train_timesteps, (count,))
+
+    def predict(
+        self,
+        denoiser: nn.ModuleDict,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        input_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prediction of `denoiser` for the noisy latents, and its target: (B, C, h, w) each."""
         context = denoiser["text_encoder"](input_ids).last_hidden_state  # (B, L, E)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
-        prediction = denoiser["unet"](noisy, timesteps, context).sample
-        return {"loss": nn.functional.mse_loss(prediction.float(), target)}
+        return denoiser["unet"](noisy, timesteps, context).sample, target
 
 
 class TeacherStage(Stage):
     Settings = TeacherSettings
+    drawing: dict[str, Any] = {}  # what the pipeline's call needs besides
 
     def __init__(self, settings: TeacherSettings, args: TrainingArguments):
         super().__init__(settings, args)
         if settings.vae is None:
-            raise ValueError("The teacher draws in the latents of a VAE: give its folder with --vae.")
+            raise ValueError("The teacher needs a VAE: give its folder with --vae.")
         self.rows = tuple(map(self.captioned, self.load_data()))  # the captions make the vocabulary
         self.vae = AutoencoderKL.from_pretrained(settings.vae).eval().requires_grad_(False)
         captions = [caption for value in self.rows[0][settings.caption_column][:] for caption in captions_of(value)]
@@ -157,17 +176,19 @@ class TeacherStage(Stage):
             eos_token="<|endoftext|>",
             model_max_length=settings.max_length,
         )
-        tokenize(self.tokenizer, captions, settings.max_length)  # says which is too long, before hours have gone by
-        text_encoder = tiny_text_encoder(
-            self.tokenizer, settings.max_length, settings.text_width, settings.text_layers
-        )
-        self.model = TeacherTraining(
-            tiny_unet(self.vae, settings.unet_widths, settings.text_width),
-            text_encoder,
-            v_prediction_scheduler(),
-            tokenize(self.tokenizer, [""], settings.max_length),
-            settings.caption_dropout,
-        )
+        tokenize(self.tokenizer, captions, settings.max_length)  # raises now if a caption is too long
+        self.model = self.build(tokenize(self.tokenizer, [""], settings.max_length))
+
+    def build(self, empty_ids: torch.Tensor) -> TeacherTraining:
+        """The model to train, randomly initialised."""
+        settings = self.settings
+        denoiser = {
+            "unet": tiny_unet(self.vae, settings.unet_widths, settings.text_width),
+            "text_encoder": tiny_text_encoder(
+                self.tokenizer, settings.max_length, settings.text_width, settings.text_layers
+            ),
+        }
+        return TeacherTraining(denoiser, v_prediction_scheduler(), empty_ids, settings.caption_dropout)
 
     def prepare(self) -> None:
         train, evaluation = self.rows
@@ -178,7 +199,7 @@ class TeacherStage(Stage):
         self.eval_dataset.cached.append(Table(**fixed_noise(len(self.eval_rows), shape, timesteps)))
 
     def examples(self, rows: Dataset) -> tuple[Dataset, Examples]:
-        """Rows with their latent distributions; the VAE is frozen, so each image is encoded once."""
+        """Rows with their latent distributions. Each image is encoded once, because the VAE is frozen."""
         read, column = partial(squeeze, size=self.vae.config.sample_size), self.settings.caption_column
         rows, latents = self.read_once(rows, read, self.encode, [self.vae.config, self.vae], "Encoding images")
         self.vae.cpu()
@@ -204,9 +225,10 @@ class TeacherStage(Stage):
         return super().state() | dict(average)
 
     def callbacks(self) -> list:
-        return [MovingAverage(self.model.denoiser, self.model.average, self.settings.ema_decay)]
+        trained, average = self.model.denoiser.parameters(), self.model.average.parameters()
+        return [MovingAverage(trained, average, self.settings.ema_decay)]
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    def pipeline(self) -> DiffusionPipeline:
         return StableDiffusionPipeline(
             **self.model.average.eval(),
             vae=self.vae.to(self.args.device),
@@ -221,7 +243,7 @@ class TeacherStage(Stage):
         pipeline = self.pipeline()
         pipeline.save_pretrained(folder)
 
-        # Pictures say at a glance what the loss cannot: originals above, drawings from their captions below.
+        # Originals above, drawings from their captions below: pictures show more than the loss.
         shown = self.eval_rows[:8]
         pipeline.set_progress_bar_config(disable=True)
         size = self.vae.config.sample_size
@@ -232,12 +254,13 @@ class TeacherStage(Stage):
             num_inference_steps=20,
             guidance_scale=self.settings.sample_guidance_scale,
             generator=torch.Generator().manual_seed(self.args.seed),
+            **self.drawing,
         ).images
         originals = [open_image(source).resize((size, size)) for source in shown[self.settings.image_column]]
         make_image_grid(originals + drawn, rows=2, cols=len(drawn)).save(folder / "samples.png")
 
     def evaluate(self) -> dict[str, float]:
-        """Denoising losses on the evaluation rows: with their captions, and with none, which is the floor."""
+        """Denoising losses on the evaluation rows: with their captions, and with the empty caption (the floor)."""
         model, columns = self.model.eval(), self.collate(self.eval_dataset[:])
         floor = {**columns, "input_ids": self.model.empty_ids.cpu().expand_as(columns["input_ids"])}
 

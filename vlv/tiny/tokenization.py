@@ -1,4 +1,4 @@
-"""Small byte-level BPE tokenizers for the tiny parts: caption words are single tokens, any other text still fits."""
+"""Small byte-level BPE tokenizers for the tiny parts. Words of captions are single tokens; other text works too."""
 
 from collections.abc import Iterable
 
@@ -18,12 +18,12 @@ def train_tokenizer(
     """Learns a byte-level BPE tokenizer from `texts`.
 
     Args:
-        vocab_size: upper bound of the vocabulary; 256 of it are the bytes, so that nothing is ever unknown.
+        vocab_size: largest size of the vocabulary. 256 entries are the bytes, so that any text has tokens.
         pad_token: defaults to `eos_token`.
         extra_special_tokens: more special tokens by attribute name, e.g. `{"image_token": "<image>"}`.
 
     Returns:
-        a fast tokenizer that encodes as `bos ... eos`; `AutoTokenizer.from_pretrained` loads what it saves.
+        a fast tokenizer that encodes as `bos ... eos`. `AutoTokenizer.from_pretrained` loads it when it is saved.
     """
     pad_token = pad_token or eos_token
     extra_special_tokens = extra_special_tokens or {}

@@ -1,4 +1,4 @@
-"""Stage `vae`: a small AutoencoderKL learns to compress images, fourfold in each direction unless told otherwise."""
+"""Stage `vae`: a small AutoencoderKL learns to compress images, by default fourfold in each direction."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import TrainingArguments
 
-from vlv.tiny.average import MovingAverage
+from vlv.training.average import MovingAverage
 from vlv.training.examples import Table, in_batches, to_unit_range
 from vlv.training.stage import Settings, Stage
 
@@ -24,7 +24,7 @@ class VAESettings(Settings):
     )
     latent_channels: int = field(default=4, metadata={"help": "Channels of the latents."})
     foreground_weight: float = field(
-        default=7.0, metadata={"help": "How much more a pixel counts that is not of its image's background colour."}
+        default=7.0, metadata={"help": "Extra weight of pixels that do not have the background colour of their image."}
     )
     kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the latents' divergence from N(0, 1)."})
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the moving average of the weights."})
@@ -67,16 +67,16 @@ class VAETraining(nn.Module):
 
 
 def foreground(pixel_values: torch.Tensor) -> torch.Tensor:
-    """1 where a pixel is not of its image's background (its median colour), else 0: (B, 1, H, W)."""
+    """(B, 1, H, W): 1 where a pixel differs from the background (the median colour) of its image, else 0."""
     background = pixel_values.flatten(2).median(dim=-1).values[:, :, None, None]
     return ((pixel_values - background).abs().amax(dim=1, keepdim=True) > 0.1).float()
 
 
 @torch.no_grad()
 def fold_latent_statistics(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Rescales the VAE's own 1x1 convolutions so that its latents get zero mean and unit variance per channel.
+    """Rescales the VAE's 1x1 convolutions, so that its latents have zero mean and unit variance per channel.
 
-    Decoding undoes it exactly, so that reconstructions stay as they were and no user of the VAE needs the statistics.
+    Decoding reverses this exactly. Reconstructions do not change, and users of the VAE do not need the statistics.
 
     Args:
         mean, std: (latent_channels,), measured on the VAE's latents.
@@ -114,7 +114,8 @@ class VAEStage(Stage):
         return super().state() | dict(average)
 
     def callbacks(self) -> list:
-        return [MovingAverage(self.model.vae, self.model.average, self.settings.ema_decay)]
+        trained, average = self.model.vae.parameters(), self.model.average.parameters()
+        return [MovingAverage(trained, average, self.settings.ema_decay)]
 
     def save(self, folder: Path) -> None:
         vae = self.model.average.eval()
@@ -142,7 +143,7 @@ class VAEStage(Stage):
         images = self.eval_dataset.columns["images"]
         everywhere, on_foreground, area, latents = in_batches(errors, images, vae.device, 100, "Evaluating")
         metrics = {"psnr": psnr(everywhere.mean())}
-        if area.any():  # images of one colour have no foreground
+        if area.any():  # an image of one colour has no foreground
             metrics["psnr_foreground"] = psnr(on_foreground.sum() / area.sum())
         return metrics | {"latent_mean": latents.mean().item(), "latent_std": latents.std().item()}
 

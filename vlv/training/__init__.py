@@ -1,1 +1,1 @@
-"""Training by recipes: the stages, the trainer around them, and what makes a run resumable and shared by processes."""
+"""Training by recipes: the stages, the trainer, and the code for resuming and for several processes."""

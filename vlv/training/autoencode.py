@@ -1,4 +1,4 @@
-"""Stage `autoencode` (stage 1): the encoder learns to write images down so that the frozen teacher can redraw them."""
+"""Stage `autoencode` (stage 1): the encoder learns embeddings from which the frozen teacher redraws the image."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,50 +9,81 @@ from PIL.Image import Image
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from layers_vlv import check_encoder_size
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.sheets import Pair, contact_sheet
 from vlv.training.caching import AUTO, parse_switch
 from vlv.training.examples import Table, fixed_noise
-from vlv.training.vlv_stage import VLVSettings, VLVStage
+from vlv.training.vlv_settings import VLVSettings
+from vlv.training.vlv_stage import VLVStage
+
+# Settings that the model's config holds for its loss.
+LOSS_SETTINGS = (
+    "sample_latents",
+    "denoising_loss",
+    "min_snr_gamma",
+    "timestep_density",
+    "noise_draws",
+    "context_dropout",
+)
 
 
 @dataclass
 class AutoencodeSettings(VLVSettings):
     encoder: str | None = field(default=None, metadata={"help": "Without --model: folder or id of a Florence-2."})
     decoder: str | None = field(
-        default=None, metadata={"help": "Without --model: folder or id of a Stable Diffusion."}
+        default=None, metadata={"help": "Without --model: folder or id of a text-to-image model of diffusers."}
     )
     caption_head: str | None = field(
         default=None, metadata={"help": "Without --model: folder or id of the language model that stage 2 will train."}
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of the rebuilt images (default: the UNet's)."}
+        default=None, metadata={"help": "Side of the rebuilt images (default: the teacher's)."}
+    )
+    encoder_image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the images that the encoder reads (default: the encoder's, or that of --model)."},
+    )
+    projection_start: str = field(
+        default="zero",
+        metadata={
+            "help": "Without --model: around what new caption embeddings start, zero or the mean of the teacher's word"
+            " embeddings: zero or mean."
+        },
     )
     crop: str | None = field(
         default=None,
-        metadata={"help": "center: train on the centre of each image, as the paper does; else the whole."},
+        metadata={"help": "center: train on the centre of each image, as the paper does (default: the whole image)."},
     )
     sample_latents: bool = field(
-        default=True, metadata={"help": "Sample the VAE's latents rather than take their mean."}
+        default=True, metadata={"help": "Sample the VAE's latents instead of taking their mean."}
     )
     cache_latents: str = field(
         default=AUTO,
         metadata={
-            "help": "Run the frozen VAE over each image once, before training, and keep its latents on disk (their"
-            " distributions where they are sampled): true, false, or auto, as cache_features. At the published size"
-            " they take 37 KB per image in bf16 training.",
+            "help": "Run the frozen VAE once on each image, before training, and keep its latents on disk (their"
+            " distributions if they are sampled): true, false, or auto, which decides as for cache_features. At the"
+            " published size they take 37 KB per image in bf16 training.",
             "nargs": "?",
             "const": True,
         },
     )
     denoising_loss: str = field(default="mse", metadata={"help": "mse or l1."})
     min_snr_gamma: float | None = field(default=None, metadata={"help": "Weight the loss by min(SNR, gamma)."})
-    context_dropout: float = field(default=0.0, metadata={"help": "Share of contexts replaced by the empty prompt's."})
+    timestep_density: str = field(
+        default="uniform", metadata={"help": "How timesteps are drawn: uniform, logit_normal or mode."}
+    )
+    noise_draws: int = field(
+        default=1, metadata={"help": "Noise levels that a step draws for each image, which is encoded once."}
+    )
+    context_dropout: float = field(default=0.0, metadata={"help": "Share of contexts replaced by the empty prompt."})
 
     def __post_init__(self):
         super().__post_init__()
         self.cache_latents = parse_switch("cache_latents", self.cache_latents)
+        if self.noise_draws < 1:
+            raise ValueError(f"noise_draws is {self.noise_draws}: draw at least 1 noise level for each image.")
 
 
 class AutoencodeStage(VLVStage):
@@ -65,25 +96,33 @@ class AutoencodeStage(VLVStage):
         if settings.model is not None:
             self.model = self.load_model(VLVModel)
             self.processor = VLVProcessor.from_pretrained(self.source)
+            if settings.encoder_image_size is not None:
+                check_encoder_size(settings.encoder_image_size, self.model.config.encoder_config)
+                self.processor.image_height = self.processor.image_width = settings.encoder_image_size
         elif settings.encoder and settings.decoder:
             parts = {name: getattr(settings, name) for name in ("encoder", "decoder", "caption_head", "image_size")}
-            self.model = VLVModel.from_components(
-                **parts, dtype=torch.float32, attn_implementation=settings.attn_implementation
+            self.processor = VLVProcessor.from_components(
+                **parts, encoder_image_size=settings.encoder_image_size, crop=settings.crop
             )
-            self.processor = VLVProcessor.from_components(**parts, crop=settings.crop)
+            self.model = VLVModel.from_components(
+                **parts,
+                dtype=torch.float32,
+                projection_start=settings.projection_start,
+                attn_implementation=settings.attn_implementation,
+            )
         else:
-            raise ValueError("Nothing to start from: give --model, or --encoder and --decoder.")
-        for name in ("sample_latents", "denoising_loss", "min_snr_gamma", "context_dropout"):
+            raise ValueError("There is no model to start from: give --model, or --encoder and --decoder.")
+        for name in LOSS_SETTINGS:
             setattr(self.model.config, name, getattr(settings, name))
         self.choose_parts()
 
     def prepare(self) -> None:
         latents = ("latent_mean", "latent_std") if self.settings.sample_latents else ("latents",)
-        # Evaluation takes the mean and brings its noise along, so that its losses can be compared.
+        # Evaluation uses the mean and fixed noise, so that its losses can be compared.
         features = {"cache_features": self.features()}
         self.prepare_data({"cache_latents": latents, **features}, features, besides=("latents",))
         shape = self.eval_dataset[0]["latents"].shape
-        timesteps = self.model.noise_scheduler.config.num_train_timesteps
+        timesteps = self.model.teacher.num_timesteps
         self.eval_dataset.cached.append(Table(**fixed_noise(len(self.eval_rows), shape, timesteps)))
 
     def collate(self, batch: dict[str, Any] | list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -99,17 +138,17 @@ class AutoencodeStage(VLVStage):
         generators = [torch.Generator().manual_seed(number) for number in range(len(images))]
         rebuilt = self.model.eval().reconstruct(pixel_values=pixel_values, generator=generators)
         pairs = [Pair(image, reconstruction, "") for image, reconstruction in zip(images, rebuilt, strict=True)]
-        return contact_sheet(pairs, "Reconstructions", "Each beside its original, from its caption embeddings alone.")
+        return contact_sheet(pairs, "Reconstructions", "Left: the original. Right: rebuilt from caption embeddings.")
 
     @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:
-        """Denoising losses on the evaluation images: with their own context, and with the empty one, the floor."""
+        """Denoising losses on the evaluation images: with their own context, and with the empty context, the floor."""
         model, total = self.model.eval(), {"denoising_loss": 0.0, "denoising_loss_with_empty_context": 0.0}
         for batch in DataLoader(self.eval_dataset, batch_size=200, collate_fn=self.collate):
             batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
             count = len(batch["latents"])
             own = model(**batch).denoising_loss
-            empty = model.empty_context().expand(count, -1, -1)
+            empty = model.empty_prompt(batch_size=count)
             noise = {name: batch[name] for name in ("noise", "timesteps")}
             floor = model.compute_denoising_loss(batch["latents"], empty, **noise)
             for name, loss in zip(total, (own, floor), strict=True):

@@ -1,7 +1,7 @@
-"""One pass over the images of a dataset: what frozen parts make of each is kept on disk, as memory-mapped Arrow.
+"""Computes the output of frozen parts once for each image of a dataset, and keeps it on disk as memory-mapped Arrow.
 
-The files are named after everything that went into them, so that whoever asks again for the same gets it without a
-pass: a resumed run, the next run, the other processes. What has changed is never read by mistake.
+A file's name is a hash of all inputs of the computation. A resumed run, a later run or another process with the same
+inputs finds the file and computes nothing. With other inputs the name differs, so old results are never read.
 """
 
 import hashlib
@@ -26,16 +26,16 @@ from vlv.data.rows import open_image
 from vlv.reading import read_ahead
 from vlv.training.examples import Table, merge
 
-# Each file is whole or absent: a pass that was killed loses one, and several processes share the files out.
+# A file is complete or absent. A killed pass loses only the file that it was writing. Processes divide the files.
 ROWS_PER_FILE = 20_000
-# Less than this many bytes are held in memory, where a batch is gathered ten times as fast.
+# A cache smaller than this many bytes is held in memory, where gathering a batch is ten times as fast.
 IN_MEMORY = 2**30
 
 Tensors = dict[str, torch.Tensor]
 
 
 class Images:
-    """The images of a dataset, as `read` makes tensors of them, and `unreadable`: why not, or ""."""
+    """The images of a dataset as the tensors of `read`, and `unreadable`: why an image could not be read, or ""."""
 
     def __init__(self, rows: Dataset, column: str, read: Callable[[Image.Image], Tensors]):
         self.rows, self.column, self.read = rows.select_columns([column]), column, read
@@ -44,7 +44,7 @@ class Images:
         return len(self.rows)
 
     def batches(self, indices: range, batch_size: int, num_workers: int) -> Iterator[dict[str, Any]]:
-        """Those of these numbers, read by one process at least, in batches (B, ...)."""
+        """The images with these numbers in batches (B, ...), read by at least one process."""
         items = ((index, self.rows[index][self.column]) for index in indices)
         reads = read_ahead(items, self._read_source, max(1, num_workers), 2 * batch_size)
         while samples := [self._sample(tensors, error) for _, tensors, error in islice(reads, batch_size)]:
@@ -54,7 +54,7 @@ class Images:
         return self.read(open_image(source))
 
     def _sample(self, tensors: Tensors | None, error: str | None) -> dict[str, Any]:
-        # A stand-in keeps the batch in shape; what becomes of it is marked, and nobody reads it.
+        # A placeholder keeps the shape of the batch. Its result is marked as unreadable and is never used.
         return {**(self.blank() if tensors is None else tensors), "unreadable": error or ""}
 
     def blank(self) -> Tensors:
@@ -72,20 +72,20 @@ def compute_once(
     description: str,
 ) -> Dataset:
     """
-    Reads every image once and computes something of it, unless that lies in `folder` from before.
+    Reads every image once and computes tensors from it. Results that are already in `folder` are not computed again.
 
     Args:
-        rows: their order is the result's.
-        column: holds the images.
-        read: makes tensors of one image.
-        compute: makes of a batch of them (B, ...) the tensors to keep (B, ...).
+        rows: the result has the same order.
+        column: the column of the images.
+        read: one image -> its tensors.
+        compute: a batch of them (B, ...) -> the tensors to keep (B, ...).
         key: what `read` and `compute` depend on, as `content_hash` takes it.
 
     Returns:
-        A memory-mapped dataset of what `compute` returned, and `unreadable`: why an image could not be read, or "".
+        A memory-mapped dataset of the results of `compute`, and `unreadable`: why an image could not be read, or "".
 
     Raises:
-        OSError: when the disk has no room for it; what lies in `folder` from before is untouched.
+        OSError: when the disk has no room for the results. Earlier results in `folder` are kept.
     """
     images = Images(rows, column, read)
     files = cache_files(rows, column, key, folder)
@@ -106,7 +106,7 @@ def compute_once(
             write(file, ((compute(batch), batch.pop("unreadable")) for batch in progress), blank)
     state.wait_for_everyone()
     if absent := [file for file in files if not file.exists()]:
-        raise FileNotFoundError(f"{absent[0]} is not there: cache_dir must be a folder that all processes share.")
+        raise FileNotFoundError(f"{absent[0]} does not exist: cache_dir must be a folder that all processes share.")
     return concatenate_datasets([Dataset.from_file(str(file)) for file in files])
 
 
@@ -117,12 +117,12 @@ def cache_files(rows: Dataset, column: str, key: Sequence[Any], folder: Path) ->
 
 
 def compute_blank(images: Images, compute: Callable[[Tensors], Tensors]) -> Tensors:
-    """What `compute` makes of a blank image: the shapes and types that it makes of every image."""
+    """The result of `compute` for a blank image, which has the shapes and types of every result."""
     return compute({name: tensor[None] for name, tensor in images.blank().items()})
 
 
 def missing_bytes(count: int, files: Sequence[Path], blank: Tensors) -> int:
-    """How many bytes the tensors of those rows take whose file is not there yet."""
+    """The size in bytes of the tensors of all rows whose file does not exist yet."""
     rows = sum(
         min(ROWS_PER_FILE, count - number * ROWS_PER_FILE) for number, file in enumerate(files) if not file.exists()
     )
@@ -130,14 +130,14 @@ def missing_bytes(count: int, files: Sequence[Path], blank: Tensors) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """The room on the disk where `folder` is, or will be."""
+    """Free bytes on the disk of `folder`, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def write(file: Path, batches: Iterable[tuple[Tensors, list[str]]], blank: Tensors) -> None:
-    """Writes one Arrow file, which appears under its name when it is whole."""
+    """Writes one Arrow file atomically."""
     features = Features(
         {name: array_feature(tensor) for name, tensor in blank.items()} | {"unreadable": Value("string")}
     )
@@ -159,7 +159,7 @@ HINT = "Choose a cache_dir with more room, or cache less: --cache_features false
 
 
 def check_room(folder: Path, size: int, count: int, tensors: Iterable[str]) -> None:
-    """Raises OSError when `size` bytes do not fit on the disk, before hours have gone into them."""
+    """Raises OSError when `size` bytes do not fit on the disk, before hours of computation."""
     if size > (free := free_bytes(folder)):
         raise OSError(
             f"The {' and '.join(tensors)} of {count:,} images take {size / 1e9:,.1f} GB, but"
@@ -174,13 +174,13 @@ def array_feature(tensor: torch.Tensor) -> Array2D | Array3D:
 
 
 def as_tensors(cached: Dataset, dtype: torch.dtype = torch.float32) -> Table | Dataset:
-    """The kept tensors, by index: held in memory where they are small, else read from the disk batch by batch."""
+    """The kept tensors, by index. Small ones are held in memory; others are read from the disk batch by batch."""
     cached = cached.remove_columns("unreadable").with_format("torch", dtype=dtype)
     return Table(**cached[:]) if cached.data.nbytes < IN_MEMORY else cached
 
 
 def content_hash(*parts: Any) -> str:
-    """A short hash of the inputs of a computation: modules by their weights, the rest as JSON."""
+    """A short hash of the inputs of a computation: of a module its weights, of anything else its JSON."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):

@@ -1,4 +1,4 @@
-"""Whether it pays to compute what frozen parts make of an image once, and to keep it on disk."""
+"""Decides whether the output of frozen parts is computed once per image and kept on disk."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-# The cache may take this share of the room on the disk. The rest is for checkpoints, and for whoever shares the disk.
+# The cache may take this share of the free disk space. The rest is for checkpoints and for other users of the disk.
 COMFORTABLE = 0.5
 
 AUTO = "auto"
 
 
 def parse_switch(name: str, value: bool | str) -> bool | str:
-    """`True`, `False` or `"auto"`, however a recipe or a command line writes it; raises ValueError."""
+    """`True`, `False` or `"auto"`, from a recipe's or a command line's spelling; raises ValueError for others."""
     if isinstance(value, str) and value.lower() == AUTO:
         return AUTO
     try:
@@ -31,7 +31,7 @@ def times_seen(rows: int, args: TrainingArguments) -> float:
 
 @dataclass
 class Cost:
-    """What a cache takes: bytes that are still to be written, and the bytes that are free where it lies."""
+    """The cost of a cache: the bytes that must still be written, and the free bytes on its disk."""
 
     missing: int
     free: int
@@ -47,12 +47,12 @@ def choose(
     Decides which caches are on.
 
     Args:
-        switches: settings that have something to keep, and their values; the smallest cache comes first.
+        switches: the settings of the caches and their values, the smallest cache first.
         seen: how often each image is used.
-        cost: of the caches of some of the settings, together.
+        cost: names of settings -> the cost of their caches together.
 
     Returns:
-        For each setting whether its cache is on, and why, where its value is `"auto"`.
+        For each setting, whether its cache is on; and the reason, if its value is `"auto"`.
     """
     chosen = {name: (value is True, "") for name, value in switches.items()}
     auto = [name for name, value in switches.items() if value == AUTO]

@@ -1,4 +1,4 @@
-"""Stage `caption` (stage 2): the language model learns to write the caption embeddings down."""
+"""Stage `caption` (stage 2): the language model learns to write captions from caption embeddings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,13 +20,14 @@ from vlv.models.loading import read_config
 from vlv.training.examples import draw_captions, merge
 from vlv.training.lora import LoraSettings, add_adapters, merge_adapters
 from vlv.training.samples import markdown_table
-from vlv.training.vlv_stage import VLVSettings, VLVStage
+from vlv.training.vlv_settings import VLVSettings
+from vlv.training.vlv_stage import VLVStage
 
 
 @dataclass
 class CaptionSettings(LoraSettings, VLVSettings):
     caption_head: str | None = field(
-        default=None, metadata={"help": "Folder or id of a language model, where --model has no caption head yet."}
+        default=None, metadata={"help": "Folder or id of a language model, if --model has no caption head yet."}
     )
     max_length: int = field(default=300, metadata={"help": "Longest caption in tokens; longer ones are cut."})
 
@@ -56,7 +57,7 @@ class CaptionStage(VLVStage):
         self.prepare_data(train=features, evaluation=features)
 
     def load(self, model_class: type[VLVModel]) -> tuple[VLVModel, VLVProcessor]:
-        """The model to go on from, with a new caption head where it has none. Here it learns to end its captions."""
+        """The model to start from. It gets a new caption head if it has none, and here learns to end its captions."""
         settings = self.settings
         processor = VLVProcessor.from_pretrained(self.source)
         if settings.caption_head is None:
@@ -71,7 +72,7 @@ class CaptionStage(VLVStage):
         return model, processor
 
     def use_liger_kernels(self) -> None:
-        """Trainer itself would look for kernels for a VLV, of which only the caption head has any."""
+        """Trainer would look for kernels for a VLV, and there are none. The caption head has some."""
         try:
             from liger_kernel.transformers import _apply_liger_kernel_to_instance
         except ImportError as error:
@@ -79,20 +80,20 @@ class CaptionStage(VLVStage):
         _apply_liger_kernel_to_instance(model=self.model.caption_head, **(self.args.liger_kernel_config or {}))
 
     def collate(self, batch: dict[str, Any] | list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """One of each image's captions, padded up to the longest of the batch, no further."""
+        """One caption of each image, padded to the longest caption of the batch."""
         batch = batch if isinstance(batch, dict) else merge(batch)
         text = self.processor(text=draw_captions(batch), return_labels=True, max_length=self.settings.max_length)
         return {**super().collate(batch), **text}
 
     def loss_function(self) -> Callable[..., torch.Tensor] | None:
-        # The Trainer's own smoother would compare labels with logits at other positions.
+        # Trainer's own label smoother would compare the labels with logits of other positions.
         return self.smoothed_loss if self.args.label_smoothing_factor else None
 
     def smoothed_loss(
         self, outputs: VLVOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Cross-entropy of the caption tokens with smoothed labels, a mean over all that the step learns."""
-        logits = outputs["logits"][:, :-1]  # the last position predicts what would follow the caption
+        """Cross-entropy of the caption tokens with smoothed labels: the mean over all tokens of the step."""
+        logits = outputs["logits"][:, :-1]  # the last position predicts the token after the caption
         count = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
         labels = labels.to(logits.device)
         smoothing = self.args.label_smoothing_factor
@@ -102,7 +103,7 @@ class CaptionStage(VLVStage):
         return loss / count
 
     def lengths(self) -> list[int]:
-        # Counted in bytes, which costs nothing; tokens would be the same order of length.
+        # Lengths are counted in bytes, which is cheap. Lengths in tokens would give nearly the same order.
         captions = self.train_dataset.rows[self.settings.caption_column][:]
         return [max(len(caption.encode()) for caption in captions_of(value)) for value in captions]
 
@@ -117,25 +118,25 @@ class CaptionStage(VLVStage):
     @torch.no_grad()
     def whole(self) -> VLVModel:
         """
-        The trained model with the decoder that it started with, which this stage never loads. With adapters that are
-        not merged: the model that they go onto.
+        The trained model, with the decoder of the model that it started from; this stage does not load the decoder.
+        With adapters that are not merged, it is the base model of the adapters.
         """
         model, _ = self.load(VLVModel)
         if self.settings.lora_rank is not None:
             return merge_adapters(model, self.model) if self.settings.merge_lora else model
         weights = dict(model.named_parameters())
-        for name, trained in self.state().items():
+        for name, trained in self.trained().items():
             weights[name].copy_(trained)
         return model
 
     def save(self, folder: Path) -> None:
         super().save(folder)
         if self.settings.lora_rank is not None and not self.settings.merge_lora:
-            self.model.save_pretrained(folder)  # the adapters alone, which loading the folder puts onto the model
+            self.model.save_pretrained(folder)  # only the adapters; loading the folder adds them to the model
 
     @torch.inference_mode()
     def evaluate(self, num: int = 500) -> dict[str, float]:
-        """Share of the evaluation captions that greedy search gives back word for word, and that end by themselves."""
+        """Shares of the evaluation captions that greedy search writes exactly, and that end by themselves."""
         model, right, ended, total = self.model.eval(), 0, 0, 0
         rows = Subset(self.eval_dataset, range(min(num, len(self.eval_dataset))))
         for batch in DataLoader(rows, batch_size=100, collate_fn=self.collate):

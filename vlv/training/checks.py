@@ -1,4 +1,4 @@
-"""What `vlv train` refuses before any long work: settings under which nothing, or nothing useful, would be trained."""
+"""Checks of `vlv train` before any long work: they refuse settings that would train nothing, or nothing useful."""
 
 import math
 import os
@@ -25,12 +25,12 @@ SOURCES = {
     "vae": "the folder or Hub id of an AutoencoderKL",
 }
 
-# Of these, no Hub id lacks an owner.
+# The Hub ids of these always have an owner.
 OWNED = ("encoder", "decoder", "vae")
 
 
 def require_arguments(stage_type: type["Stage"], settings: "Settings", args: TrainingArguments) -> None:
-    """Raises ValueError for arguments of the Trainer that this stage cannot be trained with."""
+    """Raises ValueError for arguments of the Trainer that do not work with this stage."""
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         name = "max_steps" if args.max_steps == 0 else "num_train_epochs"
         raise ValueError(f"{name} is {getattr(args, name):g}, which trains nothing: give at least 1.")
@@ -44,8 +44,8 @@ def require_arguments(stage_type: type["Stage"], settings: "Settings", args: Tra
         raise ValueError(f"label_smoothing_factor is {smoothing:g}: it must be at least 0 and less than 1.")
     if args.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise ValueError(
-            f"metric_for_best_model is {args.metric_for_best_model}: evaluations while training measure the loss"
-            " alone, so it must be eval_loss."
+            f"metric_for_best_model is {args.metric_for_best_model}: evaluations during training measure only the"
+            " loss, so it must be eval_loss."
         )
     if args.remove_unused_columns:
         raise ValueError("remove_unused_columns must stay false: each stage chooses its own columns.")
@@ -67,8 +67,9 @@ def require_output_folder(args: TrainingArguments) -> None:
     Makes the output folder.
 
     Raises:
-        OSError: when it cannot be made, or holds training checkpoints of a run that is not to be resumed. Those of
-            both runs would mix: the Trainer keeps the ones with the most steps, and a later --resume takes the last.
+        OSError: when it cannot be made, or when it holds training checkpoints and the run does not resume them. The
+            checkpoints of both runs would be mixed: Trainer keeps those with the most steps, and a later --resume
+            takes the last one.
     """
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -82,7 +83,7 @@ def require_output_folder(args: TrainingArguments) -> None:
 
 
 def require_sources(settings: "Settings") -> None:
-    """Raises FileNotFoundError for a setting that names a path where there is nothing: the Hub is not asked for it."""
+    """Raises FileNotFoundError for a setting that names a path that does not exist. The Hub is not asked for it."""
     for name, expected in SOURCES.items():
         source = getattr(settings, name, None)
         if not source or os.path.exists(os.path.expanduser(source)):
@@ -108,7 +109,7 @@ def require_separate(settings: "Settings", train: Dataset | IterableDataset, eva
 
 
 def require_a_batch(rows: int, settings: "Settings", args: TrainingArguments) -> None:
-    """Raises ValueError when the rows that are left to train on do not fill one batch, so that no step is trained."""
+    """Raises ValueError when the rows to train on do not fill one batch, so that no step would be trained."""
     batch = args.train_batch_size * args.world_size if args.dataloader_drop_last else 1
     if rows < batch:
         processes = f" on {args.world_size} processes" if args.world_size > 1 else ""
@@ -120,7 +121,7 @@ def require_a_batch(rows: int, settings: "Settings", args: TrainingArguments) ->
 
 
 def require_finite(logs: dict[str, float], step: int) -> None:
-    """Raises ValueError for a loss that is not a number: from there on, nothing is learned any more."""
+    """Raises ValueError for a loss that is not a number: after it, the model learns nothing."""
     for name, value in logs.items():
         if name.endswith("loss") and not math.isfinite(value):
             raise ValueError(

@@ -1,10 +1,10 @@
 """
 Rows as training samples.
 
-    rows ─ one pass over the images (cache.py) ─► what frozen parts make of each, on disk
+    rows ─ one pass over the images (cache.py) ─► the outputs of frozen parts, on disk
       └──────────────────────────────────┴─► Examples ─► DataLoader ─► the stage's `collate` ─► the model's inputs
 
-Rows that are streamed skip the pass: `Stream` takes the place of `Examples`.
+Streamed rows skip the pass. They use `Stream` instead of `Examples`.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from vlv.data.rows import image_digest, row_number
 
 
 def draw_captions(batch: dict[str, Any]) -> list[str]:
-    """One of each sample's `captions`, drawn with its `random`."""
+    """One caption for each sample, drawn from its `captions` with its `random`."""
     return [
         captions[random.integers(len(captions))]
         for captions, random in zip(batch["captions"], batch["random"], strict=True)
@@ -32,16 +32,16 @@ def draw_captions(batch: dict[str, Any]) -> list[str]:
 
 
 class Table(torch.utils.data.Dataset):
-    """Tensors of equal length as a dataset whose batches are cut out in one indexing each.
+    """Tensors of equal length as a dataset. A batch is one indexing operation.
 
-    DataLoader asks `__getitems__` for a whole batch: a dict of tensors (B, ...), which `collate` then makes the
-    model's input. At thousands of samples a second, going one by one would cost more than the training step.
+    DataLoader calls `__getitems__` for a whole batch: a dict of tensors (B, ...), from which `collate` makes the
+    model's inputs. At thousands of samples a second, reading one by one would cost more than the training step.
     """
 
     def __init__(self, **columns: torch.Tensor):
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"The columns of a Table must be equally long, not {lengths}.")
+            raise ValueError(f"The columns of a Table have {lengths} rows: they must be equally long.")
         self.columns = columns
 
     def __len__(self) -> int:
@@ -55,18 +55,18 @@ class Table(torch.utils.data.Dataset):
 
 
 class Examples(torch.utils.data.Dataset):
-    """The rows of a dataset as training samples: what was computed of them once, and what is read each time.
+    """The rows of a dataset as training samples: cached tensors, and what is read each time.
 
-    DataLoader asks `__getitems__` for a whole batch, a dict of tensors (B, ...) and lists of B. One of the lists,
-    `random`, holds a generator for each sample, seeded with the seed, the epoch and the row alone: with what is drawn
-    from them, a resumed run sees what the unbroken one would have seen.
+    DataLoader calls `__getitems__` for a whole batch: a dict of tensors (B, ...) and of lists of length B. One of the
+    lists, `random`, holds a random generator for each sample. Its seed depends only on the seed, the epoch and the
+    row, so a resumed run draws the same as an uninterrupted run.
 
     Args:
-        rows: no more columns than `read` needs.
-        read: makes of a row a dict of tensors and lists; `None` where there is nothing to read.
-        cached: tensors for each row, in their order: anything that gives `cached[indices]` as a dict.
-        report: is called as `report(row, number, error)` with each row that cannot be read. The row is left out of its
-            batch. A batch without any readable row takes the next one.
+        rows: with only the columns that `read` needs.
+        read: a row -> a dict of tensors and lists. `None` if nothing is read.
+        cached: tensors for each row, in their order: an object whose `cached[indices]` is a dict.
+        report: called as `report(row, number, error)` for each row that cannot be read. The row is left out of its
+            batch. If no row of a batch can be read, the batch takes the next row.
     """
 
     def __init__(
@@ -119,15 +119,14 @@ class Examples(torch.utils.data.Dataset):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """The rows of a streamed dataset as training samples (see `Examples`), without end: epoch after epoch, each in an
-    order of its own.
+    """The rows of a streamed dataset as training samples (see `Examples`), without end. Each epoch has another order.
 
-    Every process reads its own share of the data, and every worker of a DataLoader its own share of that. What cannot
-    be read is told to `report(row, number, error)` and left out.
+    Every process reads its own share of the data, and every worker of a DataLoader its own share of that. A row that
+    cannot be read is left out, and `report(row, number, error)` is called.
 
     Args:
-        held_out: the digests of images that are not to be trained on (see `image_digest`).
-        shuffle_buffer_size: how many rows ahead the next one is drawn from.
+        held_out: the digests of images that are not used for training (see `image_digest`).
+        shuffle_buffer_size: how many rows are read ahead; the next row is drawn from them.
         rank, world_size: of this process.
     """
 
@@ -174,7 +173,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def merge(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples one by one to a batch: tensors stacked (B, ...), the rest in lists of B."""
+    """Single samples -> a batch: tensors are stacked (B, ...), other values become lists of length B."""
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
     return {
         name: torch.stack(values) if isinstance(values[0], torch.Tensor) else values
@@ -183,7 +182,7 @@ def merge(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def squeeze(image: Image.Image, size: int) -> dict[str, torch.Tensor]:
-    """An image as `images`, uint8 (3, size, size), squeezed to a square as Florence-2 does."""
+    """An image -> `images`, uint8 (3, size, size), resized to a square as in Florence-2."""
     if image.size != (size, size):
         image = image.resize((size, size), Resampling.BICUBIC)
     return {"images": torch.from_numpy(np.array(image)).permute(2, 0, 1)}
@@ -198,7 +197,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str], max_le
     """Token ids (N, max_length), padded on the right with `tokenizer.pad_token_id`.
 
     Raises:
-        ValueError: when a caption is longer than `max_length`, which would cut its end off.
+        ValueError: when a caption is longer than `max_length` tokens.
     """
     ids = tokenizer(list(captions), padding="max_length", max_length=max_length)["input_ids"]
     longest = max(ids, key=len)
@@ -208,9 +207,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str], max_le
 
 
 def fixed_noise(count: int, shape: Sequence[int], num_train_timesteps: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """One noise and one timestep per evaluation image, so that evaluation losses can be compared with each other.
+    """Noise and a timestep for each evaluation image. They stay the same, so that evaluation losses can be compared.
 
-    Timesteps are spread evenly over the whole range, in random order.
+    The timesteps are spread evenly over the whole range, in random order.
 
     Returns:
         noise (count, *shape) and timesteps (count,), int64.
@@ -231,7 +230,7 @@ def in_batches(
     batch_size: int = 500,
     description: str = "Computing",
 ) -> tuple[torch.Tensor, ...]:
-    """Runs `compute` on `inputs` (N, ...) a batch at a time on `device`; returns its outputs (N, ...) on the CPU."""
+    """Runs `compute` on `inputs` (N, ...) on `device`, in batches. Returns the outputs (N, ...) on the CPU."""
     outputs: list[tuple[torch.Tensor, ...]] = []
     for batch in tqdm(inputs.split(batch_size), desc=description, unit="batch", disable=None):
         outputs.append(tuple(output.cpu() for output in compute(batch.to(device))))

@@ -1,4 +1,4 @@
-"""What a run leaves out of its data, and why."""
+"""The rows that a run leaves out, and why."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from typing import Any
 
 class LeftOut:
     """
-    `failures.jsonl` in the output folder: a line for every row left out, with its `file_name`, or its number in the
-    dataset where it has none, and the `error`. `vlv caption` writes the same rows.
+    `failures.jsonl` in the output folder: a line for every row left out, with its `file_name` and the `error`. A row
+    without a file has its number in the dataset instead. `vlv caption` writes the same rows.
 
     Args:
-        image_column: holds the images, which know their files.
-        roots: folders that files are named from.
+        image_column: the column of the images, which hold the paths of their files.
+        roots: the folders that file names are relative to.
     """
 
     def __init__(self, output_dir: Path, image_column: str, roots: Sequence[str] = ()):
@@ -29,20 +29,20 @@ class LeftOut:
             file.write(json.dumps({**entry, "error": str(reason)}, ensure_ascii=False) + "\n")
 
     def name(self, path: str) -> str:
-        """Relative to the folder that it was found in, with forward slashes."""
+        """The path relative to its root, with forward slashes."""
         for root in map(os.path.abspath, self.roots):
             if os.path.isabs(path) and os.path.commonpath([root, path]) == root:
                 return Path(os.path.relpath(path, root)).as_posix()
         return path
 
     def clear(self) -> None:
-        """Forgets an earlier run."""
+        """Deletes the file of an earlier run."""
         self.file.unlink(missing_ok=True)
 
     def summary(self) -> str | None:
-        """One sentence, or `None` where nothing was left out."""
+        """One sentence, or `None` if nothing was left out."""
         if not self.file.exists():
             return None
-        lines = dict.fromkeys(self.file.read_text(encoding="utf-8").splitlines())  # a stream meets a row in each epoch
+        lines = dict.fromkeys(self.file.read_text(encoding="utf-8").splitlines())  # a stream repeats them each epoch
         self.file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return f"{len(lines)} unusable rows were left out; {self.file} names them and says why."

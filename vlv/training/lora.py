@@ -1,4 +1,4 @@
-"""LoRA through peft: the language models learn through small adapters beside their own, frozen weights."""
+"""LoRA through peft: the language models train small adapters, and their own weights stay frozen."""
 
 from collections.abc import Set
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from torch import nn
 
 from modeling_vlv import VLVModel
 
-# Where the parts that can learn through adapters lie in the model; the small parts train whole, beside them.
+# The modules of the parts that can get adapters. The small parts are trained whole.
 ADAPTED = {
     "caption_head": ("caption_head",),
     "language_model": ("encoder.language_model.encoder", "encoder.language_model.decoder"),
@@ -21,29 +21,29 @@ class LoraSettings:
     lora_rank: int | None = field(
         default=None,
         metadata={
-            "help": "Train the caption head, and the language_model where train_parts names it, through LoRA adapters"
-            " of this rank."
+            "help": "Train the caption head, and the language_model if train_parts names it, through LoRA adapters of"
+            " this rank."
         },
     )
-    lora_alpha: float = field(default=16, metadata={"help": "What adapters add is scaled by lora_alpha / lora_rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters."})
+    lora_alpha: float = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' inputs."})
     lora_targets: list[str] | None = field(
         default=None,
         metadata={"help": "Names of the layers that get adapters, or all-linear (default: peft's for the model)."},
     )
     merge_lora: bool = field(
         default=False,
-        metadata={"help": "Add the adapters to the final weights in place of saving them beside the base model."},
+        metadata={"help": "Add the adapters to the final weights instead of saving them beside the base model."},
     )
 
 
 def add_adapters(model: VLVModel, train_parts: Set[str], settings: LoraSettings) -> None:
     """
-    Freezes all of `model` but new adapters for those of `train_parts` that are language models, and copies of the
-    others, which the adapters' file will hold too: with it, the base model is as trained.
+    Freezes `model` and adds what trains: adapters for the language models of `train_parts`, and copies of the other
+    parts. The adapters' file will hold both, so the base model and this file together are the trained model.
 
     Raises:
-        ValueError: for parts that cannot train so, and layers that do not exist.
+        ValueError: for parts that cannot be trained with LoRA, and for layers that do not exist.
     """
     from peft import LoraConfig
 
@@ -91,7 +91,7 @@ def target_layers(model: VLVModel, part: str, targets: list[str] | None) -> list
 
 
 def merge_adapters(base: VLVModel, trained: VLVModel) -> VLVModel:
-    """`base`, with what the adapters of `trained` have learned added to its weights: an ordinary model again."""
+    """`base` with the adapters of `trained` added to its weights: an ordinary model."""
     from peft import PeftModel
 
     with TemporaryDirectory() as folder:

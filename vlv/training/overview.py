@@ -1,4 +1,4 @@
-"""What a training is about to do, printed before any long work."""
+"""The overview of a training, printed before any long work."""
 
 from torch import nn
 from transformers import TrainingArguments
@@ -7,7 +7,7 @@ from vlv.training.stage import Stage
 
 
 def overview(stage: Stage, args: TrainingArguments) -> str:
-    """What trains and what is frozen, part by part, and the memory that this takes."""
+    """What trains and what is frozen, part by part, and how much memory this takes."""
     lines = [f"{'part':<24} {'trains':>12} {'frozen':>12} {'weights':>10}"]
     for name, part in stage.parts().items():
         lines.append(part_line(name, part))

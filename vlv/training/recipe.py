@@ -1,4 +1,4 @@
-"""A training as a user writes it down: a recipe, and the settings on the command line that override it."""
+"""Reads a recipe, and the settings on the command line that override it."""
 
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -28,28 +28,28 @@ class TrainArguments(TrainingArguments):
         default=False,
         metadata={"help": "Continue from the last training checkpoint in output_dir, if there is one."},
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: stages choose their own columns."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation gathers losses, no logits."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep off: stages choose their own columns."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation keeps only losses, no logits."})
     dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Drop the last short batch: no process repeats another one's samples."}
+        default=True, metadata={"help": "Drop a short last batch, so that no process repeats another one's samples."}
     )
-    logging_steps: float = field(default=50, metadata={"help": "Log the loss every so many steps."})
-    # A look at the loss on every step would make the CPU wait for the GPU every time.
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two logs of the loss."})
+    # To look at the loss in every step, the CPU would have to wait for the GPU in every step.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Replace NaN losses in the log."})
     ddp_timeout: int = field(
         default=3 * 3600,
-        metadata={"help": "Seconds that processes wait for each other, also while each encodes its share of images."},
+        metadata={"help": "Seconds that processes wait for each other. Each also encodes its share of the images."},
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "How many training checkpoints to keep."})
     report_to: None | str | list[str] = field(
-        default="none", metadata={"help": "Where to report to: tensorboard, ..."}
+        default="none", metadata={"help": "Where to send the log: tensorboard, wandb, ..."}
     )
 
     def __post_init__(self):
-        # Trainer allows bf16 on a machine without an accelerator only when told that the CPU is meant.
+        # On a machine without an accelerator, Trainer allows bf16 only with use_cpu.
         self.use_cpu |= not torch.accelerator.is_available()
         self.dataloader_pin_memory &= torch.cuda.is_available()
-        # All processes shuffle alike, whatever else each of them draws.
+        # All processes must shuffle in the same way, whatever else each of them draws.
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
 
@@ -76,6 +76,17 @@ def find_recipe(name: str) -> Path:
     raise FileNotFoundError(f"There is no recipe {name}, neither as a file nor in the package; {hint}")
 
 
+def read_recipe_file(file: Path) -> dict[str, Any]:
+    """A recipe as it is written; raises ValueError when it is not a flat YAML mapping, or names no stage."""
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(recipe, dict) or "stage" not in recipe:
+        raise ValueError(f"{file} must be a YAML mapping of settings that names its stage, e.g. 'stage: caption'.")
+    return recipe
+
+
 def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]:
     """Reads the recipe that `argv` names, and the settings after it.
 
@@ -84,13 +95,7 @@ def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]
         FileNotFoundError: when there is no such recipe.
     """
     file = find_recipe(argv[0])
-    try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from None
-    if not isinstance(recipe, dict) or "stage" not in recipe:
-        raise ValueError(f"{file} must be a YAML mapping of settings that names its stage, e.g. 'stage: caption'.")
-
+    recipe = read_recipe_file(file)
     stage_type = stage_class(recipe["stage"])
     parser = recipe_parser(stage_type.Settings)
     known = [entry.name for kind in (stage_type.Settings, TrainArguments) for entry in fields(kind) if entry.init]
@@ -106,7 +111,7 @@ def read_recipe(argv: list[str]) -> tuple[type[Stage], Settings, TrainArguments]
 
 
 def recipe_parser(settings_type: type[Settings]) -> CommandParser:
-    """The parser of a stage's settings and all training arguments. No abbreviations: a typo could pass for one."""
+    """The parser of a stage's settings and all training arguments. It allows no abbreviations: a typo could be one."""
     parser = CommandParser(
         settings_type, TrainArguments, prog="vlv train", description=DESCRIPTION, allow_abbrev=False
     )
@@ -115,7 +120,7 @@ def recipe_parser(settings_type: type[Settings]) -> CommandParser:
 
 
 def overview_of_recipes() -> str:
-    """What `vlv train --help` tells before a recipe is chosen."""
+    """The text of `vlv train --help` without a recipe."""
     return "\n".join(
         [
             "usage: vlv train RECIPE [--setting value ...]",
@@ -133,7 +138,7 @@ def overview_of_recipes() -> str:
 
 
 def changed_arguments(args: TrainArguments) -> dict[str, Any]:
-    """The training arguments that differ from their defaults, as a recipe would give them."""
+    """The training arguments that differ from their defaults, as values of a recipe."""
     defaults = TrainArguments(output_dir=args.output_dir)
     current, plain = args.to_dict(), defaults.to_dict()
     return {name: value for name, value in current.items() if value != plain[name] or name == "output_dir"}

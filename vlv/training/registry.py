@@ -1,4 +1,4 @@
-"""What `vlv train` can train: the stages by name, or a class of one's own."""
+"""The stages of `vlv train`: those of this package by name, or a user's own class."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vlv.training.stage import Stage
 
-# Where the class of each stage is. A stage is imported when it runs, so that none pays for the others' libraries.
+# The module and class of each stage. A stage is imported only when it runs, without the libraries of other stages.
 STAGE_CLASSES = {
     "vae": "vlv.tiny.vae:VAEStage",
     "teacher": "vlv.tiny.teacher:TeacherStage",
+    "flow_teacher": "vlv.tiny.flow_teacher:FlowTeacherStage",
     "encoder": "vlv.tiny.encoder:EncoderStage",
     "language": "vlv.tiny.language:LanguageStage",
     "autoencode": "vlv.training.autoencode:AutoencodeStage",
@@ -22,7 +23,7 @@ def stage_class(name: str) -> type["Stage"]:
     The class of a stage.
 
     Args:
-        name: one of `STAGE_CLASSES`, or `package.module:Class` for a subclass of `Stage` of one's own.
+        name: one of `STAGE_CLASSES`, or `package.module:Class` for a user's own subclass of `Stage`.
 
     Raises:
         ValueError: when there is no such stage.

@@ -1,4 +1,4 @@
-"""One training, from the first look at its data to the saved model."""
+"""One training, from its data to the saved model."""
 
 import json
 import time
@@ -31,18 +31,19 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
     trainer = StageTrainer(stage, args)
 
     if args.world_size > 1:
-        set_seed(args.seed + args.process_index)  # each process draws noise of its own
+        set_seed(args.seed + args.process_index)  # each process draws its own noise
     last = checkpoint_to_resume(stage, args)
-    distributed = trainer.accelerator.distributed_type.value  # accelerate forgets it in changed_arguments
-    started, commit = time.time(), git_commit()  # of the code that runs, whatever is committed meanwhile
+    distributed = trainer.accelerator.distributed_type.value  # changed_arguments would lose it
+    started, commit = time.time(), git_commit()  # now, because the commit may change during the run
     if last and steps_of(last) == args.max_steps:
-        stage.tell(f"{last} has all {args.max_steps} steps: none is trained. A larger max_steps trains longer.")
+        stage.tell(f"{last} already has all {args.max_steps} steps. To train longer, give a larger max_steps.")
         trainer.restore(last)
     else:
         trainer.train(resume_from_checkpoint=last and str(last))
     seconds = time.time() - started
     if trainer.state.global_step == 0:
-        raise ValueError("No step was trained: the data gave no batch.")
+        raise ValueError("No step was trained: the dataset gave no batch.")
+    stage.finish()
 
     metrics = trainer.evaluate()
     with trainer.whole_model():
@@ -80,10 +81,10 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
 
 def checkpoint_to_resume(stage: Stage, args: TrainArguments) -> Path | None:
     """
-    The training checkpoint to start from. Where --resume has nothing to continue, this is said.
+    The training checkpoint to start from. If --resume finds none, a line says so.
 
     Raises:
-        ValueError: when it was trained for more steps than max_steps.
+        ValueError: when the checkpoint has more steps than max_steps.
     """
     if not args.resume:
         return None

@@ -1,4 +1,4 @@
-"""Looking at a run: losses on the progress bar, and samples of what the model does, as files and in TensorBoard."""
+"""Losses on the progress bar, and samples of the model's output as files and in TensorBoard."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ Samples = Image | str  # a sheet of pictures, or a table in Markdown
 
 
 class LossBar(ProgressCallback):
-    """The Trainer's progress bar, with the last losses beside it."""
+    """Trainer's progress bar, with the last losses beside it."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs=logs, **kwargs)
@@ -20,14 +20,14 @@ class LossBar(ProgressCallback):
             self.training_bar.set_postfix({name: f"{logs[name]:.4g}" for name in logs if name.endswith("loss")})
 
     def close(self) -> None:
-        """Ends the bars of a training that failed, so that its error stands on a line of its own."""
+        """Ends the bars after an error, so that its message starts on a new line."""
         for bar in (self.training_bar, self.prediction_bar):
             if bar is not None:
                 bar.close()
 
 
 def write_samples(samples: Samples, folder: Path, step: int, callbacks: Sequence = ()) -> None:
-    """Writes `folder`/step-`step`.png or .md, and the same to TensorBoard where it is among Trainer's callbacks."""
+    """Writes `folder`/step-`step`.png or .md. TensorBoard gets the same, if it is among Trainer's callbacks."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step}"
     writers = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]

@@ -1,4 +1,4 @@
-"""Models that FSDP2 has sharded: each process holds a part of every weight, and all gather the whole together."""
+"""Models that FSDP2 shards: each process holds a part of every weight, and all processes gather it together."""
 
 import os
 from collections.abc import Iterator
@@ -14,48 +14,54 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 
+def asks_for_fsdp(args: TrainingArguments) -> bool:
+    """Whether the arguments, or the configuration of accelerate, ask for FSDP."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def check_fsdp(args: TrainingArguments) -> None:
-    """Raises ValueError where accelerate would train with DDP in place of the FSDP that it was asked for."""
-    asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    """Raises ValueError when accelerate would train with DDP although FSDP was requested."""
+    asked = asks_for_fsdp(args)
     if asked and args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ValueError(
-            "FSDP spreads a model over several GPUs, which are not there: use another config of accelerate, such as"
-            " the ddp of the package."
+            "FSDP shards a model over several GPUs, and this machine does not have them: use another config of"
+            " accelerate, such as ddp."
         )
 
 
 def blank_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model that is not sharded yet, without the content of its weights: see [`fill`]."""
+    """A copy, without weights, of a model that is not sharded yet; [`fill`] fills it."""
     blanks = {id(weight): nn.Parameter(weight.to("meta"), weight.requires_grad) for weight in model.parameters()}
     return deepcopy(model, blanks)
 
 
 def keep_digits(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Keeps losses in fp32, as under DDP: in half precision accelerate would have FSDP round them to that."""
-    # Sums of gradients stay in half precision: in fp32, FSDP fails to accumulate those of layers that never run.
+    """Keeps losses in fp32, as under DDP. In half precision, accelerate would let FSDP round them."""
+    # Sums of gradients stay in half precision. In fp32, FSDP cannot accumulate those of layers that never run.
     if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def keep_tied_together(model: nn.Module) -> None:
     """
-    Keeps accelerate from sharding the input embeddings apart from what is tied to them: it looks for output embeddings
-    alone, but Florence-2's are tied into both of its halves, and FSDP refuses to shard such weights apart.
+    Prevents accelerate from sharding the input embeddings separately from the weights that are tied to them. It looks
+    only for tied output embeddings. Florence-2's are tied into both halves of its language model, and FSDP refuses to
+    shard tied weights separately.
     """
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
         model.get_input_embeddings = lambda: None
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts the parts back in place of the whole weights, in the compute precision, that a forward pass leaves."""
-    model.state_dict()  # FSDP does so for a state dict; `FSDPModule.reshard` does not after half a forward pass
+    """Shards again the weights that a forward pass has gathered in the compute precision."""
+    model.state_dict()  # this makes FSDP shard; `FSDPModule.reshard` does not after an unfinished forward pass
 
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """
-    Lets other methods of a sharded model than `forward` compute: FSDP gathers the weights of its layers whenever these
-    run, but those outside of any layer only for `forward`. All processes must do the same in this context.
+    Makes other methods of a sharded model than `forward` work. FSDP gathers the weights of a layer whenever the layer
+    runs, but weights outside of all layers only for `forward`. All processes must do the same in this context.
     """
     if isinstance(model, FSDPModule):
         model.unshard()
@@ -65,13 +71,13 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor; all processes must ask for it together."""
+    """The whole tensor. All processes must call this together."""
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 @torch.no_grad()
 def assign(target: torch.Tensor, whole: torch.Tensor) -> None:
-    """Copies a whole tensor, which every process has, into one that may be sharded."""
+    """Copies a whole tensor, which every process has, into a tensor that may be sharded."""
     if isinstance(target, DTensor):
         whole = whole.detach().to(target.device)
         whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
@@ -80,8 +86,8 @@ def assign(target: torch.Tensor, whole: torch.Tensor) -> None:
 
 def fill(blank: nn.Module, model: nn.Module, keep: bool) -> None:
     """
-    Gathers the weights of a sharded model. They go into its [`blank_copy`] in the processes that `keep` them; all
-    processes must call this together.
+    Gathers the weights of a sharded model. Processes with `keep` put them into its [`blank_copy`]. All processes must
+    call this together.
     """
     reshard(model)
     weights = dict(model.named_parameters())

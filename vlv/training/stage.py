@@ -1,4 +1,4 @@
-"""The shape that all stages share."""
+"""The base class of all stages."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ from vlv.training.samples import Samples
 
 @dataclass
 class Settings:
-    """What every stage needs to know besides the Trainer's own arguments."""
+    """The settings of every stage, besides the Trainer's own arguments."""
 
     stage: str | None = field(default=None, metadata={"help": "Which stage the recipe trains."})
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of images (ImageFolder; captions in its metadata.jsonl), of parquet files or WebDataset"
-            " tars, or one that save_to_disk wrote; or a dataset on the Hub."
+            "help": "Folder of images (ImageFolder, with captions in its metadata.jsonl), of parquet files or of"
+            " WebDataset tars; or a folder that save_to_disk wrote; or a dataset on the Hub."
         },
     )
     train_split: str | None = field(
@@ -38,33 +38,33 @@ class Settings:
     )
     eval_dataset: str | None = field(
         default=None,
-        metadata={"help": "Folder or dataset to evaluate on; without it, rows of `dataset` are held out."},
+        metadata={"help": "Folder or dataset to evaluate on (default: rows of `dataset` are held out)."},
     )
     eval_split: str | None = field(default=None, metadata={"help": "Split of `eval_dataset` to evaluate on."})
     eval_size: int = field(default=500, metadata={"help": "How many images to evaluate on."})
     image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
     caption_column: str = field(
-        default="text", metadata={"help": "Column that holds the captions: one, or a list, per image."}
+        default="text", metadata={"help": "Column that holds the captions: one per image, or a list."}
     )
     cache_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Where to keep what is computed of each image once, before training (default: cache in"
-            " output_dir). Runs that name the same folder share it."
+            "help": "Folder for what is computed once per image before training (default: cache in output_dir). Runs"
+            " with the same folder share it."
         },
     )
 
 
 class Stage:
-    """One training run: its data, its model, what of it trains, what it leaves behind.
+    """One training run: its data, its model, what trains, and what is saved.
 
-    The constructor is cheap: it checks the settings and sets `model`, so that what trains can be shown. Then `prepare`
-    reads the data, which may take hours, and sets `train_dataset` and `eval_dataset`. `model(**batch)` returns at
-    least `{"loss": ...}`, so that the stock Trainer can train it.
+    The constructor is cheap: it checks the settings and sets `model`, so that the overview can be printed. Then
+    `prepare` reads the data, which may take hours, and sets `train_dataset` and `eval_dataset`. `model(**batch)`
+    returns at least `{"loss": ...}`, so that the stock Trainer can train it.
     """
 
     Settings = Settings
-    smooths_labels = False  # whether label_smoothing_factor means anything to the loss
+    smooths_labels = False  # whether the loss uses label_smoothing_factor
 
     model: nn.Module
     train_dataset: torch.utils.data.Dataset
@@ -77,7 +77,7 @@ class Stage:
         self.left_out = LeftOut(Path(args.output_dir), settings.image_column, roots)
 
     def prepare(self) -> None:
-        """Reads the data and computes once what frozen parts make of it; sets `train_dataset` and `eval_dataset`."""
+        """Reads the data, computes the caches, and sets `train_dataset` and `eval_dataset`."""
         raise NotImplementedError
 
     @property
@@ -85,22 +85,22 @@ class Stage:
         return Path(self.settings.cache_dir or Path(self.args.output_dir) / "cache")
 
     def tell(self, line: str) -> None:
-        """Prints a line about the run, once for all processes."""
+        """Prints a line about the run. Only the first process prints."""
         if self.args.process_index == 0:
             print(line, flush=True)
 
     def learning_rates(self) -> dict[nn.Parameter, float]:
-        """Of the parameters that have one of their own, in place of the Trainer's `learning_rate`."""
+        """The rates of the parameters that do not use the Trainer's `learning_rate`."""
         return {}
 
     def load_data(self, streaming: bool = False) -> tuple[Dataset | IterableDataset, Dataset]:
-        """The rows to train on and the rows to evaluate on, which are never the same.
+        """The rows to train on and the rows to evaluate on. No row is in both.
 
-        Streamed rows to train on still hold those to evaluate on, where these come from the same split.
+        An exception: streamed rows to train on still hold the rows to evaluate on, if both come from one split.
         """
         settings = self.settings
         if settings.dataset is None:
-            raise ValueError("Nothing to train on: give the folder of images with --dataset.")
+            raise ValueError("There is nothing to train on: give the folder of images with --dataset.")
         if settings.eval_size < 1:
             raise ValueError(f"eval_size is {settings.eval_size}: evaluate on at least 1 image.")
         if self.args.process_index == 0 and not self.args.resume:
@@ -112,7 +112,7 @@ class Stage:
         if streaming:
             source = train if evaluation is None else evaluation
             with reading(settings.dataset if evaluation is None else settings.eval_dataset or settings.dataset):
-                first = list(source.take(settings.eval_size + 1))  # one more, to know whether any row is left
+                first = list(source.take(settings.eval_size + 1))  # one more, to know whether a row is left
             if evaluation is None:
                 self.require_rest(len(first))
             evaluation = Dataset.from_list(first[: settings.eval_size], features=source.features)
@@ -132,7 +132,7 @@ class Stage:
             return load_rows(dataset, split, streaming)
 
     def require_rest(self, count: int) -> None:
-        """Raises ValueError when of `count` rows none is left beside those to evaluate on."""
+        """Raises ValueError when no row of `count` is left after eval_size rows are held out."""
         settings = self.settings
         if count <= settings.eval_size:
             raise ValueError(
@@ -148,7 +148,7 @@ class Stage:
         key: Sequence[Any],
         description: str,
     ) -> tuple[Dataset, Dataset]:
-        """The rows whose images can be read, and what `compute` makes of each: see `compute_once`."""
+        """The rows whose images can be read, and the results of `compute` (see `compute_once`)."""
         column = self.settings.image_column
         require_column(rows, column, "image_column")
         cached = compute_once(rows, column, read, compute, key, self.cache_folder, self.args, description)
@@ -170,7 +170,7 @@ class Stage:
 
     def leave_out(self, reasons: dict[int, str], *datasets: Dataset) -> Sequence[Dataset]:
         """
-        Datasets of the same rows without those that there is a reason to leave out. Each reason is written down.
+        The datasets, which have the same rows, without the rows in `reasons`. The reasons go to `failures.jsonl`.
 
         Raises:
             ValueError: when no row is left.
@@ -187,30 +187,37 @@ class Stage:
         return [dataset.select(kept) for dataset in datasets]
 
     def lengths(self) -> list[int]:
-        """How long each sample to train on is, for batches of about one length."""
-        raise ValueError(f"group_by_length: the samples of stage '{self.settings.stage}' are all of one length.")
+        """The length of each sample to train on, for batches of similar length."""
+        raise ValueError(f"group_by_length: the samples of stage '{self.settings.stage}' all have the same length.")
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts of the model by name, for the overview at the start."""
         return {type(self.model).__name__: self.model}
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """What a training checkpoint holds of the model, by name: what trains. The rest lies where it came from."""
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The weights that train, by name."""
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors in a training checkpoint, by name: the weights that train. Frozen ones are in their source."""
+        return dict(self.trained())
+
     def collate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the dataset gives for a batch, as the model's inputs."""
+        """The dataset's batch -> the model's inputs."""
         return batch
 
     def loss_function(self) -> Callable[..., torch.Tensor] | None:
-        """What the Trainer computes the loss with, as its `compute_loss_func`; `None` where the model does it."""
+        """The Trainer's `compute_loss_func`. `None` if the model computes the loss itself."""
         return None
 
     def callbacks(self) -> list[TrainerCallback]:
         return []
 
+    def finish(self) -> None:
+        """Called when all steps are trained, before the final evaluation."""
+
     def samples(self) -> Samples | None:
-        """What the model makes of a few evaluation rows, for people to look at after each evaluation."""
+        """The model's output for a few evaluation rows, for people to look at after each evaluation."""
         return None
 
     def save(self, folder: Path) -> None:
@@ -218,7 +225,7 @@ class Stage:
         raise NotImplementedError
 
     def evaluate(self) -> dict[str, float]:
-        """Measures the trained model against this stage's own target, on the evaluation rows."""
+        """Measures the trained model on the evaluation rows, with this stage's own metrics."""
         return {}
 
 

@@ -1,4 +1,4 @@
-"""The Trainer behind `vlv train`, and its training checkpoints."""
+"""The Trainer of `vlv train`, and its training checkpoints."""
 
 import re
 from collections import Counter
@@ -41,8 +41,8 @@ from vlv.training.stage import Stage
 
 class StageTrainer(Trainer):
     """
-    The stock Trainer, but its checkpoints hold what trains, and not what is frozen and lies elsewhere. Its log also
-    tells the parts of the loss, which are what a model returns under names that end in `_loss`.
+    The stock Trainer with two changes. Its checkpoints hold only what trains, because frozen weights are in their
+    source. Its log also has the parts of the loss: the outputs of the model whose names end in `_loss`.
     """
 
     def __init__(self, stage: Stage, args: TrainingArguments):
@@ -58,9 +58,9 @@ class StageTrainer(Trainer):
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossBar)
-        self.blank = None  # FSDP shards the model in place; the final weights are gathered into this copy
+        self.blank = None  # FSDP shards the model in place, so the final weights are gathered into this copy
         if self.is_fsdp_enabled:
-            if getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:  # as older releases know none
+            if getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:  # older releases lack the field
                 raise ValueError("Only the second version of FSDP is supported: set fsdp_version: 2.")
             self.blank = blank_copy(stage.model)
             keep_tied_together(stage.model)
@@ -101,7 +101,7 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         require_finite(logs, self.state.global_step)
         if "loss" in logs and self.loss_parts:
-            # In proportion, for the Trainer's own sum knows about accumulated and gathered batches.
+            # In proportion to the loss, because Trainer's own sum includes accumulated and gathered batches.
             whole = sum(self.loss_parts.values())
             logs |= {name: logs["loss"] * (part / whole).item() for name, part in self.loss_parts.items()}
             self.loss_parts.clear()
@@ -119,15 +119,15 @@ class StageTrainer(Trainer):
     @contextmanager
     def all_methods(self) -> Iterator[None]:
         """
-        Lets the stage call other methods of its model than `forward`. All processes must call the same ones, for each
-        may hold a part of the model.
+        Lets the stage call other methods of its model than `forward`. Each process may hold a part of the model, so
+        all processes must make the same calls.
         """
         with unsharded(self.stage.model), self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
             yield
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
-        """The stage's model, whole, for the first process to save; all processes must enter this together."""
+        """Gathers the stage's whole model, for the first process to save. All processes must enter this together."""
         trained = self.stage.model
         if self.blank is not None:
             fill(self.blank, trained, keep=self.is_world_process_zero())
@@ -138,7 +138,7 @@ class StageTrainer(Trainer):
             self.stage.model = trained
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.is_fsdp_enabled:  # Trainer would gather what is frozen, too
+        if self.is_fsdp_enabled:  # Trainer would gather the frozen weights too
             self._save(output_dir)
         else:
             super().save_model(output_dir, _internal_call)
@@ -147,7 +147,7 @@ class StageTrainer(Trainer):
         reshard(self.stage.model)
         state = {}
         for name, tensor in self.stage.state().items():
-            # All processes gather what FSDP has sharded; DeepSpeed comes with what it has gathered itself.
+            # With FSDP, all processes gather the weights here. DeepSpeed passes weights that it has gathered itself.
             whole = gathered((state_dict or {}).get(name, tensor))
             if self.args.should_save:
                 state[name] = whole.cpu().contiguous()
@@ -159,7 +159,7 @@ class StageTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
-        # As Trainer does it, without a second copy of the model, frozen weights and all.
+        # As in Trainer, but without a second copy of the whole model.
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
@@ -167,7 +167,7 @@ class StageTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # The state that comes next says that the checkpoint is whole: so all processes have written their parts.
+        # The state is written next and marks the checkpoint as complete. All processes must have written their parts.
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -187,7 +187,7 @@ class StageTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def restore(self, checkpoint: Path) -> None:
-        """Takes over a checkpoint that has all steps: the Trainer itself would train one more."""
+        """Loads a checkpoint that has all steps. Trainer itself would train one more step."""
         if self.is_fsdp_enabled:
             self.create_optimizer()
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
@@ -219,17 +219,17 @@ class StageTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """The loss alone, which every stage's model returns, whatever its inputs are called."""
+        """Only the loss, which the model of every stage returns, whatever the names of its inputs."""
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach().mean(), None, None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # counting them walks through all parameters at every step
+        return 0  # counting them would go through all parameters in every step
 
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
-        # A stream shares itself out among the processes: if accelerate did, one process would read for all.
+        # A stream divides itself among the processes. If accelerate divided it, one process would read for all.
         return DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
@@ -243,7 +243,7 @@ class StageTrainer(Trainer):
         strategy = getattr(self.args, "train_sampling_strategy", None)
         if strategy != "group_by_length" and not getattr(self.args, "group_by_length", False):  # transformers 5.0's
             return super()._get_train_sampler(train_dataset)
-        # As Trainer does it, but alike on all processes, and in a resumed run as in the unbroken one.
+        # As in Trainer, but with the same result on all processes, and in a resumed run as in an uninterrupted run.
         sampler = DistributedLengthGroupedSampler(
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
             num_replicas=1,
@@ -263,7 +263,7 @@ class StageTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def require_finite_weights(self) -> None:
-        """Raises ValueError, on every process alike, before a broken model takes the place of a good checkpoint."""
+        """Raises ValueError, on every process, before a broken model replaces a good checkpoint."""
         weights = [weight.detach() for weight in self.stage.state().values()]
         weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
         broken = sum((~weight.isfinite()).sum() for weight in weights)
@@ -274,7 +274,7 @@ class StageTrainer(Trainer):
             )
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        # Trainer has one switch for both, but only training drops its last short batch.
+        # Trainer has one switch for training and evaluation, but only training drops its short last batch.
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -284,8 +284,8 @@ class StageTrainer(Trainer):
 
 class EpochCallback(TrainerCallback):
     """
-    Tells the dataset, or a sampler, which epoch begins, on every process; accelerate forgets to where it shards the
-    batches.
+    Tells the dataset, or a sampler, which epoch begins, on every process. accelerate does not do this when it shards
+    the batches.
     """
 
     def __init__(self, listener: Dataset | Sampler):
@@ -297,7 +297,7 @@ class EpochCallback(TrainerCallback):
 
 
 def last_whole_checkpoint(output_dir: Path) -> Path | None:
-    """The newest training checkpoint that was written to its end; a run killed while saving leaves a torso behind."""
+    """The newest complete training checkpoint. A run that was killed while saving leaves an incomplete one."""
     found = {
         int(match[1]): path for path in output_dir.glob("checkpoint-*") if (match := re.search(r"-(\d+)$", path.name))
     }

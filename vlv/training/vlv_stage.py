@@ -1,7 +1,6 @@
-"""What the two stages that train a VLV share: its settings, its cached inputs, and how it is saved whole."""
+"""What the two stages that train a VLV share: settings, cached inputs, and saving the whole model."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from PIL.Image import Image
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from modeling_vlv import STAGES, VLVModel
 from processing_vlv import VLVProcessor
@@ -20,16 +19,19 @@ from vlv import tiny_checkpoint
 from vlv.data.rows import image_digest, open_image, read_captions, require_column
 from vlv.models.loading import read_config
 from vlv.reading import Reader
+from vlv.training.average import MovingAverage
 from vlv.training.cache import Images, as_tensors, cache_files, compute_blank, free_bytes, missing_bytes
-from vlv.training.caching import AUTO, Cost, choose, parse_switch, times_seen
+from vlv.training.caching import Cost, choose, times_seen
 from vlv.training.checks import require_a_batch
 from vlv.training.examples import Examples, Stream, merge
-from vlv.training.stage import Settings, Stage
+from vlv.training.sharding import asks_for_fsdp
+from vlv.training.stage import Stage
+from vlv.training.vlv_settings import VLVSettings
 
 VISION_PARTS = ("vision_tower", "image_projection")
 FLORENCES_PARTS = (*VISION_PARTS, "language_model", "word_embeddings")
 ENCODER_PARTS = (*FLORENCES_PARTS, "queries", "projection")
-# What frozen parts can compute of an image once, and what of the processor's it is computed from.
+# What frozen parts can compute once for an image, and the processor's tensor that they compute it from.
 COMPUTED_FROM = {
     "image_features": "pixel_values",
     "caption_embeds": "pixel_values",
@@ -39,65 +41,8 @@ COMPUTED_FROM = {
 }
 
 
-@dataclass
-class VLVSettings(Settings):
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the VLV to go on from; vlv-tiny is the bundled one."}
-    )
-    train_parts: list[str] | None = field(
-        default=None, metadata={"help": "Parts to train in place of the stage's own (see VLVModel.set_stage)."}
-    )
-    encoder_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate of Florence-2's own parts (language_model, ...) where they train: at the pace of"
-            " new parts, what they brought along is soon forgotten (default: learning_rate)."
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ... (default: the best that is installed)."}
-    )
-    gradient_checkpointing_parts: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Parts that save memory by a second forward pass: encoder, unet, caption_head"
-            " (--gradient_checkpointing: all of them)."
-        },
-    )
-    cache_features: str = field(
-        default=AUTO,
-        metadata={
-            "help": "Run the frozen vision tower (and what else of the encoder is frozen) over each image once, before"
-            " training, and keep the outcome on disk: true, false, or auto, which does it where the images are used"
-            " more than once and the cache takes at most half of the free room. At the published size it takes 1.2 MB"
-            " per image in bf16 training.",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "Read the dataset from where it lies, while training, for more data than the disk holds. Needs"
-            " max_steps, as its length is not known; nothing is kept on disk of the images to train on."
-        },
-    )
-    shuffle_buffer_size: int = field(
-        default=1000,
-        metadata={
-            "help": "With streaming: how many rows to read ahead, and draw the next one from. Files are shuffled too."
-        },
-    )
-    save_dtype: str | None = field(
-        default=None, metadata={"help": "Precision of the final weights, e.g. float16 (default: as trained)."}
-    )
-
-    def __post_init__(self):
-        self.cache_features = parse_switch("cache_features", self.cache_features)
-
-
 def process(image: Image, processor: VLVProcessor, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """What the processor makes of one image, as far as it is among `names`."""
+    """The processor's tensors of one image that are among `names`."""
     if not names:
         return {}
     inputs = processor(images=image, return_decoder_pixel_values="decoder_pixel_values" in names)
@@ -112,7 +57,7 @@ def read_tensors(source: Any, processor: VLVProcessor, names: Collection[str]) -
 def read_row(
     row: dict[str, Any], read: Callable[[Any], dict[str, torch.Tensor]], image_column: str, caption_column: str | None
 ) -> dict[str, Any]:
-    """One row as a sample: its captions if there is a column of them, and what `read` makes of its image."""
+    """One row as a sample: its captions, if there is a column of them, and the tensors of its image from `read`."""
     captions = {} if caption_column is None else read_captions(row, caption_column)
     return {**captions, **read(row.get(image_column))}
 
@@ -122,37 +67,41 @@ def _read_nothing(source: Any) -> dict[str, torch.Tensor]:
 
 
 class VLVStage(Stage):
-    """A stage of a VLV. What frozen parts make of an image can be computed once and kept on disk.
+    """A stage that trains a VLV. The output of frozen parts for an image can be computed once and kept on disk.
 
     A subclass loads `model` and `processor`, then calls `choose_parts`, then `prepare_data`.
     """
 
     stage: str
-    image_inputs: tuple[str, ...]  # what the model needs of an image, of what the processor makes
+    image_inputs: tuple[str, ...]  # the processor's tensors of an image that the model needs
     reads_captions = False
     eval_rows: Dataset
     model: VLVModel
     processor: VLVProcessor
+    average: MovingAverage | None = None
 
     def __init__(self, settings: VLVSettings, args: TrainingArguments):
         super().__init__(settings, args)
+        if settings.average_decay is not None and asks_for_fsdp(args):
+            raise ValueError("average_decay needs whole weights, which FSDP shards: leave it out, or train with DDP.")
         if settings.save_dtype is not None and not isinstance(getattr(torch, settings.save_dtype, None), torch.dtype):
             raise ValueError(f"save_dtype is {settings.save_dtype!r}: name a torch dtype, e.g. float16.")
         bundled = settings.model == "vlv-tiny" and not Path(settings.model).is_dir()
         self.source = tiny_checkpoint() if bundled else settings.model
 
     def load_model(self, model_class: type[VLVModel], **kwargs) -> VLVModel:
-        """The model to go on from, in fp32: what trains must not be held in less."""
-        read_config(self.source)  # says in one sentence why it is not a VLV
+        """The model to start from, in fp32, because weights that train need that precision."""
+        read_config(self.source)  # raises one sentence if it is not a VLV
         return model_class.from_pretrained(
             self.source, dtype=torch.float32, attn_implementation=self.settings.attn_implementation, **kwargs
         )
 
     def choose_parts(self) -> None:
-        """Freezes and thaws, in the one place that does."""
+        """Sets which parts train and which are frozen. No other code does."""
         settings = self.settings
+        self.model.config.nested_queries = settings.nested_queries
         if settings.train_parts == []:
-            raise ValueError("train_parts is empty, so nothing would train: name parts, or leave it out.")
+            raise ValueError("train_parts is empty, so nothing would train: name parts, or leave the setting out.")
         self.train_parts = set(settings.train_parts or STAGES[self.stage])
         try:
             self.model.set_stage(self.stage, train=tuple(self.train_parts))
@@ -160,16 +109,35 @@ class VLVStage(Stage):
             raise ValueError(f"{self.source or 'The model'}: {error}") from error
         if settings.encoder_learning_rate is not None and not self.trains(FLORENCES_PARTS):
             raise ValueError(
-                f"encoder_learning_rate: of Florence-2 nothing trains, but {', '.join(sorted(self.train_parts))}; name"
-                " language_model or another of its parts in train_parts."
+                f"encoder_learning_rate is set, but no part of Florence-2 trains, only"
+                f" {', '.join(sorted(self.train_parts))}: name language_model or another of its parts in train_parts."
             )
         if settings.gradient_checkpointing_parts is not None:
-            known = [name for name in ("encoder", "unet", "caption_head") if getattr(self.model, name) is not None]
+            parts = ("encoder", "unet", "transformer", "caption_head")
+            known = [name for name in parts if getattr(self.model, name) is not None]
             if unknown := set(settings.gradient_checkpointing_parts) - set(known):
                 raise ValueError(
                     f"gradient_checkpointing_parts can be {', '.join(known)} in this stage, not {', '.join(unknown)}."
                 )
             self.model.gradient_checkpointing_enable(parts=settings.gradient_checkpointing_parts)
+
+    def callbacks(self) -> list[TrainerCallback]:
+        decay = self.settings.average_decay
+        if decay is None:
+            return super().callbacks()
+        trained = self.trained().values()
+        self.average = MovingAverage(trained, [weight.detach().clone() for weight in trained], decay)
+        return [*super().callbacks(), self.average]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        state = super().state()
+        if self.average is None:
+            return state
+        return state | {f"average.{name}": mean for name, mean in zip(state, self.average.average, strict=True)}
+
+    def finish(self) -> None:
+        if self.average is not None:
+            self.average.take()
 
     def learning_rates(self) -> dict[nn.Parameter, float]:
         rate = self.settings.encoder_learning_rate
@@ -185,13 +153,13 @@ class VLVStage(Stage):
         Loads the data.
 
         Args:
-            train, evaluation: for each setting that switches a cache, what it keeps of an image (see COMPUTED_FROM),
-                the smallest first; nothing where the parts train that would compute it.
-            besides: what is kept of the images to evaluate on in any case.
+            train, evaluation: for each setting that switches a cache, the tensors that it keeps (see COMPUTED_FROM),
+                the smallest first; none if the parts that would compute them train.
+            besides: the tensors that are always kept for the images to evaluate on.
         """
         settings, args = self.settings, self.args
         if settings.streaming and args.max_steps <= 0:
-            raise ValueError("streaming needs max_steps: where the data ends is not known beforehand.")
+            raise ValueError("streaming needs max_steps, because the length of the data is not known beforehand.")
         train_rows, eval_rows = self.load_data(settings.streaming)
         require_column(eval_rows, settings.image_column, "image_column")
         if self.reads_captions:
@@ -221,8 +189,8 @@ class VLVStage(Stage):
         seen: float | None = None,
     ) -> list[str]:
         """
-        What to compute once of the images in `rows`, `besides` what is computed in any case. Evaluation images, of
-        which `seen` is not given, are used at least twice.
+        The tensors to compute once for the images in `rows`, without `besides`, which are always computed. Evaluation
+        images are used at least twice; `seen` is not given for them.
         """
 
         def cost(names: tuple[str, ...]) -> Cost:
@@ -234,14 +202,14 @@ class VLVStage(Stage):
 
         switches = {name: getattr(self.settings, name) for name, tensors in cacheable.items() if tensors}
         chosen = [choose(switches, 2 if seen is None else seen, cost)]
-        broadcast_object_list(chosen)  # the free room may change while the processes look at it
+        broadcast_object_list(chosen)  # free disk space may change while the processes look at it
         for name, (on, reason) in chosen[0].items():
             if reason and seen is not None:
                 self.tell(f"{name}: {'on' if on else 'off'}, because {reason}.")
         return [tensor for name, (on, _) in chosen[0].items() if on for tensor in cacheable[name]]
 
     def once(self, computed: Collection[str]) -> tuple[Callable, Callable, list[Any]]:
-        """How to compute tensors of an image once: `read`, `compute` and `key` of `compute_once`."""
+        """The arguments `read`, `compute` and `key` of `compute_once` for these tensors."""
         sources = sorted({COMPUTED_FROM[name] for name in computed})
         read = partial(process, processor=self.processor, names=sources)
         return read, partial(self.compute, names=computed), self.cache_key(computed)
@@ -250,8 +218,8 @@ class VLVStage(Stage):
         self, rows: Dataset, computed: Collection[str], description: str, read_first: bool
     ) -> tuple[Dataset, Examples]:
         """
-        The rows that can be used, and the same as samples, of which what is `computed` is computed here. Where images
-        are not `read_first`, those that cannot be read are left out while training.
+        The rows that can be used, and the same rows as samples. The tensors in `computed` are computed here. Without
+        `read_first`, images that cannot be read are left out during training.
         """
         if read_first:
             rows, cached = self.read_once(rows, *self.once(computed), description)
@@ -270,7 +238,7 @@ class VLVStage(Stage):
         )
 
     def stream(self, rows: IterableDataset) -> Stream:
-        """Rows that are read as they come, but those that evaluation took from the same split."""
+        """Streamed rows, without the rows that evaluation took from the same split."""
         settings = self.settings
         require_column(rows, settings.image_column, "image_column")
         if self.reads_captions:
@@ -290,8 +258,8 @@ class VLVStage(Stage):
 
     def reader(self, names: Collection[str]) -> partial:
         """
-        Makes samples of rows: see `read_row`. Images are read in a process of its own for each process that asks: a
-        damaged one must not end the training.
+        Makes samples of rows (see `read_row`). Each process reads images in another process, so that a damaged image
+        cannot end the training.
         """
         read = partial(read_tensors, processor=self.processor, names=names)
         return partial(
@@ -302,45 +270,39 @@ class VLVStage(Stage):
         )
 
     def features(self) -> tuple[str, ...]:
-        """As far as the frozen parts of the encoder can take an image: what of it can be computed once."""
+        """What the frozen parts of the encoder can compute once for an image."""
         if self.trains(VISION_PARTS):
             return ()
         return ("image_features",) if self.trains(ENCODER_PARTS) else ("caption_embeds",)
 
     def trains(self, names: Collection[str]) -> bool:
-        """Whether any of the parts has something to train, be it adapters."""
+        """Whether any of the parts trains, itself or through adapters."""
         parts = self.parts()
         return any(weight.requires_grad for name in names for weight in parts[name].parameters())
 
     @torch.inference_mode()
     def compute(self, batch: dict[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
         """
-        Of `pixel_values` and `decoder_pixel_values`, those of the tensors called `names`. Training in half precision
-        would compute them in that; they are kept in fp16 then, whose 11 bits say all that bf16's 8 do.
+        The tensors called `names`, computed from `pixel_values` and `decoder_pixel_values`. When training runs in half
+        precision, they are computed in it and kept in fp16, whose 11 bits of precision also hold bf16's 8.
         """
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         model, found = self.model.eval(), {}
         for part in filter(None, (model.encoder, model.projection, model.vae)):
-            part.to(self.args.device)  # the others, which FSDP shards later, may not fit on one device
+            part.to(self.args.device)  # only these: FSDP shards the others later, and they may not fit on one device
         with torch.autocast(self.args.device.type, half, enabled=half is not None):
             if "image_features" in names:
                 found["image_features"] = model.get_image_features(batch["pixel_values"])
             if "caption_embeds" in names:
                 found["caption_embeds"] = model.encode(batch["pixel_values"])
             if "decoder_pixel_values" in batch:
-                found |= dict(zip(("latent_mean", "latent_std"), self.latents(batch), strict=True))
+                latents = model.latent_distribution(batch["decoder_pixel_values"])
+                found |= dict(zip(("latent_mean", "latent_std"), latents, strict=True))
                 found["latents"] = found["latent_mean"]
         return {name: found[name].to(torch.float32 if half is None else torch.float16) for name in names}
 
-    def latents(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the images' latents, (B, C, h/f, w/f) each, in the UNet's scale."""
-        vae = self.model.vae
-        posterior = vae.encode(batch["decoder_pixel_values"].to(vae.device, vae.dtype)).latent_dist
-        scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-        return (posterior.mean - shift) * scale, posterior.std * scale
-
     def cache_key(self, computed: Collection[str]) -> list[Any]:
-        """All that decides what `compute` makes of an image: settings, and the weights of the parts that it uses."""
+        """All that the result of `compute` depends on: settings, and the weights of the parts that it uses."""
         config, parts = self.model.config, self.parts()
         sources = {COMPUTED_FROM[name] for name in computed}
         key = [sorted(computed), self.processor.to_dict(), self.args.bf16, self.args.fp16]
@@ -352,7 +314,7 @@ class VLVStage(Stage):
         return key
 
     def collate(self, batch: dict[str, Any] | list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The tensors of a batch; a stream brings its samples one by one."""
+        """The tensors of a batch. A stream gives a list of single samples."""
         batch = batch if isinstance(batch, dict) else merge(batch)
         return {name: values for name, values in batch.items() if isinstance(values, torch.Tensor)}
 
@@ -363,13 +325,13 @@ class VLVStage(Stage):
         }
 
     def sample_rows(self, count: int = 12) -> tuple[list[dict], list[Image], torch.Tensor]:
-        """A few evaluation rows, what the model sees of their images, and that as its `pixel_values`."""
+        """A few evaluation rows, the part of their images that the model sees, and its `pixel_values`."""
         rows = list(islice(self.eval_rows, count))
         images = [self.processor.preprocess_image(open_image(row[self.settings.image_column])) for row in rows]
         return rows, images, self.processor(images=images)["pixel_values"]
 
     def whole(self) -> VLVModel:
-        """The model with the parts that this stage did not load."""
+        """The whole model, with the parts that this stage did not load."""
         return self.model
 
     def save(self, folder: Path) -> None:

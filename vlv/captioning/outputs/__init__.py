@@ -1,4 +1,4 @@
-"""What `vlv caption` writes: one class in one file for each format."""
+"""The output formats of `vlv caption`: one class in one file for each format."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +9,12 @@ from vlv.captioning.outputs.parquet import Parquet
 from vlv.captioning.outputs.sidecars import EXISTING, Sidecars
 from vlv.images import ImageFile
 
-# By the suffix that --output ends in. A suffix alone that is not among them stands for sidecars.
+# The class for each suffix of --output. A suffix alone that is not listed here means sidecars.
 FORMATS: dict[str, type[CaptionFile]] = {".jsonl": JsonLines, ".parquet": Parquet}
 
 
 def is_suffix(name: str) -> bool:
-    """Whether `--output` stands for sidecars."""
+    """Whether `--output` is a suffix alone, which means sidecars."""
     return name.startswith(".") and name[1:].isalnum() and name not in FORMATS
 
 
@@ -23,12 +23,12 @@ def open_output(name: str, files: Sequence[ImageFile] | None, several: bool, exi
     The output that `--output` names.
 
     Args:
-        files: the images, or `None` where some are rows of tables.
+        files: the images, or `None` if some are rows of tables.
         several: each image gets a list of captions.
-        existing: what becomes of sidecars that are there.
+        existing: what happens to sidecars that already exist.
 
     Raises:
-        OSError, ValueError: when it cannot be written; nothing has been done by then.
+        OSError, ValueError: when it cannot be written. Nothing has been changed.
     """
     if not is_suffix(name):
         return FORMATS[Path(name).suffix](Path(name), several)

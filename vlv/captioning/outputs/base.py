@@ -9,14 +9,14 @@ from vlv.captioning.journal import Journal, Row
 
 class Output(ABC):
     """
-    What a run makes of its captions. All else that belongs to it lies beside `path` and is named after it.
+    The output of a run. Its other files (journal, failures, settings) are beside `path` and are named after it.
 
     Args:
-        path: the file; where the captions are in many files, a name for all of them.
+        path: the file; if the captions are in many files, a name for all of them.
         several: each image has a list of captions.
     """
 
-    options: Row = {}  # what an interrupted run must be resumed with, beside the settings of the captions
+    options: Row = {}  # must be the same when a run is resumed, as the settings of the captions
 
     def __init__(self, path: Path, several: bool):
         self.path, self.several = path, several
@@ -30,23 +30,23 @@ class Output(ABC):
     @property
     @abstractmethod
     def exists(self) -> bool:
-        """Whether there is something of an earlier run."""
+        """Whether there is output of an earlier run."""
 
     @abstractmethod
     def check_new(self) -> None:
-        """See that a run that was told neither to add nor to replace does not replace anything; raises OSError."""
+        """Raises OSError if a run without --resume and --overwrite would replace something."""
 
     @abstractmethod
     def names(self) -> set[str]:
-        """The images that have a caption in the output of an earlier run; raises ValueError where it is damaged."""
+        """The images that have a caption in the output of an earlier run; raises ValueError if it is damaged."""
 
     @abstractmethod
     def publish(self, rows: Iterable[Row], kept: set[str]) -> list[Row]:
         """
-        Write the captions, whole, and return the rows of those that have no place there.
+        Write the captions atomically. Returns the rows that this format could not write.
 
         Args:
-            kept: the images of an earlier run whose captions stay.
+            kept: the images of an earlier run whose captions are kept.
         """
 
 
@@ -58,12 +58,12 @@ class CaptionFile(Output):
             raise IsADirectoryError(f"{path} is a folder; name a file to write to.")
         if path.parent.exists() and not path.parent.is_dir():
             raise NotADirectoryError(f"{path} cannot be written: {path.parent} is not a folder.")
-        # A link stays one: what it points to is written, in the folder where that lies.
+        # A link stays a link: the file that it points to is written, in its own folder.
         super().__init__(path.resolve() if path.is_symlink() else path, several)
         if self.path.name.endswith(".failures.jsonl"):
-            raise ValueError(f"{path} is how a list of failures is named; choose another --output.")
+            raise ValueError(f"{path} is a name for a list of failures; choose another --output.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.failures.exists()  # raises OSError at once, where that name is too long for the file system
+        self.failures.exists()  # raises OSError now if that name is too long for the file system
 
     @property
     def exists(self) -> bool:
@@ -72,11 +72,11 @@ class CaptionFile(Output):
     def check_new(self) -> None:
         if self.exists:
             raise FileExistsError(
-                f"{self.path} is there already: add to it with --resume, or replace it with --overwrite."
+                f"{self.path} already exists: add to it with --resume, or replace it with --overwrite."
             )
 
     def check_text(self, is_list: bool, where: str) -> None:
-        """See that `text` is of the kind that this run adds."""
+        """Raises ValueError if `text` is not of the kind that this run adds."""
         if is_list != self.several:
             has, adds = ("a list of captions", "one") if is_list else ("one caption", "a list")
             raise ValueError(

@@ -8,7 +8,7 @@ from vlv.files import read_json_lines
 
 
 class JsonLines(CaptionFile):
-    """A `.jsonl` file. The lines of an earlier run stay as they are, byte for byte, with all their keys."""
+    """A `.jsonl` file. The lines of an earlier run are kept byte for byte, with all their keys."""
 
     def names(self) -> set[str]:
         return {name for name, _ in self._lines()}

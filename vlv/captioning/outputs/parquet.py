@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vlv.captioning.journal import Row
 from vlv.captioning.outputs.base import CaptionFile
 
-if TYPE_CHECKING:  # a quarter of a second: --help does not wait for it
+if TYPE_CHECKING:  # importing it takes a quarter of a second, and --help does not need it
     from pyarrow import Schema, Table
     from pyarrow.parquet import ParquetFile
 
@@ -16,7 +16,7 @@ ROWS_AT_ONCE = 10_000
 
 
 class Parquet(CaptionFile):
-    """A `.parquet` file. The rows of an earlier run stay as they are; new ones leave the other columns empty."""
+    """A `.parquet` file. The rows of an earlier run are kept. In new rows, any other columns are empty."""
 
     def names(self) -> set[str]:
         if not self.exists:
@@ -74,7 +74,7 @@ class Parquet(CaptionFile):
         try:
             file = ParquetFile(self.path)
         except ArrowException as error:
-            raise ValueError(f"{self.path} is not a whole parquet file: {error}") from None
+            raise ValueError(f"{self.path} is not a complete parquet file: {error}") from None
         with file:
             schema = file.schema_arrow
             for name in ("file_name", "text"):

@@ -16,17 +16,17 @@ EXISTING = ("skip", "overwrite", "append", "prepend")
 
 class Sidecars(Output):
     """
-    A text file beside each image: its name with another suffix; several captions are its lines.
+    A text file beside each image, with the image's name and another suffix. Several captions are several lines.
 
     Args:
         files: the images.
         suffix: of the text files.
-        existing: what becomes of a text file that is there and not empty.
+        existing: what happens to a text file that already exists and is not empty.
     """
 
     def __init__(self, files: Sequence[ImageFile], suffix: str, several: bool = False, existing: str = "skip"):
         if suffix.lower() in SUFFIXES:
-            raise ValueError(f"--output {suffix} is the suffix of images: name one for text, such as .txt.")
+            raise ValueError(f"--output {suffix} is a suffix of images: choose a suffix for text, such as .txt.")
         self.suffix, self.existing, self.options = suffix, existing, {"existing": existing}
         self.images = {file.name: os.fspath(file.path) for file in files}
         image = os.path.abspath(files[0].path)
@@ -42,7 +42,7 @@ class Sidecars(Output):
         return any(self._text(image) for image in self.images.values())
 
     def check_new(self) -> None:
-        """`existing` says what becomes of each."""
+        """Does nothing: `existing` says what happens to each file."""
 
     def names(self) -> set[str]:
         if self.existing == "overwrite":
@@ -53,10 +53,10 @@ class Sidecars(Output):
     def publish(self, rows: Iterable[Row], kept: set[str]) -> list[Row]:
         left_out = []
         for row in rows:
-            # What was captioned before a run was resumed need not be among the images of now.
+            # Images that were captioned before a run was resumed may not be among the images now.
             image = self.images.get(row["file_name"]) or str(self.root / row["file_name"])
             if not os.path.exists(image):
-                left_out.append({**row, "error": f"{image}: the image is not there any more."})
+                left_out.append({**row, "error": f"{image}: the image does not exist any more."})
                 continue
             try:
                 self._write(image, captions_of(row))
@@ -77,7 +77,7 @@ class Sidecars(Output):
                 captions = [f"{text} {caption}" for caption in captions]
             elif self.existing == "prepend" and not _all(str.startswith, lines[: len(captions)], captions):
                 captions = [f"{caption} {text}" for caption in captions]
-            elif self.existing != "overwrite":  # what a run that was killed had written already
+            elif self.existing != "overwrite":  # a killed run may have written this caption already
                 return
         if os.path.islink(path):
             path = os.path.realpath(path)
@@ -92,7 +92,7 @@ class Sidecars(Output):
         return os.path.splitext(image)[0] + self.suffix
 
     def _text(self, image: str) -> str:
-        """What is in the sidecar of an image; an empty one counts as none."""
+        """The text in the sidecar of an image. An empty sidecar counts as missing."""
         path = self._sidecar(image)
         try:
             with open(path, encoding="utf-8-sig") as file:
@@ -109,22 +109,22 @@ class Sidecars(Output):
             raise
 
     def _check_places(self) -> None:
-        """See that every sidecar has a place of its own, before any work is done."""
+        """Checks, before any work, that each sidecar has its own path and can be written."""
         owners: dict[str, str] = {}
         images = set(self.images.values())
         for image in images:
             path = self._sidecar(image)
             if path in images:
-                raise ValueError(f"--output {self.suffix} would write over the image {path}: choose another suffix.")
+                raise ValueError(f"--output {self.suffix} would overwrite the image {path}: choose another suffix.")
             if (owner := owners.setdefault(path, image)) is not image:
                 first, second = sorted((owner, image))
                 raise ValueError(f"{first} and {second} would share the sidecar {path}: rename one of them.")
         for folder in sorted({os.path.dirname(image) or "." for image in images}):
             if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(f"{folder} cannot be written to, so no sidecars can be put there.")
+                raise PermissionError(f"{folder} cannot be written to, so it cannot hold sidecars.")
 
     def _home(self) -> Path:
-        """The folder of the journal: the one that holds all images, or else the first of them that is the user's."""
+        """The folder of the journal: the folder of all images, or else the first folder that the user may write to."""
         folders = (Path(os.path.abspath(image)).parent for image in self.images.values())
         for folder in chain([self.root], folders):
             if folder != folder.parent and os.access(folder, os.W_OK | os.X_OK):

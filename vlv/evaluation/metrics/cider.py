@@ -1,4 +1,4 @@
-"""CIDEr: how many of the words and phrases that set an image apart its caption shares with reference captions."""
+"""CIDEr: how many words and phrases a caption shares with reference captions. Those of few images count more."""
 
 import datasets
 import evaluate
@@ -9,8 +9,8 @@ from vlv.evaluation.words import spaced
 
 class Cider(evaluate.Metric):
     """
-    `cider`: what the COCO tools call so (CIDEr-D, 0..10), by their own arithmetic, on words as
-    `vlv.evaluation.words` finds them; the references given are its corpus. A caption without words scores 0.
+    `cider`: CIDEr-D of the COCO tools (0..10), computed by their own code on the words of `vlv.evaluation.words`. The
+    given references are its corpus. A caption without words scores 0.
     """
 
     def _info(self):
@@ -26,7 +26,7 @@ class Cider(evaluate.Metric):
     def _compute(self, predictions, references):
         if len(predictions) < 2:
             raise ValueError(
-                "CIDEr weighs a word by how few images it is said of, which one image cannot tell: give two or more."
+                "CIDEr weighs a word by how few images it describes, which one image cannot show: give two or more."
             )
         found = {image: [spaced(caption)] for image, caption in enumerate(predictions)}
         wanted = {image: [spaced(caption) for caption in captions] for image, captions in enumerate(references)}

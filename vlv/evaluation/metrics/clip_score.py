@@ -9,8 +9,8 @@ from vlv.evaluation.embedding import load_embedder
 
 class ClipScore(evaluate.Metric):
     """
-    `clip_score`: 100 times the cosine of a caption's and its image's CLIP features, 0 where it is negative. That is
-    torchmetrics' scale; the original CLIPScore is 2.5 times the cosine. CLIP reads no more than its 77 tokens.
+    `clip_score`: 100 times the cosine of a caption's and its image's CLIP features, or 0 if it is negative. This is
+    the scale of torchmetrics; the original CLIPScore is 2.5 times the cosine. CLIP reads only the first 77 tokens.
     """
 
     def _info(self):

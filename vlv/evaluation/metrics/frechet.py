@@ -1,4 +1,4 @@
-"""FID and KID: how far a set of pictures is from the set of their originals, by the features of any vision model."""
+"""FID and KID: the distance between a set of pictures and their originals, in the features of any vision model."""
 
 import warnings
 
@@ -17,12 +17,11 @@ SUBSETS = 100
 class Frechet(evaluate.Metric):
     """
     - `fid`: Fréchet distance between normal distributions fitted to the features. It falls with the number of
-      pictures, so only values of equally many compare.
-    - `kid`: unbiased squared maximum mean discrepancy under a cubic kernel, the mean over 100 subsets of 1,000
-      pictures; of all pictures at once, where there are no more than 1,000. It may fall a little below 0.
+      pictures, so compare only values of equally many pictures.
+    - `kid`: unbiased squared maximum mean discrepancy with a cubic kernel: the mean over 100 subsets of 1,000
+      pictures, or of all pictures at once if there are at most 1,000. It can be a little below 0.
 
-    Neither compares with published values, which are of Inception's features, unless those were computed with the
-    same model.
+    Published values usually use Inception's features. Compare only values that were computed with the same model.
     """
 
     def _info(self):
@@ -37,11 +36,11 @@ class Frechet(evaluate.Metric):
 
     def _compute(self, predictions, references, model, device="cpu", batch_size=50):
         if len(predictions) < 2:
-            raise ValueError("FID and KID compare how sets of pictures spread, and one picture does not: give more.")
+            raise ValueError("FID and KID compare sets of pictures, and one picture is not enough: give two or more.")
         embedder = load_embedder(model, device, batch_size)
         drawn, originals = embedder.embed_images(predictions), embedder.embed_images(references)
 
-        with warnings.catch_warnings(action="ignore"):  # it says that it keeps all features, which are here already
+        with warnings.catch_warnings(action="ignore"):  # a warning that it keeps all features in memory
             kid = KernelInceptionDistance(
                 feature=_Given(drawn.shape[1]),
                 subsets=SUBSETS if len(drawn) > SUBSET_SIZE else 1,
@@ -50,7 +49,7 @@ class Frechet(evaluate.Metric):
         kid.update(originals, real=True)
         kid.update(drawn, real=False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # of KID's subsets
+            torch.manual_seed(0)  # for KID's subsets
             return {"fid": frechet_distance(originals, drawn), "kid": kid.compute()[0].item()}
 
 
@@ -59,12 +58,12 @@ def frechet_distance(originals: torch.Tensor, drawn: torch.Tensor) -> float:
     fid = FrechetInceptionDistance(feature=_Given(drawn.shape[1]))
     fid.update(originals, real=True)
     fid.update(drawn, real=False)
-    # Rounding can bring the distance of a set to itself a little below zero.
+    # Because of rounding, the distance of a set to itself can be a little below zero.
     return max(0.0, fid.compute().item())
 
 
 class _Given(torch.nn.Identity):
-    """Stands where torchmetrics asks for a network: the features are computed already."""
+    """Replaces the network of torchmetrics, because the features are already computed."""
 
     def __init__(self, num_features):
         super().__init__()

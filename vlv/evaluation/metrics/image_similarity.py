@@ -1,4 +1,4 @@
-"""Whether two pictures show the same, by the features of any vision model."""
+"""Whether two pictures show the same, measured with the features of any vision model."""
 
 import datasets
 import evaluate

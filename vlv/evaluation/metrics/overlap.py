@@ -1,4 +1,4 @@
-"""BLEU and ROUGE-L: how many runs of words a caption shares with reference captions."""
+"""BLEU and ROUGE-L: how many sequences of words a caption shares with reference captions."""
 
 import datasets
 import evaluate
@@ -10,9 +10,9 @@ from vlv.evaluation.words import spaced
 
 class Overlap(evaluate.Metric):
     """
-    The COCO tools' own arithmetic on words as `vlv.evaluation.words` finds them.
+    Computed by the COCO tools' own code on the words of `vlv.evaluation.words`.
 
-    - `bleu_1` to `bleu_4`: of the whole set, with the nearest reference's length.
+    - `bleu_1` to `bleu_4`: of the whole set, with the length of the closest reference.
     - `rouge_l`: of each caption.
 
     A caption without words scores 0.

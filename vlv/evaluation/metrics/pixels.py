@@ -1,4 +1,4 @@
-"""PSNR and SSIM: how near the pixels of a picture come to those of its original."""
+"""PSNR and SSIM: how close the pixels of a picture are to those of its original."""
 
 import datasets
 import evaluate
@@ -14,7 +14,7 @@ SMALLEST = 11  # pixels of a side, the width of SSIM's window
 
 class Pixels(evaluate.Metric):
     """
-    - `psnr`: peak signal-to-noise ratio in dB over all pixels and channels; of identical pictures 100.
+    - `psnr`: peak signal-to-noise ratio in dB over all pixels and channels; 100 for identical pictures.
     - `ssim`: structural similarity, -1..1, with the published window of 11 pixels.
     """
 

@@ -1,4 +1,4 @@
-"""Whether a caption means what a reference caption means, by a sentence encoder."""
+"""Whether a caption means the same as a reference caption, measured with a sentence encoder."""
 
 import datasets
 import evaluate
@@ -8,7 +8,7 @@ from vlv.evaluation.embedding import load_embedder
 
 
 class TextSimilarity(evaluate.Metric):
-    """`text_similarity`: the cosine, -1..1, between a caption's embedding and that of its nearest reference."""
+    """`text_similarity`: the cosine, -1..1, between the embeddings of a caption and of its closest reference."""
 
     def _info(self):
         return evaluate.MetricInfo(

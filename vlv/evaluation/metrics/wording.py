@@ -1,4 +1,4 @@
-"""How captions are worded, whatever the pictures show."""
+"""The wording of captions, independent of the pictures."""
 
 import datasets
 import evaluate
@@ -8,11 +8,11 @@ from vlv.evaluation.words import ngrams, words
 
 class Wording(evaluate.Metric):
     """
-    - `length`: words of a caption.
-    - `repetition`: share of a caption's runs of four words that it has said before; 0 when it has fewer words.
-    - `distinct_1`, `distinct_2`: different words, and pairs of them, over all there are in the whole set; 0 when
-      there are none.
-    - `ended`: whether the caption came to its end, and was not cut at the longest length allowed.
+    - `length`: number of words of a caption.
+    - `repetition`: share of a caption's sequences of four words that occur earlier in it; 0 if it has fewer words.
+    - `distinct_1`, `distinct_2`: number of different words, and of different pairs of words, divided by the number of
+      all in the whole set; 0 if there are none.
+    - `ended`: whether the caption ended by itself, and was not cut at the longest length allowed.
     """
 
     def _info(self):
