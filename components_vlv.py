@@ -219,12 +219,17 @@ def load_teacher(
     )
 
 
+def read_index(source: str, **hub_kwargs) -> dict:
+    """The model_index.json of a text-to-image model. A Stable Diffusion may come without one."""
+    try:
+        return diffusers.DiffusionPipeline.load_config(source, **hub_kwargs)
+    except OSError:
+        return {}
+
+
 def read_decoder_config(source: str, **hub_kwargs) -> dict:
     """`decoder_config` of [`VLVConfig`], from the configs of a text-to-image model in diffusers' layout."""
-    try:
-        index = diffusers.DiffusionPipeline.load_config(source, **hub_kwargs)
-    except OSError:
-        index = {}  # a Stable Diffusion may come without model_index.json; what else is missing is said below
+    index = read_index(source, **hub_kwargs)
     config = {name: index[name] for name in ("_class_name", "is_distilled") if name in index}
     family = family_of(config)
     if family is FAMILIES["StableDiffusionPipeline"]:
@@ -232,7 +237,7 @@ def read_decoder_config(source: str, **hub_kwargs) -> dict:
     texts = [name for name, kind in index.items() if name.startswith("text_encoder") and kind[0] is not None]
     for name in (family.denoiser, "vae", "scheduler", *texts):
         if Path(source).is_dir() and not (Path(source) / name).is_dir():
-            raise OSError(f"it lacks the folder {name}, without which it is no whole {family.pipeline}.")
+            raise OSError(f"it has no folder {name}, which every {family.pipeline} needs.")
     for name in (family.denoiser, "vae"):
         config[name] = PreTrainedConfig.get_config_dict(source, subfolder=name, **hub_kwargs)[0]
     config["scheduler"] = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **hub_kwargs)

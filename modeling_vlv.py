@@ -2,9 +2,9 @@
 
 The data flow, with Q queries, D the encoder's width, E the text encoder's, L the caption head's:
 
-    pixel_values (B, 3, H, W) ─ Florence-2, asked by the queries ─► (B, Q, D) ─ projection ─► caption_embeds (B, Q, E)
-    caption_embeds ─ CLIP text encoder, entered at its embedding layer ─► context (B, Q, E)
-                     (with the teachers that have no text encoder here, they are the context)
+    pixel_values (B, 3, H, W) ─ Florence-2, with queries as words ─► (B, Q, D) ─ projection ─► caption_embeds (B, Q, E)
+    caption_embeds ─ CLIP text encoder, in place of word embeddings ─► context (B, Q, E)
+                     (without a text encoder, the caption embeddings are the context)
     context ─ frozen teacher: denoiser and VAE ─► the image again  (stage 1 trains this: the denoising loss)
     context ─ prefix_projection ─► (B, Q, L) ─ LLM ─► the caption  (stage 2 trains this: the caption loss)
 """
@@ -23,9 +23,10 @@ from transformers.utils import ModelOutput, cached_file
 
 # A model loaded from the Hub imports every file of its repo here, so that saving it copies all of them.
 try:
+    from .chat_vlv import find_image  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
     from .components_vlv import HUB_KWARGS, TASK_PROMPT, load_components
     from .configuration_vlv import VLVConfig
-    from .decoders_vlv import Prompt  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
+    from .decoders_vlv import Prompt  # noqa: F401
     from .diffusion_vlv import VLVDiffusionMixin
     from .families_vlv import build_decoder
     from .images_vlv import load_image  # noqa: F401
@@ -45,7 +46,7 @@ except ImportError:
 CODE_FILES = (
     *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py", "decoders_vlv.py"),
     *("families_vlv.py", "diffusion_vlv.py", "processing_vlv.py", "images_vlv.py", "pipeline_vlv.py"),
-    "stopping_vlv.py",
+    *("stopping_vlv.py", "chat_vlv.py"),
 )
 # Parts and buffers that a checkpoint may hold and a model leave out.
 PARTS_LEFT_OUT = (
@@ -237,7 +238,8 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
                 raise ValueError(f"There is no part {name!r} to train: choose among {', '.join(parts)}.")
             if parts[name] is None:
                 raise ValueError(f"Stage {stage!r} trains {name}, which this checkpoint does not have.")
-        needed = {"autoencode": "vae", "caption": "caption_head"}.get(stage)
+        denoiser = "unet" if self.teacher is None else self.teacher.denoiser
+        needed = {"autoencode": denoiser, "caption": "caption_head"}.get(stage)
         if needed and parts[needed] is None:
             raise ValueError(f"Stage {stage!r} needs the part {needed}, which this checkpoint does not have.")
         self.requires_grad_(False)
@@ -427,8 +429,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         attention_mask = attention_mask.take_along_dim(order, dim=1)
         generation_config = copy.deepcopy(generation_config or GenerationConfig())
         # The checkpoint's settings fill in what it leaves open, as in every model of transformers.
-        defaults = self.generation_config.to_dict()
-        generation_config.update(**defaults, defaults_only=True, allow_custom_entries=True)
+        generation_config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         kwargs = generation_config.update(**kwargs)  # left over: streamer, logits_processor, ...
         kwargs["stopping_criteria"] = stopping_criteria(generation_config, kwargs.get("stopping_criteria"))
         return self.caption_head.generate(
@@ -596,18 +597,21 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         return length if torch.rand(()) < 0.5 else int(torch.randint(1, length + 1, ()))
 
     def _context(self, pixel_values, caption_embeds, num_queries=None):
+        return self.encode_context(self._caption_embeds(pixel_values, caption_embeds, num_queries))
+
+    def _caption_embeds(self, pixel_values, caption_embeds, num_queries=None):
         if (pixel_values is None) == (caption_embeds is None):
             raise ValueError("Give either pixel_values or caption_embeds.")
         if caption_embeds is None:
-            caption_embeds = self.encode(pixel_values, num_queries=num_queries)
-        elif num_queries is not None:
-            if not 1 <= num_queries <= caption_embeds.shape[1]:
-                raise ValueError(
-                    f"num_queries is {num_queries}, but there are {caption_embeds.shape[1]} caption_embeds for each "
-                    f"image: choose between 1 and {caption_embeds.shape[1]}."
-                )
-            caption_embeds = caption_embeds[:, :num_queries]
-        return self.encode_context(caption_embeds)
+            return self.encode(pixel_values, num_queries=num_queries)
+        if num_queries is None:
+            return caption_embeds
+        if not 1 <= num_queries <= caption_embeds.shape[1]:
+            raise ValueError(
+                f"num_queries is {num_queries}, but there are {caption_embeds.shape[1]} caption_embeds for each "
+                f"image: choose between 1 and {caption_embeds.shape[1]}."
+            )
+        return caption_embeds[:, :num_queries]
 
     def _require_caption_head(self, purpose):
         if self.caption_head is None:

@@ -20,6 +20,8 @@ EXTRA = {
     "captions_as_papers": ("captions as the paper's", "{:.3f}"),
     "objects_right": ("objects right", "{:.3f}"),
     "difference_to_papers": ("difference to the paper's images, of 255", "{:.2f}"),
+    "tokens": ("tokens an image", "{:.0f}"),
+    "most_tokens": ("at most", "{}"),
     "parameters": ("parameters", "{:,}"),
     "peak_bytes": ("peak memory, MiB", "{:.0f}"),
     "peak_device_bytes": ("peak GPU memory, MiB", "{:.0f}"),

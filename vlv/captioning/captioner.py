@@ -43,7 +43,7 @@ class Captioner:
 
     Args:
         model, processor: from [`load_captioner`].
-        decoding: what the captions are like.
+        decoding: how captions are written.
         batch_size: images at once; `None` starts small and grows as far as free memory allows. A batch that does not
             fit into memory is halved until it does.
         compile: decode with a static cache, which transformers compiles on a GPU.

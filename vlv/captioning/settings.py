@@ -10,7 +10,7 @@ def option(default: Any, help_text: str, **argparse: Any) -> Any:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What the captions are like."""
+    """How captions are written."""
 
     _argument_group_name = "the captions"
 

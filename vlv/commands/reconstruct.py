@@ -40,6 +40,10 @@ class ReconstructArguments:
             "nested_queries (default: all)."
         },
     )
+    text: str | None = field(
+        default=None,
+        metadata={"help": "Words to add to each image, for teachers whose text encoder the model holds."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the noise that sampling starts from."})
     batch_size: int = field(default=8, metadata={"help": "Images to rebuild at once."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the accelerator."})
@@ -94,6 +98,8 @@ def _rebuild(
             num_inference_steps=arguments.num_inference_steps,
             guidance_scale=arguments.guidance_scale,
             num_queries=arguments.num_queries,
+            text=arguments.text,
+            tokenizer=processor.decoder_tokenizer,
         )
         for file, image, reconstruction in rebuilt:
             try:

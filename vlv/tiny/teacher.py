@@ -151,7 +151,7 @@ class TeacherTraining(nn.Module):
         timesteps: torch.Tensor,
         input_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `denoiser` predicts of the noisy latents, and what it should: (B, C, h, w) each."""
+        """The prediction of `denoiser` for the noisy latents, and its target: (B, C, h, w) each."""
         context = denoiser["text_encoder"](input_ids).last_hidden_state  # (B, L, E)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
