@@ -1,6 +1,5 @@
 """Mixed prompts: words that name another background follow an image's caption embeddings (arXiv 2412.06774)."""
 
-import torch
 from matplotlib.figure import Figure
 
 from experiments.scoring import encode, rebuild, share
