@@ -11,7 +11,6 @@ command continues where it was, and a run that is in the output is not repeated.
 CPU core.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -19,14 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 # flops
 from experiments.making import Assembled, Scenes, Training
 from experiments.scoring import encode, rebuild, scores
-from vlv.files import atomic_writer
-from vlv.provenance import git_commit
 from vlv.scenes import sample_picture
 from vlv.training.autoencode import AutoencodeStage
 

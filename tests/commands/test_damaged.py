@@ -121,7 +121,7 @@ def test_train(damaged, tiny_repo, tmp_path):
 @pytest.mark.timeout(3600)
 def test_app(damaged, tiny_repo, tmp_path):
     gradio_client = pytest.importorskip("gradio_client")
-    from test_spaces_app import App
+    from running_app import App
 
     folder, names = damaged
     with App(tmp_path / "log.txt", "--model", tiny_repo) as app, Watch(app.process.pid) as watch:

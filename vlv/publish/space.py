@@ -11,8 +11,9 @@ from huggingface_hub import RepoCard, SpaceCardData
 
 from vlv.images import ImageFile
 
-# A module at the top, beside the package: imported, it would load gradio.
+# A module and a folder at the top, beside the package: imported, they would load gradio.
 APP = Path(find_spec("spaces_app").origin)
+PAGES = Path(find_spec("vlv_app").origin).parent
 # gradio is not here, because it is the Space's SDK, which the README names.
 REQUIREMENTS = (
     "accelerate",
@@ -20,6 +21,7 @@ REQUIREMENTS = (
     "huggingface_hub",
     "numpy",
     "pillow",
+    "pillow-heif",  # reads HEIC, which phones take
     "safetensors",
     "torch",
     "transformers",
@@ -28,8 +30,8 @@ REQUIREMENTS = (
 
 def build_space_repo(folder: Path, model_id: str, files: Sequence[ImageFile], license: str) -> None:
     """
-    Write a Space that runs `spaces_app.py` on the model `model_id` into `folder`; the app finds the model's name in
-    the README's metadata. The versions are the ones of this Python, with which the model was proven.
+    Write a Space that runs `spaces_app.py` on the model `model_id` into `folder`. The app reads the model's name from
+    the README's metadata. The Space gets the versions of this environment, in which the model was checked.
 
     Raises:
         ValueError: when one of them is not installed here.
@@ -58,6 +60,7 @@ def build_space_repo(folder: Path, model_id: str, files: Sequence[ImageFile], li
     RepoCard(f"{content}[{model_id}](https://huggingface.co/{model_id}).\n").save(folder / "README.md")
     (folder / "requirements.txt").write_text("\n".join(pinned) + "\n", encoding="utf-8")
     shutil.copyfile(APP, folder / APP.name)
+    shutil.copytree(PAGES, folder / PAGES.name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "examples").mkdir()
     for file in files:
         shutil.copyfile(file.path, folder / "examples" / Path(file.name).name)

@@ -61,7 +61,7 @@ class FlowTeacherTraining(TeacherTraining):
         input_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         read = [denoiser[name](input_ids, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
-        # As in the pipeline: the layer before the last gives the context, the last one the pooled vector.
+        # As in the pipeline: the second to last layer gives the context, the last layer the pooled vector.
         context = torch.cat([text.hidden_states[-2] for text in read], dim=-1)  # (B, L, E)
         pooled = torch.cat([text.text_embeds for text in read], dim=-1)  # (B, E)
         sigmas = self.sigmas[timesteps]
@@ -77,7 +77,7 @@ class FlowTeacherTraining(TeacherTraining):
 class FlowTeacherStage(TeacherStage):
     Settings = FlowTeacherSettings
     settings: FlowTeacherSettings
-    drawing = {"max_sequence_length": 0}  # there is no T5, and no tokens of zeros in its place
+    drawing = {"max_sequence_length": 0}  # there is no T5, and no zeros replace its tokens
 
     def build(self, empty_ids: torch.Tensor) -> TeacherTraining:
         settings = self.settings

@@ -1,0 +1,67 @@
+"""The app in a real browser: what a visitor does there, and what is on show."""
+
+import re
+import shutil
+from urllib.request import urlopen
+
+from PIL import Image
+from running_app import pixels
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 180_000  # milliseconds
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+
+
+def new_page(browser, **settings):
+    """A page that waits as long as a busy machine needs."""
+    page = browser.new_page(**settings)
+    page.set_default_timeout(PATIENCE)
+    return page
+
+
+def open_tab(page, name):
+    page.get_by_role("tab", name=name).click()
+    tab = page.locator("[role=tabpanel]:visible")
+    tab.locator("button.run").first.wait_for()
+    return tab
+
+
+def picture(page, key="image"):
+    """A picture input: `image`, which all tabs share, or `second`."""
+    return page.locator(f"#picture-{key}")
+
+
+def choose_file(page, file, key="image"):
+    """Upload a file, and wait until the page shows the picture."""
+    picture(page, key).locator("input[type=file]").set_input_files(file)
+    picture(page, key).locator(".drop img").wait_for()
+
+
+def press(page, name):
+    page.locator("[role=tabpanel]:visible").get_by_role("button", name=name, exact=True).click()
+
+
+def set_number(tab, label, value):
+    """A setting, of those that are folded away."""
+    field = tab.get_by_role("spinbutton", name=re.compile(label))
+    if not field.is_visible():
+        tab.get_by_role("button", name="Settings").click()
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def status(page):
+    return page.locator(".status:visible").first
+
+
+def wait_until_done(page, words="Done"):
+    status(page).locator("[data-done]").get_by_text(words).wait_for()
+
+
+def pixels_of(image):
+    """The pixels of an `<img>`."""
+    with urlopen(image.evaluate("image => image.src")) as response:
+        return pixels(Image.open(response))

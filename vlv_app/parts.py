@@ -1,0 +1,208 @@
+"""The parts of the page that its tabs have in common."""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from vlv_app.markup import progress
+from vlv_app.pictures import MEGABYTES, PictureFiles, formats
+from vlv_app.settings import SETTINGS
+from vlv_app.studio import Step, Studio
+
+CONCURRENCY = 2  # one request's file is read and its answer sent while another one's is computed
+EXAMPLE_PIXELS = 96
+SAMPLING = ("num_inference_steps", "guidance_scale", "seed")
+
+Wrapper = Callable[[Callable], Callable]
+Fields = Mapping[str, gr.Slider | gr.Number | gr.Textbox]  # by the names that the API has for them
+
+
+@dataclass(frozen=True)
+class Page:
+    """What every tab is built with."""
+
+    studio: Studio
+    picture: gr.HTML  # the picture that all tabs share
+    on_gpu: Wrapper  # asks for a GPU on ZeroGPU
+    examples: Sequence[str]
+
+    @property
+    def files(self) -> PictureFiles:
+        return self.studio.files
+
+
+def picture_input(files: PictureFiles, examples: Sequence[str], field: str, key: str) -> gr.HTML:
+    """
+    An input for a picture: a file, a drop, the clipboard, the camera or an example.
+
+    Its value is `None` or a dictionary: `id` of the file, and its `name`. It shows the picture as the model sees it.
+    (Gradio's own input shows the file as the browser does: transparency over grey, a TIFF or HEIC not at all.)
+
+    Args:
+        field: what it is called.
+        key: under which the browser keeps the picture when the page is loaded again.
+    """
+
+    def look(id: str) -> dict[str, Any]:
+        """What the page shows of an upload, or the sentence that says what is wrong with it."""
+        try:
+            path = files.path_of(id, field)
+            shown = files.show(files.read(path, field)[1], "shown")
+        except gr.Error as error:
+            return {"error": error.message}
+        return {"id": files.id_of(path), "url": shown.url, "width": shown.width, "height": shown.height}
+
+    def example(number: int) -> dict[str, Any]:
+        file = examples[int(number)]
+        return {"name": Path(file).name, **look(files.keep(file))}
+
+    options = {
+        "field": field,
+        "key": key,
+        "megabytes": MEGABYTES,
+        "hint": f"Drop a picture here, paste it, or choose a file: {formats()}, up to {MEGABYTES} MB.",
+        "examples": [_thumbnail(file) for file in examples],
+    }
+    return gr.HTML(
+        None,
+        html_template='<div class="picture-input"></div>',
+        js_on_load=f"vlv.picture({json.dumps(options)}, element, props, trigger, server, upload); // 'input'",
+        server_functions=[look, example],
+        apply_default_css=False,
+        elem_id=f"picture-{key}",
+    )
+
+
+def _thumbnail(file: str) -> str:
+    """An example as a `data:` URL. The page shows it without asking the server."""
+    with Image.open(file) as image:
+        image = image.convert("RGB")
+        image.thumbnail((EXAMPLE_PIXELS, EXAMPLE_PIXELS))
+        content = io.BytesIO()
+        image.save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def read_picture(files: PictureFiles, picture: dict[str, Any] | None, field: str) -> tuple[Any, Image.Image, str]:
+    """The value of a picture input -> `pixel_values`, a picture for the page, and its name without suffix."""
+    path = files.path_of(picture and picture.get("id"), field)
+    pixel_values, image = files.read(path, field)
+    return pixel_values, image, Path(str(picture.get("name") or path)).stem
+
+
+def settings_inputs(*names: str) -> dict[str, gr.Slider | gr.Number]:
+    """The inputs of settings, folded away, by the names that the API has for them."""
+    with gr.Accordion("Settings", open=False):
+        return {name: SETTINGS[name].component() for name in names}
+
+
+def result_status(tab: str) -> gr.HTML:
+    """Where a tab says how far it is and what came of it."""
+    return gr.HTML("", elem_classes=["status"], elem_id=f"status-{tab}", apply_default_css=False)
+
+
+def markup_output(name: str) -> gr.HTML:
+    """Where pictures and other results stand."""
+    return gr.HTML("", elem_id=name, elem_classes=["result"], apply_default_css=False)
+
+
+def run_buttons(*labels: str) -> list[gr.Button]:
+    """The buttons that run something, the first of them as the tab's main one, and Stop."""
+    with gr.Row():
+        return [
+            *(
+                gr.Button(label, variant="secondary" if place else "primary", elem_classes=["run"], scale=3)
+                for place, label in enumerate(labels)
+            ),
+            gr.Button("Stop", scale=1, min_width=80),
+        ]
+
+
+def connect(
+    page: Page,
+    button: gr.Button,
+    stop: gr.Button,
+    run: Callable[..., Iterator[Any]],
+    inputs: Sequence[gr.components.Component],
+    outputs: Sequence[gr.components.Component],
+    status: gr.HTML,
+    pictures: Sequence[gr.HTML],
+) -> None:
+    """
+    Make a button run a generator.
+
+    Args:
+        run: yields the values of `outputs` and a status (a [`Step`] or HTML). `None` leaves what is there.
+        outputs: what it fills, without the status. They are cleared when one of `pictures` changes or the run fails,
+            because a result must never stand beside another picture than its own.
+        stop: the button that ends the run.
+    """
+
+    def runs(*values: Any) -> Iterator[Any]:
+        yield *blank, progress(Step("Looking at the picture"))
+        for filled, step in run(*values):
+            filled = [gr.skip()] * len(outputs) if filled is None else filled
+            step = gr.skip() if step is None else progress(step) if isinstance(step, Step) else step
+            yield *filled, step
+
+    blank = [""] * len(outputs)
+    cleared = json.dumps([*blank, ""])
+    button.click(None, None, [status], js="() => vlv.started()")
+    event = button.click(
+        page.on_gpu(said(runs)),
+        list(inputs),
+        [*outputs, status],
+        api_visibility="private",
+        show_progress="hidden",
+        # All requests share the one model, whichever tab they come from.
+        concurrency_id="model",
+        concurrency_limit=CONCURRENCY,
+    )
+    everything = [*outputs, status]
+    # A stopped run counts as failed, too: what it has made stays.
+    event.failure(None, everything, everything, js=f"(...values) => vlv.failed(values, {cleared})")
+    stop.click(None, [status], [status], js="status => vlv.stopped(status)", cancels=[event])
+    for picture in pictures:
+        picture.input(None, None, everything, js=f"() => {cleared}", cancels=[event])
+
+
+def steps_of(computation: Generator[Step, None, Any], part: str = "") -> Generator[tuple[None, Step], None, Any]:
+    """
+    Passes on the steps of a computation of the studio in the form that [`connect`] takes. Its result is the
+    computation's.
+
+    Args:
+        part: of what this is one part, such as "picture 2 of 4".
+    """
+    while True:
+        try:
+            step = next(computation)
+        except StopIteration as ended:
+            return ended.value
+        yield None, step.within(part) if part else step
+
+
+def said(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """A generator whose unexpected errors reach the visitor as a sentence. The log has the rest."""
+
+    @wraps(function)
+    def speaking(*values: Any) -> Iterator[Any]:
+        try:
+            yield from function(*values)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise gr.Error(
+                f"The server could not finish this ({type(error).__name__}): its log says why. Try it again.",
+                duration=None,
+            ) from error
+
+    return speaking

@@ -1,0 +1,248 @@
+"""A model on its device, and the things that the app does with it."""
+
+import re
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, StoppingCriteriaList
+
+from vlv_app.pictures import PictureFiles
+from vlv_app.settings import check_search, check_settings
+from vlv_app.work import Report, ReportTokens, watch
+
+# A paragraph of a model card, as `vlv publish` writes it.
+PURPOSE = re.compile(r"\*\*What it is (?:for|not)\.\*\*\s*(.+?)\s*(?:\n\s*\n|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a computation is. `text` is what it has written so far."""
+
+    sentence: str
+    done: int = 0
+    total: int = 0
+    text: str = ""
+
+    def within(self, whole: str) -> "Step":
+        """The same step of a part of something larger."""
+        return replace(self, sentence=f"{self.sentence} ({whole})")
+
+
+@dataclass(frozen=True)
+class Caption:
+    text: str
+    tokens: int  # with the end-of-text token
+    is_cut: bool  # by the longest length allowed
+
+
+class Studio:
+    """
+    A model, and what visitors do with it.
+
+    Its methods are generators: they yield a [`Step`] after each token and each sampling step, and stop when they are
+    closed. What they compute is their return value.
+    """
+
+    def __init__(self, model: str):
+        """`model`: folder or Hub id of a VLV."""
+        device = _find_device()
+        dtype = torch.float32 if device.type == "cpu" else "auto"
+        self.name = Path(model).name if Path(model).is_dir() else model
+        self.model = AutoModel.from_pretrained(model, trust_remote_code=True, dtype=dtype, use_safetensors=True)
+        self.model = self.model.to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
+        self.purpose = _purpose(model)
+        self.files = PictureFiles(self.processor)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model has a caption head."""
+        return self.model.caption_head is not None
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether the model has a decoder."""
+        return self.model.config.decoder_config is not None
+
+    @property
+    def draws_words(self) -> bool:
+        """Whether the decoder's own text encoder can read words, as it does in text-to-image models."""
+        return self.rebuilds and self.processor.decoder_tokenizer is not None
+
+    # ---- what visitors do ----------------------------------------------------------------------------------
+
+    def caption(
+        self,
+        pixel_values: torch.Tensor,
+        max_new_tokens: int = 300,
+        num_beams: int = 1,
+        temperature: float = 0,
+        num_captions: int = 1,
+        prefix: str = "",
+    ) -> Generator[Step, None, list[Caption]]:
+        """
+        Captions of one image.
+
+        Args:
+            pixel_values: `(1, 3, H, W)`, from the processor.
+            temperature: above 0, words are drawn. What is drawn differs from call to call.
+            prefix: the beginning of the captions.
+        """
+        settings = check_settings(
+            max_new_tokens=max_new_tokens, num_beams=num_beams, temperature=temperature, num_captions=num_captions
+        )
+        check_search(settings["num_beams"], settings["temperature"], settings["num_captions"])
+        prefix = prefix or ""
+        return (yield from watch(lambda report: self._write(self._encode(pixel_values), report, prefix, **settings)))
+
+    def reconstruct(
+        self, pixel_values: torch.Tensor, num_inference_steps: int = 8, guidance_scale: float = 2, seed: int = 0
+    ) -> Generator[Step, None, Image.Image]:
+        """An image rebuilt from its caption embeddings alone."""
+        sampling = check_settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed)
+        return (yield from watch(lambda report: self._sample(self._encode(pixel_values), report, **sampling)))
+
+    def compose(
+        self,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        share: float = 0.5,
+        num_inference_steps: int = 8,
+        guidance_scale: float = 2,
+        seed: int = 0,
+        with_caption: bool = False,
+    ) -> Generator[Step, None, tuple[Image.Image, str]]:
+        """
+        A picture from the caption embeddings of two images, a share of each, and its caption.
+
+        Args:
+            first, second: `pixel_values` of the images, `(1, 3, H, W)`.
+            share: how much of the embeddings is the first image's, 0 to 1.
+            with_caption: also write the caption of the joined embeddings; else it is empty.
+        """
+        (share,) = check_settings(share=share).values()
+        sampling = check_settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed)
+
+        def work(report: Report) -> tuple[Image.Image, str]:
+            embeds = [self._encode(pixel_values) for pixel_values in (first, second)]
+            length = embeds[0].shape[1]
+            kept = round(share * length)
+            joined = torch.cat([embeds[0][:, :kept], embeds[1][:, : length - kept]], dim=1)
+            picture = self._sample(joined, report, **sampling)
+            caption = self._write(joined, report)[0].text if with_caption and self.writes else ""
+            return picture, caption
+
+        return (yield from watch(work))
+
+    def draw(
+        self, words: str, num_inference_steps: int = 8, guidance_scale: float = 2, seed: int = 0
+    ) -> Generator[Step, None, Image.Image]:
+        """A picture of words, which the decoder's own text encoder reads. Words beyond its positions are left out."""
+        sampling = check_settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed)
+        return (yield from watch(lambda report: self._sample(self._embed(words), report, **sampling)))
+
+    # ---- the model -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.encode(pixel_values.to(self.model.device))
+
+    @torch.no_grad()
+    def _embed(self, words: str) -> torch.Tensor:
+        """Words as caption embeddings (1, Q, E): the word embeddings that the decoder was trained to read."""
+        positions = self.model.config.text_encoder_config.max_position_embeddings
+        ids = self.processor.decoder_tokenizer(
+            words, padding="max_length", max_length=positions, truncation=True, return_tensors="pt"
+        ).input_ids.to(self.model.device)
+        text_encoder = self.model.text_encoder
+        # With this option the decoder reads caption embeddings without its text encoder, which words still need.
+        if self.model.config.bypass_text_encoder:
+            return text_encoder(input_ids=ids)
+        return text_encoder.embeddings.token_embedding(ids)
+
+    def _write(
+        self,
+        caption_embeds: torch.Tensor,
+        report: Report,
+        prefix: str = "",
+        max_new_tokens: int = 300,
+        num_beams: int = 1,
+        temperature: float = 0,
+        num_captions: int = 1,
+    ) -> list[Caption]:
+        tokenizer = self.processor.tokenizer
+        prefix_ids = tokenizer(prefix.rstrip(), add_special_tokens=False).input_ids if prefix.strip() else []
+        ends = self.model.generation_config.eos_token_id
+        ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+        def text_of(ids: list[int]) -> str:
+            return tokenizer.decode([*prefix_ids, *ids], skip_special_tokens=True).strip()
+
+        beginning = text_of([])
+
+        def report_tokens(ids: torch.LongTensor) -> None:
+            count = ids.shape[1]
+            streams = num_beams == num_captions == 1  # beam search has no final tokens until it ends
+            # A letter of several tokens is not whole yet.
+            text = text_of(ids[0].tolist()).rstrip("\ufffd") if streams else ""
+            report(Step(f"Writing: {count} token{'s' if count > 1 else ''}", count, max_new_tokens, text))
+
+        report(Step("Writing", 0, max_new_tokens))
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        rows = self.model.generate(
+            caption_embeds=caption_embeds,
+            input_ids=torch.tensor([prefix_ids], dtype=torch.long) if prefix_ids else None,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            num_return_sequences=num_captions,
+            stopping_criteria=StoppingCriteriaList([ReportTokens(report_tokens)]),
+            **sampling,
+        ).tolist()
+        captions = []
+        for row in rows:
+            end = next((place + 1 for place, token in enumerate(row) if token in ends), None)
+            whole, part = text_of(row), self.processor.decode(row)  # which may clean what the model wrote
+            space = " " if whole[len(beginning) :].startswith(" ") else ""
+            text = f"{beginning}{space}{part}" if beginning else part
+            captions.append(Caption(text, end or len(row), end is None and len(row) >= max_new_tokens))
+        return captions
+
+    def _sample(
+        self, caption_embeds: torch.Tensor, report: Report, num_inference_steps: int, guidance_scale: float, seed: int
+    ) -> Image.Image:
+        def report_step(model: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+            sentence = f"Rebuilding: step {step + 1} of {num_inference_steps}"
+            report(Step(sentence, step + 1, num_inference_steps))
+            return tensors
+
+        report(Step("Rebuilding", 0, num_inference_steps))
+        return self.model.reconstruct(
+            caption_embeds=caption_embeds,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            callback_on_step_end=report_step,
+        )[0]
+
+
+def _find_device() -> torch.device:
+    if torch.cuda.is_available():  # asked first, because this is what ZeroGPU answers before there is a GPU
+        return torch.device("cuda")
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def _purpose(model: str) -> str:
+    """What the model's card says that it is for, or not for; empty where there is no such card."""
+    card = Path(model) / "README.md"
+    try:
+        text = ModelCard.load(card if Path(model).is_dir() else model).text
+    except (OSError, ValueError, HfHubHTTPError):
+        return ""
+    found = PURPOSE.search(text)
+    return " ".join(found[1].split()) if found else ""
