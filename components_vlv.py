@@ -70,9 +70,12 @@ def load_components(
     image_size: int | None = None,
     prompt: str = TASK_PROMPT,
     dtype: torch.dtype | str | None = None,
+    projection_start: str = "zero",
     **hub_kwargs,
 ) -> Components:
     """Reads what `VLVModel.from_components` is given. The arguments and errors are described there."""
+    if projection_start not in ("zero", "mean"):
+        raise ValueError(f"projection_start is {projection_start!r}: choose 'zero' or 'mean'.")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     loading = {"dtype": dtype or "auto", **hub_kwargs}
     llm = generation_config = None
@@ -96,6 +99,10 @@ def load_components(
     }
     dtype = dtype or functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
     weights |= teacher.empty_prompt
+    if projection_start == "mean":
+        words = weights.get("text_encoder.embeddings.token_embedding.weight")
+        words = weights["empty_prompt_embeds"][0] if words is None else words
+        weights["projection.2.bias"] = words.float().mean(0)
     config = VLVConfig(
         encoder_config=florence.config,
         caption_config=None if llm is None else llm.config,
@@ -212,12 +219,17 @@ def load_teacher(
     )
 
 
+def read_index(source: str, **hub_kwargs) -> dict:
+    """The model_index.json of a text-to-image model. A Stable Diffusion may come without one."""
+    try:
+        return diffusers.DiffusionPipeline.load_config(source, **hub_kwargs)
+    except OSError:
+        return {}
+
+
 def read_decoder_config(source: str, **hub_kwargs) -> dict:
     """`decoder_config` of [`VLVConfig`], from the configs of a text-to-image model in diffusers' layout."""
-    try:
-        index = diffusers.DiffusionPipeline.load_config(source, **hub_kwargs)
-    except OSError:
-        index = {}  # a Stable Diffusion may come without model_index.json; what else is missing is said below
+    index = read_index(source, **hub_kwargs)
     config = {name: index[name] for name in ("_class_name", "is_distilled") if name in index}
     family = family_of(config)
     if family is FAMILIES["StableDiffusionPipeline"]:
@@ -225,7 +237,7 @@ def read_decoder_config(source: str, **hub_kwargs) -> dict:
     texts = [name for name, kind in index.items() if name.startswith("text_encoder") and kind[0] is not None]
     for name in (family.denoiser, "vae", "scheduler", *texts):
         if Path(source).is_dir() and not (Path(source) / name).is_dir():
-            raise OSError(f"it lacks the folder {name}, without which it is no whole {family.pipeline}.")
+            raise OSError(f"it has no folder {name}, which every {family.pipeline} needs.")
     for name in (family.denoiser, "vae"):
         config[name] = PreTrainedConfig.get_config_dict(source, subfolder=name, **hub_kwargs)[0]
     config["scheduler"] = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **hub_kwargs)

@@ -55,8 +55,8 @@ class VLVConfig(PreTrainedConfig):
         noise_draws (`int`, defaults to 1):
             How many noise levels training draws for each image. The encoder runs once for all of them.
         nested_queries (`bool`, defaults to `False`):
-            Whether training draws how many leading queries each step reads, so that any number of them works alone (as
-            arXiv 2405.19315 does for the image tokens of a language model).
+            Whether half of the training steps draw how many of the leading queries they read, so that any number of
+            them works alone (arXiv 2405.19315 does so with the image tokens of a language model).
         context_dropout (`float`, defaults to 0.0):
             Share of training images whose context is replaced by the empty prompt's.
         sample_latents (`bool`, defaults to `True`):

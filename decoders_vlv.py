@@ -18,9 +18,6 @@ try:
 except ImportError:
     from layers_vlv import cast_for, device_of, restore_tables
 
-# A scheduler that goes from noise to image along straight lines (flow matching) says so in one of these ways.
-FLOW_SCHEDULERS = ("FlowMatch", "flow_prediction")
-
 
 class Prompt(NamedTuple):
     """What conditions a denoiser: B prompts of L embeddings, E wide."""
@@ -45,14 +42,7 @@ class Prompt(NamedTuple):
 
     def repeat(self, times: int) -> "Prompt":
         """Each prompt so many times in a row: B times as many."""
-        pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, 0)
-        return Prompt(self.context.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0), pooled)
-
-    def followed_by(self, words: torch.Tensor) -> "Prompt":
-        """With embeddings (B or 1, T, E) of words behind its own."""
-        words = words.to(self.context).expand(len(self.context), -1, -1)
-        mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
-        return Prompt(torch.cat([self.context, words], 1), torch.cat([self.mask, mask], 1), self.pooled)
+        return Prompt(*(part if part is None else part.repeat_interleave(times, 0) for part in self))
 
 
 class Decoder:
@@ -151,10 +141,10 @@ class Decoder:
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError for a picture that the teacher cannot draw."""
         if height % self.multiple or width % self.multiple or min(height, width) < 1:
+            near = (self.multiple * max(1, round(side / self.multiple)) for side in (height, width))
             raise ValueError(
                 f"The picture is {height}x{width} pixels, but {self.pipeline} draws multiples of {self.multiple}: "
-                f"choose a height and width such as {self.multiple * max(1, round(height / self.multiple))} and "
-                f"{self.multiple * max(1, round(width / self.multiple))}."
+                f"choose a height and width such as {' and '.join(map(str, near))}."
             )
 
     # ---- modules -------------------------------------------------------------------------------------------
@@ -339,10 +329,8 @@ class FlowDecoder(Decoder):
         settings = self.config["scheduler"]
         self.num_timesteps = settings.get("num_train_timesteps", 1000)
         # A shift that depends on the picture's size is for sampling: the official training scripts leave it out.
-        fixed = not settings.get("use_dynamic_shifting", False)
-        schedule = diffusers.FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=self.num_timesteps, shift=self.shift(settings) if fixed else 1.0
-        )
+        shift = 1.0 if settings.get("use_dynamic_shifting") else self.shift(settings)
+        schedule = diffusers.FlowMatchEulerDiscreteScheduler(self.num_timesteps, shift)
         self.sigmas = schedule.sigmas.flip(0)  # its table runs from noise to image
 
     def shift(self, settings):
@@ -406,8 +394,8 @@ class MaskedPrompt(Decoder):
 
 def is_flow(name: str, config: Any) -> bool:
     """Whether a scheduler is one of flow matching."""
-    flow, prediction = FLOW_SCHEDULERS
-    return name.startswith(flow) or config.get("prediction_type") == prediction or bool(config.get("use_flow_sigmas"))
+    flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    return name.startswith("FlowMatch") or bool(flow)
 
 
 __all__ = ["Decoder", "FlowDecoder", "MaskedPrompt", "NoiseDecoder", "PooledPrompt", "Prompt", "is_flow"]

@@ -87,12 +87,13 @@ class VLVDiffusionMixin:
         expects them. `sample` draws them from the posterior instead of taking its mean; by default
         `config.sample_latents` decides.
         """
-        sample = self.config.sample_latents if sample is None else sample
-        return self.teacher.encode_latents(self.vae, self._check_decoder_pixels(decoder_pixel_values), sample)
+        pixels = self._check_decoder_pixels(decoder_pixel_values)
+        return self.teacher.encode_latents(self.vae, pixels, self.config.sample_latents if sample is None else sample)
 
     def latent_distribution(self, decoder_pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As [`encode_latents`]: mean and standard deviation of the latents, (B, C, h/f, w/f) each."""
-        return self.teacher.latent_distribution(self.vae, self._check_decoder_pixels(decoder_pixel_values))
+        pixels = self._check_decoder_pixels(decoder_pixel_values)
+        return self.teacher.latent_distribution(self.vae, pixels)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """`latents` (B, C, h/f, w/f), as [`encode_latents`] returns them -> images (B, 3, h, w), about -1..1."""
@@ -124,8 +125,9 @@ class VLVDiffusionMixin:
         """
         latents = latents.to(device_of(self.denoiser))
         prompt = context if isinstance(context, Prompt) else self._as_prompt(context)
-        if self.training and noise is None and timesteps is None:
-            draws = self.config.noise_draws
+        draws = self.config.noise_draws
+        # Repeating once would change how the latents lie in memory, and so the noise that a seed draws for them.
+        if draws > 1 and self.training and noise is None and timesteps is None:
             latents, prompt = latents.repeat_interleave(draws, 0), prompt.repeat(draws)
         if noise is None:
             noise = torch.randn_like(latents)
@@ -228,8 +230,9 @@ class VLVDiffusionMixin:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images; or
             caption_embeds (`torch.FloatTensor` of shape `(B, Q, E)`): their embeddings, from [`encode`] or composed.
             guidance (`bool`): also the unconditional prompt, which classifier-free guidance needs.
-            text (`str` or one per image, *optional*): words that follow the caption embeddings, read by the teacher's
-                own text encoder (arXiv 2412.06774).
+            text (`str` or one per image, *optional*): words whose embeddings follow the caption embeddings into the
+                text encoder (arXiv 2412.06774). Of the caption embeddings the first are kept, as many as there are
+                positions left; give fewer to leave the words more say.
             tokenizer (*optional*): the text encoder's, `processor.decoder_tokenizer`; needed for `text`.
 
         Raises:
@@ -240,19 +243,17 @@ class VLVDiffusionMixin:
 
     def _prompts(self, pixel_values, caption_embeds, guidance, text, tokenizer):
         """The images' prompt, and the unconditional one or `None`."""
-        context = self._context(pixel_values, caption_embeds)
-        prompt = self._as_prompt(context)
-        empty = self.empty_prompt(context.shape[1], len(context)) if guidance else None
+        caption_embeds = self._caption_embeds(pixel_values, caption_embeds)
         if text is not None:
-            ids = self._word_ids(text, tokenizer, len(context))
-            words = self.text_encoder(input_ids=ids)
-            prompt = prompt.followed_by(words)
-            if empty is not None:
-                empty = empty.followed_by(self.text_encoder(input_ids=self._empty_ids(ids.shape[1])))
-        return prompt, empty
+            words = self._embed_words(text, tokenizer, len(caption_embeds))
+            room = self.config.positions - words.shape[1]
+            caption_embeds = torch.cat([caption_embeds[:, :room].to(words), words], dim=1)
+        context = self.encode_context(caption_embeds)
+        empty = self.empty_prompt(context.shape[1], len(context)) if guidance else None
+        return self._as_prompt(context), empty
 
-    def _word_ids(self, text, tokenizer, count):
-        """The token ids (B, T) of words, padded to the longest."""
+    def _embed_words(self, text, tokenizer, count):
+        """The embeddings (B, T, E) of words, which are shorter than the text encoder's positions."""
         if self.text_encoder is None:
             raise ValueError(
                 f"This checkpoint keeps no text encoder and cannot read text={text!r}: its teacher, "
@@ -263,13 +264,16 @@ class VLVDiffusionMixin:
         texts = [text] * count if isinstance(text, str) else list(text)
         if len(texts) != count:
             raise ValueError(f"There are {count} images, but {len(texts)} texts: give one for all, or one each.")
-        ids = tokenizer(texts, padding="longest", return_tensors="pt").input_ids
-        if ids.shape[1] > self.config.positions:
+        ids = tokenizer(texts, padding="longest", return_tensors="pt").input_ids[:, 1:]  # without the begin of a text
+        if ids.shape[1] >= self.config.positions:
             raise ValueError(
-                f"text has {ids.shape[1]} tokens, but the text encoder has {self.config.positions} positions: "
-                "shorten it."
+                f"text has {ids.shape[1]} tokens, but the text encoder has {self.config.positions} positions, one of "
+                "which is for the image: shorten it."
             )
-        return ids.to(device_of(self.text_encoder))
+        ids = ids.to(device_of(self.text_encoder))
+        if self.config.bypass_text_encoder:
+            return self.text_encoder(input_ids=ids)
+        return self.text_encoder.embeddings.token_embedding(ids)
 
     def to_pipeline(self, scheduler: SchedulerMixin | None = None, **components) -> DiffusionPipeline:
         """

@@ -342,22 +342,13 @@ class QwenImage(MaskedPrompt, _Packed):
         return context if mask is None else context[:, mask[0].bool()], None
 
 
-FAMILIES: dict[str, type[Decoder]] = {
-    family.pipeline: family
-    for family in (
-        *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Lumina2, ZImage),
-        *(Sana, PixArtSigma, Flux2Klein, QwenImage),
-    )
-}
+_NOISE = (StableDiffusion, StableDiffusionXL, PixArtSigma)
+_FLOW = (StableDiffusion3, Lumina2, ZImage, Sana, Flux2Klein, QwenImage)
+FAMILIES: dict[str, type[Decoder]] = {family.pipeline: family for family in _NOISE + _FLOW}
 
 
 def family_of(config: dict) -> type[Decoder]:
-    """
-    The class that describes a teacher, by its pipeline's name, `_class_name`.
-
-    Raises:
-        ValueError: the pipeline is of no known family, or too new for the installed diffusers.
-    """
+    """The class that describes a teacher. Raises ValueError for one that is not known, or too new for diffusers."""
     name = config.get("_class_name", StableDiffusion.pipeline)
     if name not in FAMILIES:
         raise ValueError(f"{name} is not a teacher that VLV knows: it knows {', '.join(FAMILIES)}.")

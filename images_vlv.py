@@ -207,7 +207,7 @@ def _formats():
 
 
 def _to_rgb(image, is_own, copy):
-    """The image in RGB and upright. `is_own`: nobody else has it. `copy`: else, it is copied even as it is."""
+    """The image in RGB and upright. `is_own`: no caller holds it. `copy`: an unchanged image is copied if one does."""
     _load(image)
     profile = image.info.get("icc_profile") or b""
     # Older releases of PIL open a 16-bit PNG in the 32-bit mode.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.overrides import TorchFunctionMode
-from transformers import CLIPTextConfig, CLIPTextModel, Florence2VisionConfig
+from transformers import CLIPTextConfig, CLIPTextModel, Florence2Config, Florence2VisionConfig
 from transformers.utils.generic import is_flash_attention_requested
 
 
@@ -98,6 +98,23 @@ def check_pixels(pixel_values: torch.Tensor | None, vision_config: Florence2Visi
         raise ValueError(
             f"pixel_values are {pixel_values.shape[2]}x{pixel_values.shape[3]} pixels, but the encoder has positions "
             f"for {limit}: resize the images with the processor."
+        )
+
+
+def check_encoder_size(size: int, config: Florence2Config) -> None:
+    """
+    Raises ValueError unless a Florence-2 can read square images of this many pixels a side: its strides divide them,
+    and both its tables reach, that of rows and columns and that of the language model's positions.
+    """
+    vision = config.vision_config
+    cell = math.prod(vision.patch_stride)
+    tokens = config.text_config.max_position_embeddings - 1  # one more stands for the whole image
+    largest = cell * min(vision.max_position_embeddings, math.isqrt(tokens))
+    if size % cell or not cell <= size <= largest:
+        raise ValueError(
+            f"encoder_image_size is {size}, but the encoder reads multiples of {cell} pixels, its strides, up to "
+            f"{largest}, which its positions reach: choose one of them, such as "
+            f"{min(largest, max(cell, cell * round(size / cell)))}."
         )
 
 

@@ -2,9 +2,9 @@
 
 The data flow, with Q queries, D the encoder's width, E the text encoder's, L the caption head's:
 
-    pixel_values (B, 3, H, W) ─ Florence-2, asked by the queries ─► (B, Q, D) ─ projection ─► caption_embeds (B, Q, E)
-    caption_embeds ─ CLIP text encoder, entered at its embedding layer ─► context (B, Q, E)
-                     (with the teachers that have no text encoder here, they are the context)
+    pixel_values (B, 3, H, W) ─ Florence-2, with queries as words ─► (B, Q, D) ─ projection ─► caption_embeds (B, Q, E)
+    caption_embeds ─ CLIP text encoder, in place of word embeddings ─► context (B, Q, E)
+                     (without a text encoder, the caption embeddings are the context)
     context ─ frozen teacher: denoiser and VAE ─► the image again  (stage 1 trains this: the denoising loss)
     context ─ prefix_projection ─► (B, Q, L) ─ LLM ─► the caption  (stage 2 trains this: the caption loss)
 """
@@ -23,9 +23,10 @@ from transformers.utils import ModelOutput, cached_file
 
 # A model loaded from the Hub imports every file of its repo here, so that saving it copies all of them.
 try:
+    from .chat_vlv import find_image  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
     from .components_vlv import HUB_KWARGS, TASK_PROMPT, load_components
     from .configuration_vlv import VLVConfig
-    from .decoders_vlv import Prompt  # noqa: F401  (transformers 5.0 copies what this file names, and no further)
+    from .decoders_vlv import Prompt  # noqa: F401
     from .diffusion_vlv import VLVDiffusionMixin
     from .families_vlv import build_decoder
     from .images_vlv import load_image  # noqa: F401
@@ -45,7 +46,7 @@ except ImportError:
 CODE_FILES = (
     *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py", "decoders_vlv.py"),
     *("families_vlv.py", "diffusion_vlv.py", "processing_vlv.py", "images_vlv.py", "pipeline_vlv.py"),
-    "stopping_vlv.py",
+    *("stopping_vlv.py", "chat_vlv.py"),
 )
 # Parts and buffers that a checkpoint may hold and a model leave out.
 PARTS_LEFT_OUT = (
@@ -237,7 +238,8 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
                 raise ValueError(f"There is no part {name!r} to train: choose among {', '.join(parts)}.")
             if parts[name] is None:
                 raise ValueError(f"Stage {stage!r} trains {name}, which this checkpoint does not have.")
-        needed = {"autoencode": "vae", "caption": "caption_head"}.get(stage)
+        denoiser = "unet" if self.teacher is None else self.teacher.denoiser
+        needed = {"autoencode": denoiser, "caption": "caption_head"}.get(stage)
         if needed and parts[needed] is None:
             raise ValueError(f"Stage {stage!r} needs the part {needed}, which this checkpoint does not have.")
         self.requires_grad_(False)
@@ -317,7 +319,10 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         return self.encoder.multi_modal_projector(features)
 
     def encode(
-        self, pixel_values: torch.Tensor | None = None, image_features: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        num_queries: int | None = None,
     ) -> torch.Tensor:
         """
         Encodes images as caption embeddings (paper section 3.1).
@@ -325,10 +330,17 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images from the processor, of any float dtype.
             image_features (`torch.FloatTensor` of shape `(B, T, D)`): instead, their [`get_image_features`].
+            num_queries (`int`, *optional*): Q, how many leading queries ask; all by default. They see none of those
+                behind them, so these are the leading caption embeddings of the whole. A model that was trained with
+                `config.nested_queries` puts the most important into the first ones.
 
         Returns:
             `torch.FloatTensor` of shape `(B, Q, E)`: the caption embeddings.
+
+        Raises:
+            ValueError: `num_queries` is less than 1 or more than the model has.
         """
+        num_queries = self.check_num_queries(num_queries)
         if image_features is None:
             image_features = self.get_image_features(pixel_values)
         language_model = self.encoder.language_model
@@ -339,7 +351,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         memory = language_model.encoder(inputs_embeds=tokens).last_hidden_state
         if self.queries.is_meta and hasattr(self, "_hf_hook"):  # offloaded, and not in forward(): load them
             self._hf_hook.pre_forward(self)
-        queries = self.queries.to(prompt).expand(batch_size, -1, -1)
+        queries = self.queries[:num_queries].to(prompt).expand(batch_size, -1, -1)
         answers = language_model.decoder(
             inputs_embeds=queries, encoder_hidden_states=memory, use_cache=False
         ).last_hidden_state  # (B, Q, D)
@@ -386,6 +398,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         caption_embeds: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        num_queries: int | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs,
     ):
@@ -396,6 +409,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images to caption; or
             caption_embeds (`torch.FloatTensor` of shape `(B, Q, E)`): their embeddings, from [`encode`] or composed.
+            num_queries (`int`, *optional*): read only so many of the leading caption embeddings (see [`encode`]).
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the beginning of each caption, padded on
                 either side, with its `attention_mask`.
 
@@ -403,10 +417,11 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
             `torch.LongTensor` of shape `(B, new tokens)`: the new tokens only, without `input_ids`.
 
         Raises:
-            ValueError: the checkpoint has no caption head, or not exactly one input is given.
+            ValueError: the checkpoint has no caption head, not exactly one input is given, or there are fewer queries
+                than `num_queries`.
         """
         self._require_caption_head("caption")
-        context = self._context(pixel_values, caption_embeds)
+        context = self._context(pixel_values, caption_embeds, num_queries)
         inputs_embeds, attention_mask = self._caption_inputs(context, input_ids, attention_mask)
         # Padding moves to the left of the prefix, because generation counts positions from the end of the padding.
         order = attention_mask.argsort(dim=1, stable=True)
@@ -414,8 +429,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         attention_mask = attention_mask.take_along_dim(order, dim=1)
         generation_config = copy.deepcopy(generation_config or GenerationConfig())
         # The checkpoint's settings fill in what it leaves open, as in every model of transformers.
-        defaults = self.generation_config.to_dict()
-        generation_config.update(**defaults, defaults_only=True, allow_custom_entries=True)
+        generation_config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         kwargs = generation_config.update(**kwargs)  # left over: streamer, logits_processor, ...
         kwargs["stopping_criteria"] = stopping_criteria(generation_config, kwargs.get("stopping_criteria"))
         return self.caption_head.generate(
@@ -463,9 +477,10 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         Returns:
             [`VLVOutput`].
         """
+        num_queries = self._draw_num_queries() if self.training and self.config.nested_queries else None
         if caption_embeds is None:
-            caption_embeds = self.encode(pixel_values, image_features)
-        context = self.encode_context(caption_embeds)
+            caption_embeds = self.encode(pixel_values, image_features, num_queries)
+        context = self.encode_context(caption_embeds[:, :num_queries])
         denoising_loss = caption_loss = None
         head_output = {}
         check_batch(context, decoder_pixel_values=decoder_pixel_values, latents=latents, labels=labels)
@@ -526,6 +541,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         image_size: int | None = None,
         prompt: str = TASK_PROMPT,
         dtype: torch.dtype | str | None = None,
+        projection_start: str = "zero",
         **kwargs,
     ) -> "VLVModel":
         """
@@ -533,6 +549,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
 
         Args:
             encoder (`str`): id or folder of a Florence-2, in transformers' own or in Microsoft's remote-code layout.
+                It reads any size that its strides divide; the processor decides which (`encoder_image_size`).
             decoder (`str`): id or folder of a text-to-image model in diffusers' layout, of a family that
                 `families_vlv.py` knows.
             caption_head (`str`, *optional*): id or folder of a decoder-only language model.
@@ -540,6 +557,8 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
             image_size (`int`, *optional*): pixels of a reconstruction's side; the teacher's own by default.
             prompt (`str`): the task prompt, in words.
             dtype (`torch.dtype`, *optional*): of all weights; by default the narrowest that holds each weight exactly.
+            projection_start (`str`): around what the new caption embeddings start: `"zero"`, or `"mean"`, that of the
+                text encoder's word embeddings, or of the empty prompt's embeddings where there is no text encoder.
             kwargs: `revision`, `token`, `local_files_only`, `cache_dir`, ... are used to read each part; the rest
                 (`device_map`, `quantization_config`, `attn_implementation`, ...) goes to `from_pretrained`.
 
@@ -549,7 +568,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         """
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         components = load_components(
-            encoder, decoder, caption_head, num_queries, image_size, prompt, dtype, **hub_kwargs
+            encoder, decoder, caption_head, num_queries, image_size, prompt, dtype, projection_start, **hub_kwargs
         )
         # from_pretrained places the weights, ties what each part ties, and initialises what no part has.
         model = cls.from_pretrained(
@@ -561,10 +580,38 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
 
     # ---- checks --------------------------------------------------------------------------------------------
 
-    def _context(self, pixel_values, caption_embeds):
+    def check_num_queries(self, num_queries: int | None) -> int:
+        """How many leading queries to read, all of them by default; raises ValueError where there are not so many."""
+        if num_queries is None:
+            return self.config.num_queries
+        if not 1 <= num_queries <= self.config.num_queries:
+            raise ValueError(
+                f"num_queries is {num_queries}, but this checkpoint has {self.config.num_queries} queries: choose "
+                f"between 1 and {self.config.num_queries}."
+            )
+        return num_queries
+
+    def _draw_num_queries(self):
+        """A number of leading queries for a step: all of them in every other step, any number in the rest."""
+        length = self.config.num_queries
+        return length if torch.rand(()) < 0.5 else int(torch.randint(1, length + 1, ()))
+
+    def _context(self, pixel_values, caption_embeds, num_queries=None):
+        return self.encode_context(self._caption_embeds(pixel_values, caption_embeds, num_queries))
+
+    def _caption_embeds(self, pixel_values, caption_embeds, num_queries=None):
         if (pixel_values is None) == (caption_embeds is None):
             raise ValueError("Give either pixel_values or caption_embeds.")
-        return self.encode_context(self.encode(pixel_values) if caption_embeds is None else caption_embeds)
+        if caption_embeds is None:
+            return self.encode(pixel_values, num_queries=num_queries)
+        if num_queries is None:
+            return caption_embeds
+        if not 1 <= num_queries <= caption_embeds.shape[1]:
+            raise ValueError(
+                f"num_queries is {num_queries}, but there are {caption_embeds.shape[1]} caption_embeds for each "
+                f"image: choose between 1 and {caption_embeds.shape[1]}."
+            )
+        return caption_embeds[:, :num_queries]
 
     def _require_caption_head(self, purpose):
         if self.caption_head is None:

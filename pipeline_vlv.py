@@ -11,8 +11,10 @@ from transformers import ImageTextToTextPipeline, Pipeline
 from transformers.utils import logging
 
 try:
+    from .chat_vlv import is_conversation
     from .images_vlv import load_image
 except ImportError:
+    from chat_vlv import is_conversation
     from images_vlv import load_image
 
 logger = logging.get_logger(__name__)
@@ -86,6 +88,8 @@ class VLVReconstructionPipeline(_ImagePipeline):
     """`pipeline("image-to-image")`: each image gives its reconstruction from its caption embeddings."""
 
     def _sanitize_parameters(self, crop=None, seed=None, **sampling_arguments):
+        if sampling_arguments.get("text") is not None:  # words to add to the image
+            sampling_arguments["tokenizer"] = self.processor.decoder_tokenizer
         return {"crop": crop}, {"seed": seed, **sampling_arguments}, {}
 
     def _forward(self, model_inputs, seed=None, **sampling_arguments):
@@ -105,10 +109,38 @@ class VLVReconstructionPipeline(_ImagePipeline):
 
 
 class VLVImageTextToTextPipeline(_ProcessorReadsImages, ImageTextToTextPipeline):
-    """The stock `pipeline("image-text-to-text")`. `text` is the beginning of the caption; the model continues it."""
+    """
+    The stock `pipeline("image-text-to-text")`, for images with or without `text` (the beginning of the caption, which
+    the model continues) and for conversations (see `chat_vlv.py`).
+    """
 
     def check_model_type(self, supported_models):
         """Does nothing: the stock check logs an error for every class that is not part of transformers."""
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """
+        Args:
+            images: an image or a list of them, each anything that `load_image` reads; or conversations.
+            text (*optional*): the beginning of the caption, one for each image; or conversations.
+        """
+        several = isinstance(images, (list, tuple))
+        chats = images if text is None else text
+        if is_conversation(chats) or (isinstance(chats, (list, tuple)) and chats and all(map(is_conversation, chats))):
+            if images is not None and text is not None:
+                raise ValueError("Conversations hold their images themselves: give no other images beside them.")
+            return super().__call__(
+                text=_begun(chats) if is_conversation(chats) else [_begun(it) for it in chats], **kwargs
+            )
+        if images is None:
+            raise ValueError("There is no image: give images, or conversations that hold them.")
+        if text is None:
+            text = [""] * len(images) if several else ""
+        count = 1 if isinstance(text, str) else len(text)
+        if count != (len(images) if several else 1):
+            raise ValueError(
+                f"There are {len(images) if several else 1} images, but {count} texts: give one for each."
+            )
+        return Pipeline.__call__(self, {"images": images, "text": text}, **kwargs)
 
     def preprocess(self, inputs=None, **kwargs):
         if isinstance(inputs, dict):  # read with our own reader: transparency over white, clear errors
@@ -123,3 +155,11 @@ class VLVImageTextToTextPipeline(_ProcessorReadsImages, ImageTextToTextPipeline)
         # it would cut at the "a" of " large square". It gets an empty text, so that it removes nothing.
         output["input_ids"] = output["input_ids"][:, :0]
         return output
+
+
+def _begun(conversation):
+    """The conversation with a last message of the assistant in parts, as the stock pipeline continues it."""
+    *before, last = conversation
+    if last["role"] == "assistant" and isinstance(last.get("content"), str):
+        last = {**last, "content": [{"type": "text", "text": last["content"]}]}
+    return [*before, last]

@@ -15,17 +15,19 @@ from transformers.image_processing_base import ImageProcessingMixin
 # VLVConfig is imported to register it. AutoTokenizer reads a repo's config.json, and asks the user to trust the repo's
 # code where the class is not registered.
 try:
+    from .chat_vlv import CHAT_TEMPLATE, find_image, is_conversation
     from .configuration_vlv import VLVConfig  # noqa: F401
     from .images_vlv import load_image
     from .stopping_vlv import clean_caption
 except ImportError:
+    from chat_vlv import CHAT_TEMPLATE, find_image, is_conversation
     from configuration_vlv import VLVConfig  # noqa: F401
     from images_vlv import load_image
     from stopping_vlv import clean_caption
 
 # The parts' own tokenizers. They are kept so that `vlv export` can write the parts again. A part may come without one.
 PART_TOKENIZERS = ("encoder_tokenizer", "decoder_tokenizer")
-STRIP = 16  # an image that is this many times longer than wide is a strip
+STRIP = 16  # an image that is at least this many times longer than wide is a strip
 
 
 class VLVProcessor(ProcessorMixin):
@@ -41,7 +43,7 @@ class VLVProcessor(ProcessorMixin):
         crop (`str`, *optional*): `None` reads the whole image, stretched to the encoder's size as in Florence-2.
             `"center"` first resizes the shorter side to `decoder_image_size` and cuts out the centre, as in the paper.
         clean_captions (`bool`): captions are cut at their last full stop, and repeated sentences are dropped, for a
-            caption head that never learnt to end (see `stopping_vlv.py`).
+            caption head that never learned to end them (see `stopping_vlv.py`).
         encoder_tokenizer, decoder_tokenizer (*optional*): the Florence-2's and the text-to-image model's own.
     """
 
@@ -58,7 +60,7 @@ class VLVProcessor(ProcessorMixin):
         chat_template: str | None = None,
         **parts,
     ):
-        super().__init__(tokenizer, chat_template=chat_template)
+        super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.image_height, self.image_width = image_height, image_width
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.decoder_image_size = decoder_image_size
@@ -103,7 +105,7 @@ class VLVProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            images: one image or several, each anything that `load_image` reads.
+            images: one image or several, each anything that `load_image` reads, or in a list of its own.
             text: one caption or several. Without `return_labels` they are beginnings for the model to continue, padded
                 on the left. With it they are whole captions: the end-of-text token is added, padding is on the right.
             crop (`str`, *optional*): `"center"` instead of the whole image.
@@ -171,6 +173,42 @@ class VLVProcessor(ProcessorMixin):
             data["labels"] = input_ids.masked_fill(attention_mask == 0, -100)
         return data
 
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        crop: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> Any:
+        """
+        One conversation or several, in the form of chat models (see `chat_vlv.py`). Of each, the model sees the one
+        image, and the text of a last message of the assistant, which begins the caption. It follows no instructions:
+        all other text is read over.
+
+        Args:
+            conversation: messages `{"role": ..., "content": ...}`, or a list of such conversations. The image is a
+                part `{"type": "image"}` with `url`, `path`, `base64` or `image`: anything that `load_image` reads.
+            tokenize (`bool`): without it, the text that begins the caption is returned, for each conversation.
+            return_dict (`bool`): with `tokenize`, what `__call__` returns for these images and texts, instead of its
+                `input_ids` alone.
+            crop, processor_kwargs: as `__call__` takes them.
+            kwargs: the other arguments of `ProcessorMixin.apply_chat_template`. They change nothing here.
+
+        Raises:
+            ValueError: a conversation is malformed, or has no image or several.
+            OSError: the image is not there or cannot be fetched.
+        """
+        conversations = [conversation] if is_conversation(conversation) else list(conversation)
+        images = [find_image(messages) for messages in conversations]
+        text: list[str] = [super(VLVProcessor, self).apply_chat_template(it, chat_template) for it in conversations]
+        if not tokenize:
+            return text[0] if is_conversation(conversation) else text
+        inputs = self(images=images, text=text, **{"crop": crop, **(processor_kwargs or {})})
+        return inputs if return_dict else inputs["input_ids"]
+
     def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> list[str]:
         """Token ids (B, T) from `model.generate` -> B captions."""
         captions: list[Any] = [self.decode(caption, skip_special_tokens, **kwargs) for caption in ids]
@@ -234,7 +272,9 @@ class VLVProcessor(ProcessorMixin):
         caption_head: str | os.PathLike | None = None,
         *,
         image_size: int | None = None,
+        encoder_image_size: int | None = None,
         crop: str | None = None,
+        tokenizer: Any = None,
         **hub_kwargs,
     ) -> "VLVProcessor":
         """
@@ -247,29 +287,39 @@ class VLVProcessor(ProcessorMixin):
             caption_head (*optional*): id or folder of a decoder-only language model: the captions' tokenizer. Without
                 a caption head, the decoder's or the encoder's tokenizer takes its place.
             image_size (`int`, *optional*): pixels of a reconstruction's side; the teacher's own by default.
+            encoder_image_size (`int`, *optional*): pixels of a side that the encoder reads; by default the size that
+                it was trained at, 768 for Florence-2. With 384 the vision tower does a quarter of the work; its
+                positions of rows and columns stay as they are.
             crop (`str`, *optional*): as above.
+            tokenizer (*optional*): of the captions, loaded already, instead of the caption head's.
             hub_kwargs: `revision`, `token`, `local_files_only`, ... as every part's `from_pretrained` takes them.
+
+        Raises:
+            ValueError: the encoder cannot read images of `encoder_image_size`.
         """
         # Imported only now: it brings the models along, which preparing images and captions does not need.
         try:
-            from .components_vlv import read_decoder_config
+            from .components_vlv import load_florence_config, read_decoder_config, read_index
             from .decoders_vlv import Decoder  # noqa: F401  (as above)
-            from .families_vlv import build_decoder
-            from .layers_vlv import device_of  # noqa: F401
+            from .families_vlv import build_decoder, family_of
+            from .layers_vlv import check_encoder_size
         except ImportError:
-            from components_vlv import read_decoder_config
-            from families_vlv import build_decoder
+            from components_vlv import load_florence_config, read_decoder_config, read_index
+            from families_vlv import build_decoder, family_of
+            from layers_vlv import check_encoder_size
         images, _ = ImageProcessingMixin.get_image_processor_dict(encoder, **hub_kwargs)
-        teacher = None if decoder is None else build_decoder(read_decoder_config(decoder, **hub_kwargs))
+        if encoder_image_size is not None:
+            check_encoder_size(encoder_image_size, load_florence_config(encoder, **hub_kwargs))
+            images["size"] = {"height": encoder_image_size, "width": encoder_image_size}
         if image_size is None:
-            image_size = teacher.image_size
+            image_size = build_decoder(read_decoder_config(decoder, **hub_kwargs)).image_size
         encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **hub_kwargs)
         decoder_tokenizer = None
-        if teacher is not None and teacher.reads_text_encoder:
+        if decoder is not None and family_of(read_index(decoder, **hub_kwargs)).reads_text_encoder:
             decoder_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
-        tokenizer = decoder_tokenizer or encoder_tokenizer
-        if caption_head is not None:
+        if tokenizer is None and caption_head is not None:
             tokenizer = AutoTokenizer.from_pretrained(caption_head, **hub_kwargs)
+        tokenizer = tokenizer or decoder_tokenizer or encoder_tokenizer
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return cls(
@@ -304,7 +354,13 @@ def _centre(image, size):
 
 
 def _as_list(images):
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+    """One image or several as a list. What is made for several images in a text gives each in a list of its own."""
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    for image in images:
+        if isinstance(image, (list, tuple)) and len(image) != 1:
+            raise ValueError(f"There are {len(image)} images for one text: a VLV reads exactly one.")
+    return [image[0] if isinstance(image, (list, tuple)) else image for image in images]
 
 
 def _check_crop(crop):

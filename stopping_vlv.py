@@ -1,7 +1,7 @@
 """
-Where a caption ends whose caption head never learnt to end: the captioners of the paper were trained without an
-end-of-text token. The checkpoint says so in its generation config (`sentence_end_ids`) and in its processor
-(`clean_captions`). Other checkpoints say neither, and nothing here touches them.
+Ends captions of a caption head that never learned to end them. The paper's captioners were trained without an
+end-of-text token. Such a checkpoint is marked in its generation config (`sentence_end_ids`) and in its processor
+(`clean_captions`). Nothing here affects other checkpoints.
 """
 
 import re
@@ -18,14 +18,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-# What ends in a full stop and is shorter is no sentence: a number such as 1.1.1, an abbreviation.
+# Shorter texts that end with a full stop are not sentences, but numbers such as 1.1.1 or abbreviations.
 SHORTEST_SENTENCE = 4  # tokens
 
 
 class RepeatedSentence(StoppingCriteria):
     """
-    Stops a caption at the end of a sentence that the caption already holds. From there a model that cannot end goes
-    round in circles.
+    Stops a caption after a repeated sentence. A model that cannot end its captions would repeat itself for ever.
 
     Args:
         sentence_end_ids: the tokens that can end a sentence (see [`find_sentence_ends`]).
@@ -37,12 +36,12 @@ class RepeatedSentence(StoppingCriteria):
 
     @classmethod
     def of(cls, generation_config: GenerationConfig) -> "RepeatedSentence | None":
-        """The criterion of a checkpoint, by its generation config; `None` for a model that ends by itself."""
+        """The criterion of a checkpoint, from its generation config; `None` for a model that ends its captions."""
         ids = getattr(generation_config, "sentence_end_ids", None)
         return cls(ids) if ids else None
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs) -> torch.BoolTensor:
-        """Token ids (B, T) of what was written so far -> for each caption whether it stops here (B,)."""
+        """Token ids (B, T) of the captions so far -> whether each caption stops here (B,)."""
         self._ends = self._ends.to(input_ids.device)
         stops = torch.isin(input_ids[:, -1], self._ends)
         for row in stops.nonzero()[:, 0].tolist():
@@ -50,7 +49,7 @@ class RepeatedSentence(StoppingCriteria):
         return stops
 
     def find(self, ids: Sequence[int]) -> int | None:
-        """How many of a caption's token ids (T,) there are up to the first repeated sentence, that one included."""
+        """The number of a caption's token ids (T,) up to and including the first repeated sentence, or `None`."""
         start, sentences = 0, set()
         for place, token in enumerate(ids, start=1):
             if token not in self.sentence_end_ids:
@@ -66,21 +65,21 @@ class RepeatedSentence(StoppingCriteria):
 def stopping_criteria(
     generation_config: GenerationConfig, given: StoppingCriteriaList | None = None
 ) -> StoppingCriteriaList:
-    """The given criteria of a call of `generate`, and the checkpoint's own."""
+    """The criteria that `generate` was called with, and the checkpoint's own."""
     repetition = RepeatedSentence.of(generation_config)
     return StoppingCriteriaList([*(given or ()), *([] if repetition is None else [repetition])])
 
 
 def stop_at_repetition(model: PreTrainedModel, processor: ProcessorMixin, on: bool = True) -> None:
-    """Marks a model and its processor as one that never learnt to end, or with `on=False` as one that did."""
+    """Marks a model and its processor as unable to end captions, or with `on=False` as able to."""
     model.generation_config.sentence_end_ids = find_sentence_ends(processor.tokenizer) if on else None
-    # Of a generation config that was made from a model's config, transformers loads only the entries that it knows.
+    # If a generation config was made from a model's config, transformers loads only the entries that it knows.
     model.generation_config._from_model_config = False
     processor.clean_captions = on
 
 
 def find_sentence_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of all tokens that can end a sentence: their text ends in `.`, `!` or `?`, and perhaps white space."""
+    """The ids of all tokens that can end a sentence: their text ends with `.`, `!` or `?`, then any white space."""
     ids = range(len(tokenizer))
     texts = tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=True)
     return [token for token, text in zip(ids, texts, strict=True) if text.rstrip().endswith((".", "!", "?"))]
@@ -88,8 +87,8 @@ def find_sentence_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def clean_caption(text: str) -> str:
     """
-    A caption as the paper's code leaves it: cut at its last full stop, if it has one, and each sentence once. White
-    space at the beginning stays, because the text may continue a given one.
+    Cleans a caption as the paper's code does. It is cut at its last full stop, if it has one, and repeated sentences
+    are removed. White space at the beginning is kept, because the text may continue a given one.
     """
     caption = text.lstrip()
     begun = text[: len(text) - len(caption)]

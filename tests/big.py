@@ -1,4 +1,4 @@
-"""A checkpoint of the paper's stage 2 that is large enough for its memory to be measured, and the measuring."""
+"""A checkpoint of the paper's stage 2 that is large enough to measure its memory, and the measurement."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from paths import FIXTURES
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 PARITY = FIXTURES / "parity"
-# Runs what it is given and prints, in MB, how much memory that took at its peak above what the imports had taken.
+# Runs the given code and prints its peak memory in MB, without the memory of the imports.
 MEASURE = r"""
 import re, sys
 from pathlib import Path
@@ -46,7 +46,7 @@ def write_checkpoint(folder, layers=34):
 
 
 def measure(code):
-    """Peak memory of `code`, in MB above the imports, in a process of its own."""
+    """Peak memory of `code` in a new process, in MB, without the imports."""
     result = subprocess.run([sys.executable, "-c", MEASURE, code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return float(result.stdout.split()[-1])

@@ -1,13 +1,13 @@
 """
-What a user of the Hub types, in a process where this package is not installed, only its dependencies.
+The code of a user of the Hub, in a process where only the dependencies of this package are installed.
 
-`test_entry_points.py` runs it and judges the answers:
+`test_entry_points.py` runs it and checks the answers:
 
     python tests/clean_environment.py REPO PICTURES OUTPUT [--installed] ENTRY_POINT...
 
-REPO is a folder or an id; PICTURES a folder with 0.png, 1.png, 2.png, clear.png and broken.png; OUTPUT a folder that
-gets answers.json, {entry_point: {"answer": ...} or {"error": traceback}}, and whatever they save. With --installed,
-the package is there as well, and is imported first.
+REPO is a folder or an id. PICTURES is a folder with 0.png, 1.png, 2.png, clear.png and broken.png. OUTPUT is a folder
+for answers.json, {entry_point: {"answer": ...} or {"error": traceback}}, and for saved models. With --installed, the
+package is installed too, and is imported first.
 """
 
 import functools
@@ -23,7 +23,7 @@ HIDDEN = {"vlv", *(file.stem for file in Path(__file__).parents[1].glob("*_vlv.p
 
 
 class NotInstalled(importlib.abc.MetaPathFinder):
-    """Hides this package, however it is installed: comes before every other finder."""
+    """Hides this package in any kind of installation, because it comes before every other finder."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in HIDDEN:
@@ -85,7 +85,7 @@ def frozen(model):
 
 
 def texts(answers):
-    """The captions alone, in the shape in which they came."""
+    """The captions of the answers, in the same nested lists."""
     return [texts(answer) if isinstance(answer, list) else answer["generated_text"] for answer in answers]
 
 
@@ -169,7 +169,7 @@ def auto_model_for_image_text_to_text(repo, pictures, output):
 
 @entry_point
 def one_picture(repo, pictures, output):
-    """Each way of naming one picture gives one row."""
+    """Each kind of input for one picture gives one row."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=pictures)
     handler.log_message = lambda *_: None
     path = pictures / "0.png"
@@ -191,7 +191,7 @@ def one_picture(repo, pictures, output):
 
 @entry_point
 def several_pictures(repo, pictures, output):
-    """Each way of naming several pictures gives as many answers, each a list of rows."""
+    """Each kind of input for several pictures gives one answer per picture, which is a list of rows."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
     from transformers.pipelines.pt_utils import KeyDataset
@@ -324,7 +324,7 @@ def image_to_image(repo, pictures, output):
 
 @entry_point
 def save_again(repo, pictures, output):
-    """Whatever was loaded from a repo is saved as a complete repo again."""
+    """Models and pipelines that were loaded from a repo are saved as complete repos."""
     AutoModel.from_pretrained(repo, trust_remote_code=True).save_pretrained(output / "again")
     AutoProcessor.from_pretrained(repo, trust_remote_code=True).save_pretrained(output / "again")
     captions = pipeline("image-to-text", model=str(output / "again"), trust_remote_code=True)

@@ -1,8 +1,8 @@
-"""Fixtures that the tests share. What a session fixture gives is for reading: a test that changes it takes a copy."""
+"""Fixtures that the tests share. Tests must not change the result of a session fixture; they change a copy."""
 
 import os
 
-# Before any library reads them: no test may reach for the Hub, and workers must not fight over the cores.
+# Set before any library reads them: no test may access the Hub, and workers must not compete for the cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,7 +22,7 @@ logging.disable_progress_bar()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
-    """Workers send what a test printed and logged as UTF-8, also where it names a file whose name is not."""
+    """Makes the output and the log of a test valid UTF-8 for the workers, also with file names that are not UTF-8."""
     report = yield
     report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
     return report
@@ -35,7 +35,7 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """A `VLVConfig` whose every part is tiny."""
+    """A `VLVConfig` in which every part is tiny."""
     return tiny.config()
 
 
@@ -92,19 +92,19 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def installed(wheel, tmp_path_factory):
-    """An environment that has the wheel and no checkout: `installed("vlv", "demo")` runs a program of it."""
+    """An environment with the wheel and without a checkout. `installed("vlv", "demo")` runs a program of it."""
     return Installed(wheel, tmp_path_factory.mktemp("installed"))
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A running Hub that the client in this process talks to, with a token that may write and with a cold cache."""
+    """A running Hub for the client in this process, with a token that may write and with an empty cache."""
     with running_hub() as hub:
         for name, value in {
             "ENDPOINT": hub.url,
             "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,  # Xet is a service of its own; without it files go through the Hub itself
+            "HF_HUB_DISABLE_XET": True,  # Xet is a separate service; without it, files go through the Hub itself
             "HF_TOKEN_PATH": str(tmp_path / "token"),
             "HF_HUB_CACHE": str(tmp_path / "cache"),
         }.items():

@@ -1,14 +1,14 @@
 """
 A folder of deliberately damaged images: `python tests/damaged.py FOLDER [COUNT] [SEED]`.
 
-A file's name says what was done to it, then its number, as in `cut/0012.jpg`:
+A file's name says how it is damaged, and has its number, such as `cut/0012.jpg`:
 
-- `whole`: nothing.
-- `suffix`: it is whole, under the suffix of another format.
-- `large`: it is whole, and large: a small file that takes hundreds of megabytes when it is decoded.
+- `whole`: not damaged.
+- `suffix`: not damaged, but with the suffix of another format.
+- `large`: not damaged; a small file that takes hundreds of megabytes when it is decoded.
 - `cut`: its end is missing.
 - `flipped`: some of its bits are flipped.
-- `bomb`: its header claims sizes that nobody can decode, or its decoding never seems to end.
+- `bomb`: its header claims sizes that cannot be decoded, or decoding takes nearly for ever.
 - `other`: it is not an image: empty, text, noise, a script.
 """
 
@@ -40,7 +40,7 @@ LARGE = 12_000  # pixels of a side
 
 
 def write_damaged(folder: Path, count: int = 1000, seed: int = 0) -> list[str]:
-    """Writes the images; the same arguments give the same files. Returns their names, relative to the folder."""
+    """Writes the images and returns their names, relative to the folder. The same arguments give the same files."""
     draw = random.Random(seed)
     kinds = [kind for kind, share in SHARES.items() for _ in range(round(count * share / 100))]
     suffixes = [suffix for suffix in FORMATS if suffix in Image.registered_extensions() or suffix == ".jpeg"]
@@ -115,7 +115,7 @@ def _gif_that_claims(width, height):
 
 
 def _jpeg_of_many_scans(scans=5000, side=1024):
-    """A progressive JPEG whose last scan comes again and again: each is decoded over all of the picture."""
+    """A progressive JPEG that repeats its last scan many times. Each scan is decoded over the whole picture."""
     content = io.BytesIO()
     Image.new("L", (side, side)).save(content, "JPEG", progressive=True)
     content = content.getvalue()
@@ -126,7 +126,7 @@ def _jpeg_of_many_scans(scans=5000, side=1024):
 _BOMBS = (
     lambda: (".png", _png_that_claims(50_000, 50_000)),
     lambda: (".png", _png_that_claims(2**31 - 1, 2**31 - 1)),
-    lambda: (".png", _png_that_claims(13_000, 13_000)),  # within what is allowed, and nearly all of it missing
+    lambda: (".png", _png_that_claims(13_000, 13_000)),  # an allowed size, but nearly all of the data is missing
     lambda: (".bmp", _bmp_that_claims(60_000, 60_000)),
     lambda: (".bmp", _bmp_that_claims(12_000, 12_000)),
     lambda: (".gif", _gif_that_claims(65_535, 65_535)),

@@ -1,6 +1,6 @@
 """
-A small Hub on loopback: the parts of the Hub's HTTP interface that pushing to it and loading from it use, so that
-the real client can be tested without a network. Repos live in memory; a commit is applied whole or not at all.
+A small Hub on the loopback interface. It has the parts of the Hub's HTTP interface that are used for pushing and
+loading, so that the real client can be tested without a network. Repos are in memory, and commits are atomic.
 """
 
 import base64
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".safetensors", ".bin", ".pt", ".png")  # what the Hub keeps as LFS files
+LARGE = (".safetensors", ".bin", ".pt", ".png")  # files that the Hub keeps as LFS files
 OWNER = "ada"
-WRITE_TOKEN, READ_TOKEN = "hf_ada_writes", "hf_ada_reads"  # of the one account that this Hub has
+WRITE_TOKEN, READ_TOKEN = "hf_ada_writes", "hf_ada_reads"  # of the only account of this Hub
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Blob:
 class Repo:
     private: bool = False
     sdk: str | None = None
-    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)  # every tree, by the id of its commit
+    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)  # the files of each commit, by its id
     branches: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
@@ -64,9 +64,9 @@ class Hub(ThreadingHTTPServer):
     """
     Attributes:
         repos: by kind and name, such as `("models", "ada/vlv-tiny")`.
-        stored: large files by their sha256, whether a commit names them or not.
-        uploads: sha256 of every large file in the order of arrival.
-        fail: what to answer 400 to: `fail(method, path) -> bool`.
+        stored: uploaded large files by their sha256, also those of no commit.
+        uploads: sha256 of every large file, in the order of upload.
+        fail: `fail(method, path) -> bool`; requests for which it is true get the answer 400.
     """
 
     daemon_threads = True
@@ -84,14 +84,14 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def publish(self, repo_id, folder, revision="main", private=False):
-        """Put a folder there as a model repo, as if somebody had pushed it."""
+        """Add a folder as a model repo, as if a user had pushed it."""
         repo = self.repos["models", repo_id] = Repo(private)
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         tree = {name: Blob(path.read_bytes(), path.suffix in LARGE) for name, path in files.items()}
         repo.commit(revision, tree, "publish")
 
     def files(self, repo_id, kind="models", revision="main"):
-        """Content of every file of a revision, by path."""
+        """The content of every file of a revision, by path."""
         repo = self.repos[kind, repo_id]
         return {path: blob.content for path, blob in repo.commits[repo.resolve(revision)].items()}
 
@@ -175,7 +175,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    # ---- who asks ----------------------------------------------------------------------------------------------
+    # ---- tokens ------------------------------------------------------------------------------------------------
 
     @property
     def token(self):

@@ -1,4 +1,4 @@
-"""The package as a user installs it: a wheel in an environment of its own, and an empty folder to work in."""
+"""The package as a user installs it: the wheel in a new environment, and an empty folder to work in."""
 
 import os
 import shutil
@@ -11,13 +11,13 @@ from paths import ROOT
 
 
 def tracked(*folders: str) -> list[str]:
-    """The files that git has, those of `folders` or all."""
+    """The files in git: those of `folders`, or all."""
     listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
     return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
 
 
 def build_wheel(folder: Path) -> Path:
-    """Built from a copy of what git has: building leaves a folder behind, which would get into the next wheel."""
+    """Builds from a copy of the files in git, because a build leaves a folder that would get into the next wheel."""
     source = folder / "source"
     for name in tracked():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -30,11 +30,11 @@ def build_wheel(folder: Path) -> Path:
 
 class Installed:
     """
-    An environment that has the wheel, with the libraries of this one.
+    An environment with the wheel and the libraries of this environment.
 
     Args:
         wheel: from [`build_wheel`].
-        folder: an empty one, for the environment.
+        folder: an empty folder for the environment.
     """
 
     def __init__(self, wheel: Path, folder: Path):
@@ -55,12 +55,12 @@ class Installed:
         assert all(str(site_packages) in line for line in found.splitlines())
 
     def start(self, program: str, *arguments: object, **options) -> subprocess.Popen:
-        """Starts a program of the environment, in its work folder unless `cwd` says otherwise."""
+        """Starts a program of the environment, by default in its work folder."""
         command = [self.bin / program if (self.bin / program).exists() else program, *map(str, arguments)]
         return subprocess.Popen(command, text=True, **{"cwd": self.folder, "env": self.environment, **options})
 
     def __call__(self, program: str, *arguments: object, **options) -> str:
-        """Runs a program to its end and returns what it printed."""
+        """Runs a program to its end and returns its output."""
         process = self.start(program, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         out, err = process.communicate()
         assert process.returncode == 0, f"{program} {arguments}\n{err[-3000:]}"

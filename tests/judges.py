@@ -1,4 +1,4 @@
-"""Builders of the pretrained models that an evaluation is given, tiny and random but of the real classes."""
+"""Builders of the pretrained models for an evaluation. They are tiny and random, but of the real classes."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
 def save_all(folder):
-    """`clip`, `features` (a ViT) and `sentences` (a BERT) in `folder`, each as `from_pretrained` finds it."""
+    """Saves `clip`, `features` (a ViT) and `sentences` (a BERT) into `folder`, for `from_pretrained`."""
     folder = Path(folder)
     layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     pixels = {"image_size": SIZE, "patch_size": 8}
@@ -55,7 +55,7 @@ def save_all(folder):
 
 
 def pixel_values(images):
-    """The images, already of the right size, as those models' processors normalise them."""
+    """The images, which have the right size, normalised as by those models' processors."""
     import numpy as np
 
     pixels = np.stack([np.asarray(image, dtype=np.float64) for image in images]) / 255

@@ -1,9 +1,9 @@
 """
 `vlv train` as a program for `accelerate launch`, for the tests of training in several processes.
 
-SHARD_ON_CPU=1: with FSDP2 on the CPU. There accelerate quietly trains with DDP in place of FSDP, unless it takes the
-processes for ones with a GPU each.
-KILLED_AT_STEP=N: the second process is killed when the training has done N steps.
+SHARD_ON_CPU=1: with FSDP2 on the CPU. There accelerate would silently train with DDP instead of FSDP. This makes it
+believe that each process has a GPU.
+KILLED_AT_STEP=N: the second process is killed after N training steps.
 """
 
 import os

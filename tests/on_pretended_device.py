@@ -1,9 +1,9 @@
 """
-The model on a second device that is only pretended: `test_model_devices.py` runs this file in a process of its own,
-because a device once registered with torch stays.
+The model on a second device, which is only pretended. `test_model_devices.py` runs this file in a separate process,
+because torch cannot unregister a device.
 
-The tensors of the device keep their data on the CPU, but every operation on them and on a CPU tensor together is an
-error, as it is on an accelerator.
+The tensors of the device keep their data on the CPU, but an operation on them together with a CPU tensor is an error,
+as it is on an accelerator.
 """
 
 import accelerate
@@ -29,14 +29,14 @@ class Elsewhere(torch.Tensor):
 
     @staticmethod
     def __new__(cls, data, requires_grad=False):
-        if isinstance(data, Elsewhere) or data.is_meta:  # this is how accelerate puts weights back and away
+        if isinstance(data, Elsewhere) or data.is_meta:  # accelerate loads and offloads weights in this way
             return torch.nn.Parameter(data, requires_grad)
         layout = {"strides": data.stride(), "storage_offset": data.storage_offset()}
         elsewhere = torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype, device=DEVICE, **layout)
         elsewhere.data_on_cpu = data
         return elsewhere
 
-    def tolist(self):  # which torch refuses for subclasses
+    def tolist(self):  # torch refuses this for subclasses
         return self.data_on_cpu.tolist()
 
     @classmethod
@@ -45,7 +45,7 @@ class Elsewhere(torch.Tensor):
 
 
 class PretendedDevice(TorchDispatchMode):
-    """Within it tensors can be made on the device, and what they are used with is checked."""
+    """In this mode, tensors can be made on the device, and every operation checks the devices of its tensors."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         return run(operation, args, kwargs or {})
@@ -68,7 +68,7 @@ def run(operation, args, kwargs):
 
 @pytest.fixture(autouse=True)
 def _pretended_device(monkeypatch):
-    # Tensors of inference mode cannot be wrapped.
+    # Tensors that are made in inference mode cannot be wrapped.
     monkeypatch.setattr(torch._C, "_InferenceMode", lambda mode: torch.no_grad())
     torch._C._set_only_lift_cpu_tensors(
         True
@@ -132,7 +132,7 @@ def test_both_losses_and_their_gradients(model, pictures, captions, place, setti
     for name, gradient in gradients["pretended"].items():
         assert_same(gradient, gradients["cpu"][name])
     model.config.context_dropout = settings.get("context_dropout", 0.0)
-    model.train()(**pictures).loss.backward()  # noise and timesteps drawn where the latents are
+    model.train()(**pictures).loss.backward()  # noise and timesteps are drawn on the device of the latents
 
 
 def test_generate(model, pictures):

@@ -1,4 +1,4 @@
-"""Where tests find what lies in the checkout."""
+"""Paths in the checkout."""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ FAST = {
 
 
 def arguments(recipe, output_dir, **settings):
-    """The command line, without `vlv train`, of a short run; a list gives several values, None none."""
+    """The command line of a short run, without `vlv train`. A list gives several values; None gives no value."""
     argv = [str(recipe)]
     for name, value in {"output_dir": output_dir, **FAST, **settings}.items():
         if value is not None:
@@ -24,7 +24,7 @@ def arguments(recipe, output_dir, **settings):
 
 
 def run(recipe, output_dir, **settings):
-    """One short training; returns its training.json."""
+    """Runs a short training and returns its training.json."""
     train.main(arguments(recipe, output_dir, **settings))
     return json.loads((output_dir / "training.json").read_text())
 

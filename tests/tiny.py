@@ -1,4 +1,4 @@
-"""Builders of a tiny VLV and of its parts, random but from the real classes, so that nothing is tested on a mock."""
+"""Builders of a tiny VLV and of its parts. They have random weights but are of the real classes, not mocks."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ from configuration_vlv import VLVConfig
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 
-IMAGE_SIZE = 32  # pixels that the encoder reads, and that the decoder rebuilds
+IMAGE_SIZE = 32  # pixels, for both encoder and decoder
 POSITIONS = 12  # of the text encoder
 BYTES = sorted(ByteLevel.alphabet())
 
@@ -46,7 +46,7 @@ def encoder_tokenizer():
 
 
 def decoder_tokenizer():
-    """As Stable Diffusion 2's: padded with "!", not with the end-of-text token."""
+    """As in Stable Diffusion 2: it pads with "!", not with the end-of-text token."""
     tokens = _vocabulary(*BYTES, *(byte + "</w>" for byte in BYTES), "<|startoftext|>", "<|endoftext|>")
     return CLIPTokenizer(vocab=tokens, merges=[], pad_token="!", model_max_length=POSITIONS)
 
@@ -55,7 +55,7 @@ def decoder_tokenizer():
 
 
 def encoder_config():
-    """A Florence-2 with two stages, which makes a 32x32 image a 4x4 grid: 16 tokens and their mean."""
+    """A Florence-2 with two stages. A 32x32 image becomes a 4x4 grid: 16 tokens and their mean."""
     tokenizer = encoder_tokenizer()
     return Florence2Config(
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
@@ -160,7 +160,7 @@ def caption_config(hidden_size=40):
 
 
 def config(prediction_type="v_prediction", **settings):
-    """A `VLVConfig` whose every part is tiny; `decoder_config=None` and `caption_config=None` leave parts out."""
+    """A `VLVConfig` in which every part is tiny. `decoder_config=None` and `caption_config=None` leave parts out."""
     settings = {
         "encoder_config": encoder_config(),
         "text_encoder_config": text_encoder_config(),
@@ -179,8 +179,8 @@ def config(prediction_type="v_prediction", **settings):
 
 def randomise(module, seed=0, gain=1.0):
     """
-    Weights large enough, and biases uneven enough, that every input matters: freshly initialised models answer all
-    images alike, and a test on them could not fail.
+    Sets large weights and uneven biases, so that every input matters. A newly initialised model gives almost the same
+    result for all images, and a test on it could not fail.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -194,7 +194,7 @@ def randomise(module, seed=0, gain=1.0):
 
 
 def randomise_caption_head(llm, seed=0):
-    """A higher gain, or each token would just repeat itself, and faint bytes beside the letters: captions are text."""
+    """Sets a higher gain, or each token would repeat itself, and makes letters likelier than other bytes."""
     randomise(llm, seed, gain=3.0)
     letters = caption_tokenizer()("abcdefghijklmnopqrstuvwxyz ").input_ids
     faint = [number for number in range(llm.config.vocab_size) if number not in letters]
@@ -203,7 +203,7 @@ def randomise_caption_head(llm, seed=0):
 
 
 def model(model_class=VLVModel, seed=0, **settings):
-    """A random model in eval mode, the same for the same seed and settings (see `config`)."""
+    """A random model in eval mode. The same seed and settings (see `config`) give the same model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vlv = randomise(model_class(config(**settings)), seed)
@@ -225,8 +225,8 @@ def processor():
 
 def save_components(folder, prediction_type="v_prediction"):
     """
-    The parts as a user has them before there is a VLV, each in the layout of its own library:
-    `encoder/` (Florence-2), `decoder/` (Stable Diffusion) and `caption_head/` (an LLM) in `folder`.
+    Saves the parts of a VLV into `folder`, each in the layout of its own library: `encoder/` (Florence-2), `decoder/`
+    (Stable Diffusion) and `caption_head/` (an LLM).
     """
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
@@ -260,13 +260,13 @@ def save_components(folder, prediction_type="v_prediction"):
 
 
 def images(count=3, seed=0, size=(40, 30)):
-    """Different pictures in RGB: coarse random mosaics, so that resizing keeps them different."""
+    """Different pictures in RGB. They are coarse random mosaics, so that they differ after resizing too."""
     random = np.random.default_rng(seed)
     mosaics = random.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     return [Image.fromarray(mosaic).resize(size, Image.Resampling.NEAREST) for mosaic in mosaics]
 
 
 def pixels(count=3, seed=0):
-    """`pixel_values` (count, 3, H, W) and `decoder_pixel_values`, of the same pictures."""
+    """`pixel_values` (count, 3, H, W) and `decoder_pixel_values` of the same pictures."""
     inputs = processor()(images=images(count, seed), return_decoder_pixel_values=True)
     return inputs["pixel_values"], inputs["decoder_pixel_values"]

@@ -16,6 +16,7 @@ import io
 import os
 import pickle
 import signal
+import stat
 import sys
 import threading
 import warnings
@@ -175,6 +176,42 @@ class Reader:
         return f"the process that read it crashed ({how}). The file is damaged, or its decoder is faulty."
 
 
+class Readers:
+    """
+    Several [`Reader`]s that share a budget of pixels. As many threads may call it at once; each gets one that is idle.
+
+    Args:
+        read: as for [`Reader`].
+        number: of processes. They are started at once, while no other thread can hold a lock that they would wait for.
+    """
+
+    def __init__(self, read: Callable[[Any], Any], number: int):
+        budget = Budget(PIXELS_AT_ONCE)
+        self._readers = [Reader(read, budget) for _ in range(number)]
+        self._idle: SimpleQueue[Reader] = SimpleQueue()
+        for reader in self._readers:
+            reader.start()
+            self._idle.put(reader)
+
+    def __call__(self, source: Any) -> Any:
+        """What `read` returns; raises ValueError as [`Reader`] does."""
+        reader = self._idle.get()
+        try:
+            return reader(source)
+        finally:
+            self._idle.put(reader)
+
+    def kill(self) -> None:
+        """End the processes, whatever they are doing. A thread that waits for one gets a ValueError."""
+        for reader in self._readers:
+            reader.kill()
+
+    def close(self) -> None:
+        """End the processes when no thread waits for them."""
+        for reader in self._readers:
+            reader.close()
+
+
 def read_ahead(
     items: Iterable[tuple[Key, Any]], read: Callable[[Any], Any], num_workers: int, number: int
 ) -> Iterator[Read]:
@@ -190,21 +227,13 @@ def read_ahead(
         for key, source in items:
             yield _reading(key, *_attempt(read, source))
         return
-    budget = Budget(PIXELS_AT_ONCE)
-    readers = [Reader(read, budget) for _ in range(num_workers)]
-    idle: SimpleQueue[Reader] = SimpleQueue()
-    for reader in readers:
-        reader.start()  # now, while no other thread can hold a lock that the new process would wait for
-        idle.put(reader)
+    readers = Readers(read, num_workers)
 
     def read_one(key, source):
-        reader = idle.get()
         try:
-            return Read(key, reader(source), None)
+            return Read(key, readers(source), None)
         except ValueError as error:
             return Read(key, None, str(error))
-        finally:
-            idle.put(reader)
 
     # One thread for each process, which only waits for it.
     threads = ThreadPoolExecutor(num_workers, "reader")
@@ -218,11 +247,9 @@ def read_ahead(
             yield waiting.popleft().result()
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-        for reader in readers:
-            reader.kill()
+        readers.kill()
         threads.shutdown()
-        for reader in readers:
-            reader.close()
+        readers.close()
 
 
 # No process may be forked while both ends of another process's pipes are open. It would keep them open, and the death
@@ -279,6 +306,7 @@ def _serve(
     """The main loop of a forked process, which ends when its parent does."""
     if sys.platform == "linux":  # on other systems, a hanging process outlives a killed parent until its time is up
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _close_sockets()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
@@ -299,6 +327,14 @@ def _serve(
             answer = _attempt(read, source)
             signal.setitimer(signal.ITIMER_REAL, 0)
             _send(answer, answers)
+
+
+def _close_sockets() -> None:
+    """A connection of the parent's would stay open when the parent closes it, as long as this process held it too."""
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):  # the folder itself was open while it was listed
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                os.close(int(name))
 
 
 def _send(value, file):

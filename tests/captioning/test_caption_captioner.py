@@ -1,4 +1,4 @@
-"""From pixels to captions: the batch changes nothing, memory decides its size, and the settings are obeyed."""
+"""From pixels to captions: the batch does not change them, memory sets its size, and the settings work."""
 
 import copy
 import re
@@ -26,7 +26,7 @@ def pixel_values():
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    """Its captions end at an e or a t, at different places, and what fills them up is a letter like any other."""
+    """Its captions end with an e or a t, at different lengths, and the padding token is an ordinary letter."""
     model = copy.deepcopy(tiny_model)
     letters = tiny.caption_tokenizer()("etz").input_ids
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = letters[:2], letters[2]
@@ -34,7 +34,7 @@ def model(tiny_model):
 
 
 class _Texts(Captioner):
-    """Gives the texts of the captions alone."""
+    """Returns only the texts of the captions."""
 
     def __call__(self, *arguments):
         return [[caption.text for caption in captions] for captions in super().__call__(*arguments)]
@@ -62,7 +62,7 @@ DECODINGS = {
 @pytest.mark.parametrize("decoding", DECODINGS.values(), ids=DECODINGS)
 def test_the_batch_changes_nothing(model, pixel_values, decoding):
     alone = _captioner(model, 1, **decoding)(NAMES, pixel_values)
-    assert len({texts[0] for texts in alone}) > COUNT // 2  # or the comparison would mean nothing
+    assert len({texts[0] for texts in alone}) > COUNT // 2  # otherwise the comparison would mean nothing
     for batch_size in (3, COUNT):
         assert _captioner(model, batch_size, **decoding)(NAMES, pixel_values) == alone
     order = torch.randperm(COUNT).tolist()
@@ -70,9 +70,23 @@ def test_the_batch_changes_nothing(model, pixel_values, decoding):
     assert shuffled == [alone[i] for i in order]
 
 
+def test_captions_of_the_leading_queries(model, pixel_values, greedy):
+    embeds = model.encode(torch.stack(pixel_values))
+    expected = _texts_of(model, embeds[:, :2])
+    assert _captioner(model, num_queries=2)(NAMES, pixel_values) == expected
+    assert [text for (text,) in expected] != greedy
+    with pytest.raises(ValueError, match=r"num_queries is 11, but this checkpoint has 10 queries"):
+        _captioner(model, num_queries=11)
+
+
+def _texts_of(model, embeds):
+    written = Captioner(model, tiny.processor(), Decoding(max_new_tokens=LENGTH)).write(NAMES, embeds)
+    return [[caption.text for caption in captions] for captions in written]
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_nothing_of_the_padding_is_left(model, pixel_values, num_beams):
-    """Against the model asked for one image at a time, which pads nothing."""
+def test_captions_have_no_padding(model, pixel_values, num_beams):
+    """Compared with the model on one image at a time, which has no padding."""
     expected = []
     for pixels in pixel_values:
         ids = model.generate(pixels[None], max_new_tokens=LENGTH, num_beams=num_beams)[0].tolist()
@@ -81,7 +95,7 @@ def test_nothing_of_the_padding_is_left(model, pixel_values, num_beams):
     captions = _captioner(model, num_beams=num_beams)(NAMES, pixel_values)
     assert captions == expected
     if num_beams == 1:
-        assert len({len(text) for (text,) in captions}) > 2  # they end at different places
+        assert len({len(text) for (text,) in captions}) > 2  # they end at different lengths
 
 
 def test_captions_that_have_ended_leave_the_batch(model, pixel_values):
@@ -117,7 +131,7 @@ def test_a_static_cache_changes_nothing(model, pixel_values, decoding):
 
 @pytest.fixture
 def batches(model, monkeypatch):
-    """The sizes of the batches that the model encodes; it has no memory for more than `batches.limit`."""
+    """The sizes of the batches that the model encodes. It has memory for at most `batches.limit` images."""
 
     class Batches(list):
         limit = COUNT
@@ -141,7 +155,7 @@ def test_out_of_memory_halves_the_batch(model, pixel_values, greedy, batches, li
     captioner = _captioner(model)
     assert [text for (text,) in captioner(NAMES, pixel_values)] == greedy
     assert batches == sizes
-    assert captioner.batch_size == min(limit, 2) or limit == 8  # and the next batch begins with what fits
+    assert captioner.batch_size == min(limit, 2) or limit == 8  # the next batch starts with a size that fits
 
 
 def test_not_even_one_image_fits(model, pixel_values, batches):
@@ -150,7 +164,7 @@ def test_not_even_one_image_fits(model, pixel_values, batches):
         _captioner(model)(NAMES, pixel_values)
 
 
-def test_other_errors_are_no_lack_of_memory(model, pixel_values, monkeypatch):
+def test_other_errors_are_not_taken_for_lack_of_memory(model, pixel_values, monkeypatch):
     monkeypatch.setattr(model, "encode", lambda pixel_values: torch.zeros(2, 3) @ torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         _captioner(model)(NAMES, pixel_values)
@@ -160,7 +174,7 @@ def test_other_errors_are_no_lack_of_memory(model, pixel_values, monkeypatch):
 def test_automatic_batches_grow_as_far_as_memory_allows(
     model, pixel_values, greedy, batches, monkeypatch, per_image, size
 ):
-    """100 bytes are free, of which a part is left alone; an image takes `per_image`."""
+    """100 bytes are free, a part of which is kept free. An image takes `per_image` bytes."""
     monkeypatch.setattr(captioner_module, "FIRST_BATCH", 2)
     monkeypatch.setattr(captioner_module, "LARGEST_BATCH", {"cpu": COUNT})
     monkeypatch.setattr(captioner_module, "free_memory", lambda device: 100)
@@ -176,7 +190,7 @@ def test_automatic_batches_grow_as_far_as_memory_allows(
 # ---- the settings ------------------------------------------------------------------------------------------
 
 
-def test_one_look_for_several_captions(model, pixel_values, batches):
+def test_an_image_is_encoded_once_for_several_captions(model, pixel_values, batches):
     captions = _captioner(model, num_captions=3, temperature=2.0)(NAMES[:2], pixel_values[:2])
     assert [len(set(texts)) for texts in captions] == [3, 3]
     assert batches == [2]
@@ -207,7 +221,7 @@ def test_prefix_is_continued(model, pixel_values):
 
 
 def _tokenizer_of_words():
-    """As Llama's and T5's are: ▁ stands for a space, and the one before the first token is dropped."""
+    """As in Llama and T5: ▁ stands for a space, and the space before the first token is dropped."""
     words = ["<unknown>", "<end>", "▁a", "▁tree", "▁of", "a", "s", ","]
     tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -266,13 +280,13 @@ def test_forced_words(model, pixel_values, greedy, num_beams):
     for text, before in zip((text for (text,) in captions), greedy, strict=True):
         assert all(re.search(rf"\b{word}\b", text) for word in words)
         if num_beams == 1 and len(before) < LENGTH:
-            assert text.startswith(before)  # up to where the caption would have ended nothing changes
-    # Also where the caption has no room left for more.
+            assert text.startswith(before)  # the text before the end of the caption does not change
+    # Also if the caption has no room for more tokens.
     tight = _captioner(model, force_words=["dog", "cow"], max_new_tokens=8, num_beams=num_beams)(NAMES, pixel_values)
     assert [text for (text,) in tight] == ["dog cow"] * COUNT
 
 
-def test_forced_words_that_are_there_change_nothing(model, pixel_values):
+def test_forced_words_that_a_caption_already_has_change_nothing(model, pixel_values):
     prefix = {"prefix": "A Dog: "}
     free = _captioner(model, **prefix)(NAMES, pixel_values)
     assert _captioner(model, **prefix, force_words=["dog"])(NAMES, pixel_values) == free
@@ -308,12 +322,12 @@ def test_draws_follow_the_temperature_the_seed_and_the_name(model, pixel_values,
     assert draw(temperature=2.0) == draw(temperature=2.0)
     assert draw(temperature=2.0) != draw(temperature=2.0, seed=1)
     assert draw(temperature=2.0) != draw([f"other {name}" for name in NAMES], temperature=2.0)
-    torch.manual_seed(5)  # the global generator has no say
+    torch.manual_seed(5)  # the global generator does not matter
     assert draw(temperature=2.0) == draw(temperature=2.0)
 
 
 def test_draws_have_the_models_probabilities(model, pixel_values):
-    """The first token of many draws for one image, against the softmax of its logits."""
+    """The first token of many draws for one image, compared with the softmax of its logits."""
     draws, temperature = 3000, 2.0
     decoding = {"temperature": temperature, "num_captions": draws, "max_new_tokens": 1, "prefix": "("}
     ((*texts,),) = _captioner(model, **decoding)(["a.png"], pixel_values[:1])
@@ -330,7 +344,7 @@ def test_draws_have_the_models_probabilities(model, pixel_values):
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_a_caption_knows_whether_it_ended(model, pixel_values, num_beams):
-    """Each word is compared with what `generate` says of the image alone."""
+    """The result is compared with `generate` on each image alone."""
     for length in (3, LENGTH):
         decoding = Decoding(max_new_tokens=length, num_beams=num_beams)
         captions = Captioner(model, tiny.processor(), decoding, 5)(NAMES, pixel_values)

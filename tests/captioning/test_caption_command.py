@@ -24,14 +24,14 @@ def _run(*arguments, **kwargs):
 
 
 def _expected(model, image):
-    """The caption of one image alone, straight from the model."""
+    """The caption of one image alone, directly from the model."""
     inputs = tiny.processor()(images=image)
     ids = model.generate(**inputs, max_new_tokens=int(LENGTH), do_sample=False)
     return tiny.processor().batch_decode(ids)[0]
 
 
 def _every_kind_of_image(folder):
-    """One picture in every mode that image files come in, each with what a person sees in it, as RGB."""
+    """One picture in every mode of image files, each with the RGB image that a person sees."""
     (picture,) = tiny.images(1, size=(40, 30))
     (other,) = tiny.images(1, seed=1, size=(40, 30))
     grey = picture.convert("L")
@@ -52,7 +52,7 @@ def _every_kind_of_image(folder):
     save("cmyk.tif", picture.convert("CMYK"), picture.convert("CMYK").convert("RGB"))
     save("animated.webp", picture, picture, save_all=True, append_images=[other], lossless=True)
     exif = Image.Exif()
-    exif[0x0112] = 6  # taken with the camera turned: to be shown a quarter turn clockwise
+    exif[0x0112] = 6  # the camera was turned: show it turned clockwise by a quarter
     save("rotated.png", picture, picture.transpose(Image.Transpose.ROTATE_270), exif=exif)
     save("one pixel.png", Image.new("RGB", (1, 1), "red"), Image.new("RGB", (1, 1), "red"))
     save("schön/ünï.png", other, other)
@@ -83,10 +83,10 @@ def test_folder_of_every_kind_of_image(tiny_repo, tiny_model, tmp_path):
     assert "Traceback" not in result.stderr
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [row["file_name"] for row in rows] == sorted(seen)
-    # Each caption is the one that the image gets alone, whatever shared its batch.
+    # Each caption is the same as for the image alone, whatever the other images in its batch.
     expected = {name: _expected(tiny_model, image) for name, image in seen.items()}
     assert {row["file_name"]: row["text"] for row in rows} == expected
-    assert len(set(expected.values())) > 5  # the images are told apart, so the comparison means something
+    assert len(set(expected.values())) > 5  # captions differ, so the comparison means something
     for name in broken | {"missing.png"}:
         assert f"vlv caption: left out: {folder / name}: " in result.stderr
     report = output.with_name("captions.jsonl.failures.jsonl")
@@ -241,6 +241,7 @@ def test_nothing_readable(tiny_repo, tmp_path, capsys):
         (["."], ".: there are no images in this folder"),
         ([], "the following arguments are required: PATH"),
         (["a.png", "--batch_size", "0"], "--batch_size is 0; it must be at least 1, or auto."),
+        (["a.png", "--num_queries", "0"], "--num_queries is 0; it must be at least 1."),
         (["a.png", "--num_beams", "many"], "invalid int value: 'many'"),
         (["a.png", "--output", "captions.csv"], "must end in .jsonl"),
         (["a.png", "--num_captions", "3"], "--num_captions 3 needs as many --num_beams, or a --temperature above 0."),
@@ -258,6 +259,14 @@ def test_wrong_arguments(arguments, sentence, tmp_path, monkeypatch, capsys):
     assert status == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("vlv caption: error: ") and sentence in line
+
+
+def test_more_queries_than_the_checkpoint_has(tiny_repo, tmp_path, capsys):
+    tiny.images(1)[0].save(tmp_path / "a.png")
+    capsys.readouterr()
+    assert main(["caption", str(tmp_path / "a.png"), "--model", str(tiny_repo), "--num_queries", "11"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("num_queries is 11, but this checkpoint has 10 queries: choose between 1 and 10.")
 
 
 def test_checkpoint_without_a_caption_head(tiny_processor, tmp_path, capsys):

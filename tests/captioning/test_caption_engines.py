@@ -1,4 +1,4 @@
-"""Past one process: Ray Data actors and `torchrun` give the same rows as the local engine."""
+"""Several processes: Ray Data actors and `torchrun` give the same rows as the local engine."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ COUNT = 12
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A folder with a broken file in it, and a table."""
+    """A folder with a broken file, and a table."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "photos").mkdir()
     images = tiny.images(COUNT)
@@ -58,11 +58,11 @@ def test_ray(inputs, tiny_repo, local, tmp_path):
 @pytest.mark.slow
 def test_two_processes(inputs, tiny_repo, local, tmp_path):
     output = tmp_path / "captions.jsonl"
-    logs = tmp_path.parent / "logs"  # one folder with what each process says
+    logs = tmp_path.parent / "logs"  # one folder with the output of each process
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--redirects", "3", "--log_dir", logs]
     command = [sys.executable, "-m", *map(str, launch), "-m", "vlv", "caption", *_arguments(inputs, tiny_repo, output)]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
     assert result.returncode == 0, result.stderr
     said = [file.read_text() for file in sorted(logs.rglob("stderr.log"))]
-    assert [text.count(" captioned, ") for text in said] == [1, 0]  # two have run, and one of them made the output
+    assert [text.count(" captioned, ") for text in said] == [1, 0]  # two processes, one of which wrote the output
     _check(output, local)

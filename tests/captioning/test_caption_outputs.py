@@ -1,4 +1,4 @@
-"""What `vlv caption` writes is safe: whose output it is, what stays in it, and what is said of a damaged one."""
+"""The output of `vlv caption`: which run may write it, what is kept in it, and the errors for damaged output."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ def _rows(*names, text="a dog", first=0):
 
 
 def _write(output, *names, settings=None, resume=False, overwrite=False, text="a dog"):
-    """One run, as the command does it: what is done already is left out."""
+    """One run, as in the command: images that have a caption are left out."""
     sink = Sink(output, settings or {}, resume, overwrite)
     sink.add(_rows(*(name for name in names if name not in sink.done), text=text))
     return sink.finish()
@@ -53,12 +53,12 @@ def _sidecars(*paths, **options):
 
 @pytest.fixture(params=[*FORMATS, ".txt"])
 def open_again(request, photos, tmp_path):
-    """Opens an output of each kind, as a new run does."""
+    """Opens an output of each kind, as a new run would."""
     name = request.param if request.param == ".txt" else str(tmp_path / f"captions{request.param}")
     return lambda: open_output(name, find_images([photos]), several=False, existing="skip")
 
 
-# ---- whose output it is --------------------------------------------------------------------------------------
+# ---- which run may write -------------------------------------------------------------------------------------
 
 
 def test_a_second_run_into_one_output_is_refused(tiny_repo, photos, tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_the_command_remembers_its_settings(tiny_repo, photos, tmp_path, capsys,
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_one_caption_and_lists_do_not_mix(suffix, tmp_path):
-    """Also where nobody knows with what settings the file was made."""
+    """Also if the settings of the file are unknown."""
     path = tmp_path / f"captions{suffix}"
     _write(FORMATS[suffix](path), "a")
     path.with_name(f".{path.name}.settings").unlink()
@@ -118,10 +118,10 @@ def test_one_caption_and_lists_do_not_mix(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_an_output_is_replaced_only_on_demand(suffix, tmp_path):
+def test_an_output_is_replaced_only_with_overwrite(suffix, tmp_path):
     path = tmp_path / f"metadata{suffix}"
     path.touch()
-    _write(FORMATS[suffix](path), "a")  # an empty file has nothing to lose
+    _write(FORMATS[suffix](path), "a")  # an empty file may be replaced
     before = path.read_bytes()
     with pytest.raises(FileExistsError, match="already exists: add to it with --resume, or replace it with --over"):
         _write(FORMATS[suffix](path), "b")
@@ -140,7 +140,7 @@ def test_what_was_written_by_hand_during_an_interrupted_run_stays(tmp_path):
     assert [row["text"] for row in _read(path)] == ["by hand", "a dog"]
 
 
-# ---- what stays in it ----------------------------------------------------------------------------------------
+# ---- what is kept --------------------------------------------------------------------------------------------
 
 
 def test_parquet_keeps_its_other_columns(tmp_path):
@@ -173,7 +173,7 @@ def test_json_lines_stay_byte_for_byte(tmp_path):
     assert path.read_bytes() == before + b'\n{"file_name": "c", "text": "a dog"}\n'
 
 
-def test_a_link_stays_one_and_its_target_is_written(photos, tmp_path):
+def test_a_link_stays_a_link_and_its_target_is_written(photos, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     target, link = tmp_path / "elsewhere" / "captions.jsonl", tmp_path / "link.jsonl"
     link.symlink_to(target)
@@ -190,7 +190,7 @@ def test_a_link_stays_one_and_its_target_is_written(photos, tmp_path):
 # ---- a list of failures for each output -------------------------------------------------------------------------
 
 
-def test_every_output_has_a_list_of_failures_of_its_own(open_again, tmp_path):
+def test_every_output_has_its_own_list_of_failures(open_again, tmp_path):
     outputs = [open_again(), JsonLines(tmp_path / "failures.jsonl"), Parquet(tmp_path / "failures.parquet")]
     for output in outputs:
         sink = Sink(output, {}, resume=False)
@@ -263,7 +263,7 @@ def test_an_empty_sidecar_does_not_count_as_captioned(photos):
 )
 def test_existing_sidecars(existing, text, photos):
     (photos / "a.txt").write_text("by hand,")
-    for _ in range(2):  # nothing is added twice, neither by a second run nor by one that resumes a killed one
+    for _ in range(2):  # nothing is added twice, by a second run or by a resumed run
         _write(_sidecars(photos, existing=existing), "a.png", "b.png", resume=True)
         assert (photos / "a.txt").read_text() == text
         assert (photos / "b.txt").read_text() == "a dog\n"
@@ -282,7 +282,7 @@ def test_text_that_cannot_be_added_to_is_refused_before_any_work(photos):
     assert Sink(_sidecars(photos), {}, resume=False).done == {"a.png"}
 
 
-def test_an_image_deleted_between_run_and_resume_costs_the_others_nothing(photos):
+def test_an_image_deleted_between_run_and_resume_does_not_affect_the_others(photos):
     Sink(_sidecars(photos), {}, resume=False).add(_rows("a.png", "sub/c.png"))
     (photos / "sub" / "c.png").unlink()
     captioned, failures = _write(_sidecars(photos), "a.png", "b.png", resume=True)
@@ -298,7 +298,7 @@ def test_captions_of_images_that_a_resumed_run_does_not_name_are_written_too(pho
 
 
 def test_images_on_two_file_systems(photos, tmp_path):
-    """Their only common folder is the root of the disk, where nothing may be left."""
+    """Their only common folder is the root of the disk, which must not be written to."""
     memory = Path("/dev/shm") / f"vlv-{os.getpid()}"
     if not memory.parent.is_dir() or memory.parent.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is one file system only")
@@ -316,7 +316,7 @@ def test_images_on_two_file_systems(photos, tmp_path):
         shutil.rmtree(memory)
 
 
-def test_a_name_too_long_for_a_sidecar_costs_the_others_nothing(photos):
+def test_a_name_too_long_for_a_sidecar_does_not_affect_the_others(photos):
     long = f"{'n' * 251}.png"
     (photos / "b.png").rename(photos / long)
     output = Sidecars(find_images([photos]), ".caption")
@@ -325,7 +325,7 @@ def test_a_name_too_long_for_a_sidecar_costs_the_others_nothing(photos):
     assert {path.name for path in photos.rglob("*.caption")} == {"a.caption", "c.caption"}
 
 
-def test_sidecars_are_no_images(photos):
+def test_sidecars_cannot_have_a_suffix_of_images(photos):
     with pytest.raises(ValueError, match="--output .png is a suffix of images"):
         Sidecars(find_images([photos]), ".png", existing="overwrite")
     with pytest.raises(ValueError, match="would overwrite the image"):
@@ -336,7 +336,7 @@ def _copy(path, name):
     return shutil.copy(path, path.with_name(name))
 
 
-# ---- disks that go wrong -----------------------------------------------------------------------------------------
+# ---- disk errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moment", ["append", "finish"])
@@ -350,7 +350,7 @@ def test_an_output_folder_that_is_deleted_while_the_run_writes_to_it(moment, tmp
 
 
 def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path):
-    """A limit on the size of files stands for the disk: the system reports both in the same way."""
+    """A limit on the size of files stands for a full disk, because the system reports both in the same way."""
     output = tmp_path / "captions.jsonl"
     process = os.fork()
     if process == 0:

@@ -1,4 +1,4 @@
-"""Nothing lost, nothing twice: runs that are killed, interrupted and resumed."""
+"""Runs that are killed, interrupted and resumed lose nothing and repeat nothing."""
 
 import itertools
 import json
@@ -41,20 +41,20 @@ def _caption(repo, photos, output, *options):
 
 @pytest.fixture(scope="module")
 def whole(tiny_repo, photos, tmp_path_factory):
-    """What an uninterrupted run writes: captions and failures."""
+    """The captions and failures of an uninterrupted run."""
     output = tmp_path_factory.mktemp("whole") / "captions.jsonl"
     assert _caption(tiny_repo, photos, output) == 0
     return output.read_bytes(), output.with_name("captions.jsonl.failures.jsonl").read_bytes()
 
 
 def _fork(function):
-    """The id of a process that runs the function and exits with what it returns."""
+    """The id of a process that runs the function and exits with its result."""
     process = os.fork()
     if process == 0:
         status = 70
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and a killed one would keep it locked
+            tqdm.set_lock(threading.RLock())  # all forks share its own lock, and a killed one would keep it locked
             status = function() or 0
         finally:
             os._exit(status)
@@ -66,7 +66,7 @@ def _status(process):
 
 
 def _slowly(monkeypatch, seconds):
-    """Each batch takes so long more."""
+    """Makes each batch take longer by `seconds`."""
     caption = Captioner.__call__
 
     def slow(self, *arguments):
@@ -86,8 +86,8 @@ def _check(output, whole):
 @pytest.mark.slow
 def test_killed_at_random_times(tiny_repo, photos, whole, tmp_path, monkeypatch):
     """
-    A run is killed within 0.2 s of the beginning of its first or second batch, wherever it is by then. As no batch
-    takes less than 0.1 s, it is done with three of the ten at most, so three kills hit however fast the machine.
+    A run is killed at a random time within 0.2 s after the start of its first or second batch. No batch takes less
+    than 0.1 s, so at most three of the ten batches are done. So three kills hit a run on a machine of any speed.
     """
     output = tmp_path / "captions.jsonl"
     _slowly(monkeypatch, 0.1)
@@ -137,7 +137,7 @@ def test_killed_while_the_output_is_made(tiny_repo, photos, whole, tmp_path, ste
     _check(output, whole)
 
 
-def test_ctrl_c_ends_cleanly_and_resume_goes_on(tiny_repo, photos, whole, tmp_path, monkeypatch, capfd):
+def test_ctrl_c_ends_cleanly_and_resume_continues(tiny_repo, photos, whole, tmp_path, monkeypatch, capfd):
     output = tmp_path / "captions.jsonl"
     _slowly(monkeypatch, 0.3)
     process = _fork(lambda: _caption(tiny_repo, photos, output))
@@ -151,7 +151,7 @@ def test_ctrl_c_ends_cleanly_and_resume_goes_on(tiny_repo, photos, whole, tmp_pa
     assert not output.exists()
     monkeypatch.undo()
 
-    assert _caption(tiny_repo, photos, output) == 2  # what was done is not thrown away unasked
+    assert _caption(tiny_repo, photos, output) == 2  # finished captions are not replaced without an option
     assert "An earlier run was interrupted: continue it with --resume, or delete" in capfd.readouterr().err
     assert _caption(tiny_repo, photos, output, "--resume", "--num_beams", "2") == 2
     assert "The interrupted run had --num_beams 1" in capfd.readouterr().err
@@ -161,7 +161,7 @@ def test_ctrl_c_ends_cleanly_and_resume_goes_on(tiny_repo, photos, whole, tmp_pa
         engine, "read_image", lambda path, real=engine.read_image: read.append(path.name) or real(path)
     )
     assert _caption(tiny_repo, photos, output, "--resume", "--num_workers", "0") == 0
-    assert 0 < len(read) < COUNT and {"07.png", "20.png"} <= set(read)  # failures are tried again, captions kept
+    assert 0 < len(read) < COUNT and {"07.png", "20.png"} <= set(read)  # failures are tried again, captions are kept
     _check(output, whole)
 
 
@@ -185,11 +185,11 @@ def test_resume_adds_to_a_finished_run(tiny_repo, photos, tmp_path, suffix):
         assert _caption(tiny_repo, folder, output, "--resume") == 0
         assert output.read_bytes() == before
     assert _names(output) == names
-    assert _caption(tiny_repo, folder, output, "--overwrite") == 0  # everything from the beginning
+    assert _caption(tiny_repo, folder, output, "--overwrite") == 0  # all images again
     assert _names(output) == sorted(names)
 
 
-def test_a_journal_cut_anywhere_keeps_its_whole_rows(tmp_path):
+def test_a_journal_cut_anywhere_keeps_its_complete_rows(tmp_path):
     rows = [{"order": [number, 0], "file_name": f"ü{number}", "text": 'a\n"b" ü'} for number in range(5)]
     journal = Journal(tmp_path / "journal")
     journal.append(rows, {"settings": {}})

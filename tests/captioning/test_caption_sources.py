@@ -1,4 +1,4 @@
-"""Where `vlv caption` takes its pictures from."""
+"""The sources of pictures for `vlv caption`."""
 
 import io
 import os
@@ -120,8 +120,8 @@ def test_dataset_of_the_hub(images, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 20])
-def test_parts_are_the_whole_each_picture_once(folder, images, parts, tmp_path):
-    """Files, archives and tables together; with more parts than there are of them, rows are dealt out."""
+def test_the_parts_together_have_each_picture_once(folder, images, parts, tmp_path):
+    """Files, archives and tables together. With more parts than shards, rows are divided."""
     paths = [folder / "0", _archive(tmp_path / "a.tar", images), _parquet(tmp_path / "b.parquet", images)]
     for some in (paths, paths[1:]):
         source = pickle.loads(pickle.dumps(open_source(list(map(str, some)))))
@@ -131,7 +131,7 @@ def test_parts_are_the_whole_each_picture_once(folder, images, parts, tmp_path):
         assert len({picture.name for picture in whole}) == len(whole) == (18 if some is paths else 14)
 
 
-def test_what_cannot_be_read_costs_the_others_nothing(folder, images, tmp_path):
+def test_an_unreadable_source_does_not_affect_the_others(folder, images, tmp_path):
     table = _parquet(tmp_path / "photos.parquet", images)
     (tmp_path / "broken.parquet").write_bytes(table.read_bytes()[:1000])
     (tmp_path / "broken.tar").write_bytes(b"no archive")
@@ -162,7 +162,7 @@ def test_names_in_messages_are_those_of_the_rows(tmp_path):
         load_image(picture.source)
 
 
-def test_a_table_whose_name_is_not_utf8_costs_the_others_nothing(images, tmp_path):
+def test_a_table_whose_name_is_not_utf8_does_not_affect_the_others(images, tmp_path):
     _parquet(tmp_path / "a.parquet", images)
     try:
         (tmp_path / os.fsdecode(b"t\xe9.parquet")).write_bytes(b"no table")

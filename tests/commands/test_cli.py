@@ -14,7 +14,7 @@ from vlv.cli import COMMANDS, Command, main
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """Adds a command `sample` whose `main` has the body given."""
+    """Adds a command `sample`; `main` has the given body."""
 
     def add(body):
         (tmp_path / "sample_command.py").write_text(f"def main(argv):\n    {body}\n")
@@ -112,7 +112,7 @@ def test_bugs_keep_their_traceback(command):
 
 
 def _start(body, tmp_path):
-    """`vlv sample` as a process of its own, with the body given."""
+    """Starts `vlv sample`, with the given body, as a process."""
     (tmp_path / "sample_command.py").write_text(f"import time\ndef main(argv):\n    {body}\n")
     code = (
         "import sys; from vlv.cli import COMMANDS, Command, main;"
@@ -124,7 +124,7 @@ def _start(body, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A runner in the background is started with Ctrl-C ignored, and its children inherit that.
+        # A test runner in the background ignores Ctrl-C, and its child processes inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -139,7 +139,7 @@ def test_ctrl_c_ends_cleanly(tmp_path):
 
 
 def test_ctrl_c_leaves_no_traceback_of_threads_and_child_processes(tmp_path):
-    """A terminal sends it to every process of the command, and it may come again while the command ends."""
+    """A terminal sends Ctrl-C to every process of the command, and a user may send it again while the command ends."""
     (tmp_path / "sample_command.py").write_text(
         "import atexit, multiprocessing, threading, time\n"
         "ending = threading.Event()\n"
@@ -183,7 +183,7 @@ def test_ctrl_c_leaves_no_traceback_of_threads_and_child_processes(tmp_path):
     assert error == "\nvlv sample: interrupted\n"
 
 
-def test_reader_that_leaves_ends_the_command_quietly(tmp_path):
+def test_a_closed_output_ends_the_command_quietly(tmp_path):
     process = _start("[print(number) for number in range(10**6)]", tmp_path)
     assert process.stdout.readline() == "0\n"
     process.stdout.close()

@@ -1,4 +1,4 @@
-"""`vlv demo` as a process."""
+"""`vlv demo`, run as a process."""
 
 import json
 import subprocess

@@ -42,7 +42,7 @@ def test_as_a_process(photos, tiny_repo, tiny_model, tmp_path):
     written = {path.relative_to(output).as_posix() for path in output.rglob("*.png")}
     assert written == {"a.png", "b.png", "sub/c.png", "contact_sheet.png"}
 
-    # The original on the left, and on the right what the model draws of this image alone, both magnified.
+    # The original is on the left. The model's picture of this image alone is on the right. Both are magnified.
     for name, source in [("a.png", "a.png"), ("b.png", "b.bmp"), ("sub/c.png", "sub/c.png")]:
         original = Image.open(photos / source)
         (rebuilt,) = tiny_model.reconstruct(
@@ -58,7 +58,7 @@ def test_as_a_process(photos, tiny_repo, tiny_model, tmp_path):
             assert np.abs(np.asarray(shown, int) - np.asarray(expected, int)).max() <= 1
 
 
-def test_seed_decides(photos, tiny_repo, tmp_path):
+def test_the_seed_changes_the_reconstruction(photos, tiny_repo, tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
         arguments = ["--model", tiny_repo, "--num_inference_steps", 2, "--seed", seed]
         assert _main(photos / "a.png", "--output", tmp_path / name, *arguments) == 0
@@ -66,7 +66,7 @@ def test_seed_decides(photos, tiny_repo, tmp_path):
     assert one == again != two
 
 
-def test_images_of_one_name_keep_apart(photos, tiny_repo, tmp_path):
+def test_images_with_the_same_name_get_different_files(photos, tiny_repo, tmp_path):
     Image.open(photos / "a.png").save(photos / "a.bmp")
     assert _main(photos, "--output", tmp_path / "rebuilt", "--model", tiny_repo, "--num_inference_steps", 1) == 0
     written = {path.name for path in (tmp_path / "rebuilt").glob("*.png")}
@@ -91,10 +91,10 @@ def test_originals_are_never_overwritten(photos, tiny_repo, capsys):
     assert (photos / "a.png").read_bytes() == before
 
 
-def test_a_name_too_long_for_its_png_costs_the_others_nothing(photos, tiny_repo, tmp_path, capsys):
+def test_a_name_too_long_for_its_png_does_not_affect_the_others(photos, tiny_repo, tmp_path, capsys):
     long = "n" * 251
     (photos / "a.png").rename(photos / f"{long}.png")
-    (photos / f"{long}.bmp").write_bytes((photos / "b.bmp").read_bytes())  # so that both keep their suffix
+    (photos / f"{long}.bmp").write_bytes((photos / "b.bmp").read_bytes())  # so both PNGs keep the suffix
     assert _main(photos, "--output", tmp_path / "rebuilt", "--model", tiny_repo, "--num_inference_steps", 1) == 0
     assert capsys.readouterr().err.count("its name is too long for") == 2
     assert {path.name for path in (tmp_path / "rebuilt").iterdir()} == {"b.png", "sub", "contact_sheet.png"}
@@ -113,3 +113,19 @@ def test_defaults_are_the_models_own():
     defaults = inspect.signature(VLVModel.reconstruct).parameters
     for name in ("num_inference_steps", "guidance_scale"):
         assert getattr(ReconstructArguments(output=""), name) == defaults[name].default
+
+
+def test_pictures_of_the_leading_queries(photos, tiny_repo, tiny_model, tmp_path, capsys):
+    output = tmp_path / "rebuilt"
+    assert _main(photos / "a.png", "--output", output, "--model", tiny_repo, "--num_queries", 3) == 0
+    embeds = tiny_model.encode(**tiny.processor()(images=Image.open(photos / "a.png")))[:, :3]
+    (rebuilt,) = tiny_model.reconstruct(caption_embeds=embeds, generator=[torch.Generator().manual_seed(0)])
+    sheet = Image.open(output / "a.png")
+    width = (sheet.width - GAP) // 2
+    shown = sheet.crop((width + GAP, 0, sheet.width, sheet.height)).resize((32, 32), Image.Resampling.NEAREST)
+    assert np.abs(np.asarray(shown, int) - np.asarray(rebuilt, int)).max() <= 1
+    for number in (0, 11):
+        capsys.readouterr()
+        assert _main(photos, "--output", output, "--model", tiny_repo, "--num_queries", number) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.endswith(f"num_queries is {number}, but this checkpoint has 10 queries: choose between 1 and 10.")

@@ -1,4 +1,4 @@
-"""A folder of images as rows: whatever its files are called, no image is lost."""
+"""A folder of images as rows. Every image is read, whatever the names of the files."""
 
 import json
 import os
@@ -15,7 +15,7 @@ PICTURES = tiny.images(8)
 
 
 def fill(folder, *names):
-    """A picture for each name, all of them different."""
+    """Writes a different picture for each name."""
     for number, name in enumerate(names):
         path = os.fsencode(folder / name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -29,7 +29,7 @@ def metadata(folder, *rows, name="metadata.jsonl"):
 
 
 def numbers(rows):
-    """Which of the pictures the rows are of."""
+    """The numbers of the pictures in the rows."""
     known = [picture.tobytes() for picture in PICTURES]
     return [known.index(open_image(row["image"]).tobytes()) for row in rows]
 
@@ -49,7 +49,7 @@ def awkward(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-def test_no_name_loses_an_image(awkward, streaming):
+def test_images_with_any_file_name_are_read(awkward, streaming):
     rows = load_rows(str(awkward), streaming=streaming)
     assert sorted(numbers(rows)) == list(range(8))
 
@@ -61,7 +61,7 @@ def test_evaluation_reads_the_same_images_by_the_names_of_captions(awkward, tmp_
     assert data.fingerprint
 
 
-def test_what_captions_are_written_for_can_be_trained_on(tiny_repo, awkward):
+def test_a_captioned_folder_can_be_trained_on(tiny_repo, awkward):
     """`vlv caption` writes names into metadata and captions beside images; `load_rows` finds both."""
     settings = ["--model", str(tiny_repo), "--max_new_tokens", "4", "--num_workers", "0"]
     assert vlv(["caption", str(awkward), "--output", str(awkward / "metadata.jsonl"), *settings]) in (0, None)
@@ -85,7 +85,7 @@ def test_what_captions_are_written_for_can_be_trained_on(tiny_repo, awkward):
 # ---- splits ------------------------------------------------------------------------------------------------
 
 
-def test_only_folders_are_splits_and_only_where_they_hold_everything(tmp_path):
+def test_subfolders_are_splits_only_if_they_hold_all_images(tmp_path):
     fill(tmp_path / "split", "train/a.png", "train/deep/b.png", "test/c.png", "validation/d.png")
     assert numbers(load_rows(str(tmp_path / "split"))) == [0, 1]
     assert numbers(load_rows(str(tmp_path / "split"), "test")) == [2]
@@ -123,7 +123,7 @@ def test_splits_with_metadata_above_and_within(tmp_path):
         (["data/long-00000-of-00002.parquet", "data/long-00001-of-00002.parquet"], {"long": 2}),
     ],
 )
-def test_tables_have_splits_only_where_every_name_is_one(tmp_path, files, splits):
+def test_tables_have_splits_only_if_every_name_is_one(tmp_path, files, splits):
     assert {split: len(found) for split, found in split_tables(tmp_path, files).items()} == splits
 
 
@@ -173,7 +173,7 @@ def test_images_that_metadata_lack_are_counted(tmp_path, caplog):
     assert caplog.messages == [f"{folder}: skipped 2 images that metadata.jsonl lack."]
 
 
-def test_an_image_that_is_not_there_is_left_out_by_reading_it(tmp_path):
+def test_a_missing_image_is_left_out_when_it_is_read(tmp_path):
     folder = fill(tmp_path / "photos", "a.png")
     metadata(folder, {"file_name": "a.png", "text": "a"}, {"file_name": "gone.png", "text": "b"})
     rows = load_rows(str(folder))
@@ -246,7 +246,7 @@ def test_text_files_beside_images_are_captions(tmp_path, caplog):
     assert captions["c.d.png"] == ["one"] and captions["none.png"] == []
 
 
-def test_a_caption_that_is_no_text_is_named(tmp_path):
+def test_a_caption_that_is_not_text_is_named(tmp_path):
     folder = fill(tmp_path / "photos", "a.png")
     (folder / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"a\.txt: this caption is not UTF-8 text: save it as UTF-8"):
@@ -262,10 +262,10 @@ def test_metadata_with_captions_come_before_text_files(tmp_path):
     assert load_rows(str(folder))[0]["text"] == "from the metadata"
 
 
-# ---- what rows are computed of -----------------------------------------------------------------------------
+# ---- fingerprints ------------------------------------------------------------------------------------------
 
 
-def test_rows_are_told_apart_by_images_and_metadata(tmp_path):
+def test_fingerprints_depend_on_images_and_metadata(tmp_path):
     folder = fill(tmp_path / "photos", "a.png", "b.png")
     metadata(folder, {"file_name": "a.png", "text": "a"})
     first = load_rows(str(folder))._fingerprint

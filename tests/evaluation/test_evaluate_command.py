@@ -1,4 +1,4 @@
-"""`vlv evaluate` as a user runs it, on a dataset."""
+"""`vlv evaluate` on a dataset, as a user runs it."""
 
 import json
 import math
@@ -58,13 +58,13 @@ def questions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """The models that an evaluation is given."""
+    """The pretrained models for the scores."""
     return judges.save_all(tmp_path_factory.mktemp("judges"))
 
 
 @pytest.fixture(scope="module")
 def everything(photos, questions, judged, tiny_repo, tiny_components, tmp_path_factory):
-    """One run of all that there is: its arguments, and the file that it wrote."""
+    """One run with all metrics: its arguments, and the file that it wrote."""
     output = tmp_path_factory.mktemp("everything") / "results.json"
     arguments = [
         *("--model", tiny_repo, "--dataset", photos, "--metrics", ",".join(FAMILIES), "--output", output),
@@ -83,7 +83,7 @@ def _captions(work):
 
 
 def _levels(file):
-    """A picture's pixels, 0..255, as floats: they can be subtracted."""
+    """A picture's pixels, 0..255, as floats, so that they can be subtracted."""
     return np.asarray(Image.open(file), dtype=float)
 
 
@@ -177,12 +177,12 @@ def test_table_names_each_score(photos, tiny_repo, tmp_path, capsys):
     assert "clip" not in results
     for name, metric in results["metrics"].items():
         assert metric["n"] == 1
-        assert metric["standard_error"] is None  # one image has no spread
+        assert metric["standard_error"] is None  # one image has no standard error
         (line,) = [line for line in printed.splitlines() if f" {name.split('/')[2]} " in line]
         assert f" {metric['value']:.4f} " in line
 
 
-# ---- what was made is kept ---------------------------------------------------------------------------------
+# ---- results that are kept ---------------------------------------------------------------------------------
 
 
 def _forbid_making(monkeypatch):
@@ -198,7 +198,7 @@ def test_nothing_is_made_twice(everything, monkeypatch):
     assert json.loads(output.read_text()) == json.loads(before)
 
 
-def test_an_interrupted_run_goes_on(photos, tiny_repo, tmp_path):
+def test_an_interrupted_run_continues(photos, tiny_repo, tmp_path):
     arguments = ["--model", tiny_repo, "--dataset", photos, "--metrics", "captions/length,reconstruction/psnr"]
     arguments += ["--output", tmp_path / "results.json", *QUICK]
     assert _main(*arguments) == 0
@@ -226,7 +226,7 @@ def test_an_interrupted_run_goes_on(photos, tiny_repo, tmp_path):
 
 
 @pytest.mark.parametrize("num_beams", ["1", "3"])
-def test_what_is_measured_is_what_vlv_caption_writes(photos, tiny_repo, tmp_path, num_beams):
+def test_the_measured_captions_are_those_of_vlv_caption(photos, tiny_repo, tmp_path, num_beams):
     search = ["--model", tiny_repo, "--max_new_tokens", "12", "--num_beams", num_beams]
     metrics = ["--metrics", "captions/length", "--output", tmp_path / "results.json"]
     assert _main("--dataset", photos, *metrics, *search) == 0
@@ -248,7 +248,7 @@ def test_other_settings_make_other_captions(photos, tiny_repo, tmp_path):
     assert len(list((tmp_path / "results.work").glob("captions-*"))) == 2
 
 
-def test_an_iterator_that_breaks_leaves_what_it_gave(tmp_path):
+def test_rows_made_before_an_error_are_kept(tmp_path):
     def make(start):
         for number in range(start, 4):
             if number == 2 and start == 0:
@@ -265,7 +265,7 @@ def test_an_iterator_that_breaks_leaves_what_it_gave(tmp_path):
 
 
 def test_likeliest_choice_and_written_answer(questions, tiny_components):
-    """In one padded batch as one by one, by the model's own forward and generate."""
+    """In one padded batch the answers are the same as one by one with the model's own forward and generate."""
     source = tiny_components / "caption_head"
     llm, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     asked = read_questions(str(questions))
@@ -303,7 +303,7 @@ def test_prompt_with_an_example():
     assert "Answer: left" in prompts[0]
 
 
-def test_a_chat_model_is_asked_in_its_own_form(tiny_components, tmp_path):
+def test_a_chat_model_is_asked_through_its_chat_template(tiny_components, tmp_path):
     source = tiny_components / "caption_head"
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -315,7 +315,7 @@ def test_a_chat_model_is_asked_in_its_own_form(tiny_components, tmp_path):
     assert (tokenizer.decode(prompt), tokenizer.decode(choice)) == ("[Who?]>", "me")
 
 
-def test_accuracy_counts_images_as_the_units(everything):
+def test_the_error_of_accuracy_uses_images_as_units(everything):
     accuracy = json.loads(everything[1].read_text())["metrics"]["questions/photos/accuracy"]
     (file,) = everything[1].with_suffix(".work").glob("answers-*/answers.jsonl")
     colour, number, thing = (json.loads(line)["answer"] for line in file.read_text().splitlines())
@@ -355,7 +355,7 @@ def test_accuracy_counts_images_as_the_units(everything):
         ("captions/length", ("--shots", -1), ["--shots is -1"]),
     ],
 )
-def test_what_is_missing_is_named_before_any_work(
+def test_missing_options_are_named_before_any_work(
     metrics, options, words, photos, judged, tiny_repo, tmp_path, monkeypatch, capsys
 ):
     _forbid_making(monkeypatch)
@@ -368,7 +368,7 @@ def test_what_is_missing_is_named_before_any_work(
     assert not output.with_suffix(".work").exists()
 
 
-def test_a_data_set_needs_a_place_for_its_results(photos, capsys):
+def test_a_dataset_needs_an_output_for_its_results(photos, capsys):
     assert _main("--dataset", photos, "--metrics", "captions/length") == 2
     assert "needs --output" in capsys.readouterr().err
     assert _main("--metrics", "captions/length", "--output", "results.json") == 2
@@ -412,10 +412,10 @@ def test_an_image_without_a_caption(photos, tiny_repo, tmp_path, capsys):
     common = ["--model", tiny_repo, "--dataset", folder, "--output", tmp_path / "results.json", *QUICK]
     assert _main(*common, "--metrics", "captions/bleu_1") == 2
     assert "The image b.png has no caption in the column 'text'." in capsys.readouterr().err
-    assert _main(*common, "--metrics", "captions/length") == 0  # which needs none
+    assert _main(*common, "--metrics", "captions/length") == 0  # this metric needs no captions
 
 
-def test_a_model_that_cannot(photos, tiny_processor, tmp_path, capsys):
+def test_a_model_without_the_needed_part(photos, tiny_processor, tmp_path, capsys):
     tiny.model(caption_config=None).save_pretrained(tmp_path / "mute")
     tiny.model(decoder_config=None).save_pretrained(tmp_path / "blind")
     for name, metrics, words in (
@@ -432,7 +432,7 @@ def test_a_model_that_cannot(photos, tiny_processor, tmp_path, capsys):
 
 
 def test_scores_of_scenes():
-    """The bundled checkpoint's captions, compared with the truth as texts: one grammar, so exact is equal."""
+    """The bundled checkpoint's captions are compared with the true ones as text. An exact caption has equal text."""
     model, processor = load_autoencoder(None, "cpu")
     pictures = [sample_picture("test", number) for number in range(6)]
     scorer = SceneScorer(model, processor, batch_size=4)

@@ -1,4 +1,4 @@
-"""Every metric of `vlv evaluate` against numbers worked out by hand or by another route."""
+"""Every metric of `vlv evaluate`, compared with numbers that are computed by hand or in another way."""
 
 import math
 from itertools import product
@@ -27,7 +27,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures():
-    """Six pictures and six others, of the size that the models read."""
+    """Two sets of six pictures, of the size that the models read."""
     return tiny.images(6, seed=1, size=(32, 32)), tiny.images(6, seed=2, size=(32, 32))
 
 
@@ -50,13 +50,14 @@ def test_words():
 
 def test_cider_by_hand():
     """
-    Two images, so a word of one image weighs log 2 and one of both nothing. The n-grams of each length are compared by
-    cosine; the mean over the four lengths counts ten times, shrunk by exp(-(difference of lengths)² / 72).
+    There are two images, so a word of one image has the weight log 2, and a word of both has the weight 0. The n-grams
+    of each length are compared by their cosine. The score is ten times the mean over the four lengths, multiplied by
+    exp(-(difference of lengths)² / 72).
     """
     scores = compute("cider", predictions=["A cat.", "a bird"], references=[["a cat"], ["a dog"]])["cider"]
     assert scores == pytest.approx([10 * (1 + 1) / 4, 0])  # "cat" and "a cat" agree, there are no longer n-grams
     scores = compute("cider", predictions=["a cat sat", ""], references=[["a cat"], ["a dog"]])["cider"]
-    # Of "cat" and "sat", and of "a cat" and "cat sat", one agrees each; one pair too many.
+    # One of "cat" and "sat" agrees, and one of "a cat" and "cat sat". There is one pair too many.
     assert scores == pytest.approx([10 * (2 / math.sqrt(2)) / 4 * math.exp(-1 / 72), 0])
 
 
@@ -84,7 +85,7 @@ def test_wording_by_hand():
         "wording", predictions=["red red red red red red", "Blue sky, blue sea", ""], ended=[True, False, True]
     )
     assert scores["length"] == [6, 4, 0]
-    assert scores["repetition"] == pytest.approx([2 / 3, 0, 0])  # of its three runs of four words, two are repeats
+    assert scores["repetition"] == pytest.approx([2 / 3, 0, 0])  # two of its three sequences of four words are repeats
     assert scores["distinct_1"] == pytest.approx(4 / 10)  # red, blue, sky, sea
     assert scores["distinct_2"] == pytest.approx(4 / 8)  # red red, blue sky, sky blue, blue sea
     assert scores["ended"] == [1, 0, 1]
@@ -128,7 +129,7 @@ def test_psnr_and_ssim_by_hand():
     black, grey = (Image.new("RGB", (16, 12), (level,) * 3) for level in (0, 10))
     scores = compute("pixels", predictions=[grey, grey], references=[black, grey])
     assert scores["psnr"] == pytest.approx([10 * math.log10(255**2 / 10**2), 100])
-    # Without any variance only the means remain.
+    # Without variance, only the means remain.
     constant = (0.01 * 255) ** 2
     assert scores["ssim"] == pytest.approx([constant / (10**2 + constant), 1], abs=1e-5)
 
@@ -139,7 +140,7 @@ def test_pixels_that_cannot_be_compared(sizes):
         compute("pixels", predictions=[Image.new("RGB", sizes[0])], references=[Image.new("RGB", sizes[1])])
 
 
-def test_features_are_what_the_model_pools(models, pictures):
+def test_features_are_the_pooled_output(models, pictures):
     features = Embedder(str(models / "features"), batch_size=4).embed_images(pictures[0])
     with torch.inference_mode():
         expected = AutoModel.from_pretrained(models / "features")(judges.pixel_values(pictures[0])).pooler_output
@@ -193,7 +194,7 @@ def test_image_similarity(models, pictures, name):
     model, pixels = AutoModel.from_pretrained(source), [judges.pixel_values(images) for images in pictures]
     with torch.inference_mode():
         if name == "clip":
-            ids = torch.zeros(1, 1, dtype=torch.long)  # the whole model wants a text as well
+            ids = torch.zeros(1, 1, dtype=torch.long)  # the whole model also needs a text
             vectors = [model(input_ids=ids, pixel_values=values).image_embeds for values in pixels]
         else:
             vectors = [model(values).pooler_output for values in pixels]
@@ -201,7 +202,7 @@ def test_image_similarity(models, pictures, name):
     assert scores == pytest.approx(expected, abs=1e-5)
 
 
-def test_one_picture_has_no_spread(models, pictures):
+def test_fid_and_kid_need_two_pictures(models, pictures):
     with pytest.raises(ValueError, match="one picture is not enough: give two"):
         compute("frechet", predictions=pictures[0][:1], references=pictures[1][:1], model=str(models / "features"))
     with pytest.raises(ValueError, match="give two or more"):

@@ -1,4 +1,4 @@
-"""What an evaluation keeps beside its results."""
+"""The work that an evaluation keeps beside its results."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def _rows(folder, total):
     return Work(folder).rows("captions", {}, total, make), made
 
 
-def test_a_line_that_a_kill_cut_short_is_made_again(tmp_path):
+def test_an_incomplete_last_line_is_made_again(tmp_path):
     rows, made = _rows(tmp_path, 3)
     assert made == [0, 1, 2]
     (file,) = tmp_path.rglob("captions.jsonl")

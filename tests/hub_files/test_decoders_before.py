@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 and 2 behind the seam: what they gave before there was one, and what a loop written out gives."""
+"""Stable Diffusion 1 and 2 give the same as before other families existed, and the same as a sampling loop by hand."""
 
 import sys
 
@@ -15,8 +15,8 @@ sys.path.append(str(FIXTURES / "teachers"))
 import record  # noqa: E402
 
 
-def test_what_was_recorded_before():
-    """Bit for bit with the libraries and the processor of the recording; elsewhere up to their arithmetic."""
+def test_recorded_results_are_unchanged():
+    """Bit for bit with the libraries and the processor of the recording. Otherwise up to rounding."""
     recorded, found = load_file(record.RECORDED), record.record()
     with safe_open(record.RECORDED, "pt") as file:
         same = file.metadata() == record.surroundings()
@@ -30,7 +30,7 @@ def test_what_was_recorded_before():
 
 
 def sample(model, pixel_values, scheduler, steps, scale, generator, height, width):
-    """Classifier-free-guided sampling, written out."""
+    """Classifier-free-guided sampling, written by hand."""
     context = model.encode_context(model.encode(pixel_values)).to(model.unet.dtype)
     empty = model.empty_context(context.shape[1]).to(context).expand_as(context)
     scheduler.set_timesteps(steps)
@@ -82,6 +82,6 @@ def test_the_pipeline_is_the_loop(prediction, dtype):
 
 
 def test_old_configs_name_no_pipeline(tiny_model):
-    """So the pipeline is Stable Diffusion's."""
+    """Without a name, the pipeline is Stable Diffusion's."""
     assert "_class_name" not in tiny_model.config.decoder_config
     assert tiny_model.teacher.pipeline == "StableDiffusionPipeline"

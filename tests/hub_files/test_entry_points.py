@@ -1,6 +1,6 @@
 """
-Every entry point that a user of the Hub has without this package: `clean_environment.py` tries them in a process of
-its own, on a saved model, on what the stock Trainer saves, and on an id; here its answers are judged.
+Every entry point that a user of the Hub has without this package. `clean_environment.py` uses them in a separate
+process: on a saved model, on a model that the stock Trainer saved, and on a Hub id. The tests here check its answers.
 """
 
 import copy
@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 from configuration_vlv import AUTO_MAP, CUSTOM_PIPELINES
 from modeling_vlv import CODE_FILES, VLVModel
 
-OLDEST = transformers.__version__.startswith("5.0.")  # some of its entry points take less, for every model
+OLDEST = transformers.__version__.startswith("5.0.")  # some of its entry points take fewer arguments, for every model
 CLEAN_ENVIRONMENT = ROOT / "tests" / "clean_environment.py"
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 ENTRY_POINTS = (
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 
 class Answers:
-    """What each entry point gave in the clean environment."""
+    """The answer of each entry point in the clean environment."""
 
     def __init__(self, output, stderr):
         self.output, self.stderr = output, stderr
@@ -65,7 +65,7 @@ def ask_clean_environment(repo, pictures, output, entry_points, home=None):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """0.png, 1.png and 2.png; clear.png with a transparent half; broken.png, cut short."""
+    """0.png, 1.png and 2.png; clear.png, which is half transparent; broken.png, whose end is missing."""
     folder = tmp_path_factory.mktemp("pictures")
     for number, image in enumerate(tiny.images(3)):
         image.save(folder / f"{number}.png")
@@ -77,7 +77,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(tiny_repo, pictures, tmp_path_factory):
-    """Every entry point of `tiny_repo`."""
+    """The answers of every entry point for `tiny_repo`."""
     return ask_clean_environment(tiny_repo, pictures, tmp_path_factory.mktemp("clean") / "output", ENTRY_POINTS)
 
 
@@ -141,11 +141,11 @@ def test_auto_model_for_image_text_to_text_has_no_decoder(answers, captions):
     }
 
 
-def test_nothing_is_warned_about(answers):
-    """But for the unreadable pictures, which are."""
+def test_there_are_no_warnings(answers):
+    """Only the unreadable pictures are warned about."""
     alarming = ("Warning", "warning", "UNEXPECTED", "MISSING", "newly initialized", "not supported", "deprecated")
     lines = [line for line in answers.stderr.splitlines() if any(word in line for word in alarming)]
-    lines = [line for line in lines if "/site-packages/diffusers/" not in line]  # of its own code, on import
+    lines = [line for line in lines if "/site-packages/diffusers/" not in line]  # about its own code, on import
     assert not lines
     assert "broken.png: the image is damaged or cut short" in answers.stderr
 
@@ -202,7 +202,7 @@ def test_image_to_text_in_any_precision_and_place(answers, captions):
 
 
 @pytest.mark.parametrize("how", ["1", "3", "generator"])
-def test_an_unreadable_picture_costs_the_others_nothing(answers, captions, how):
+def test_an_unreadable_picture_does_not_affect_the_others(answers, captions, how):
     first, broken, last = answers["an_unreadable_picture"][how]
     assert (first, last) == ([{"generated_text": captions[0]}], [{"generated_text": captions[2]}])
     assert broken[0]["generated_text"] is None
@@ -219,7 +219,7 @@ def test_an_unreadable_picture_alone_is_an_error(answers):
 
 @pytest.fixture(scope="module")
 def continuations(tiny_model, tiny_processor, inputs):
-    """What follows "a", "two small" and "" in the captions of the three pictures."""
+    """The continuations of "a", "two small" and "" for the three pictures."""
     texts = tiny_processor(text=["a", "two small", ""])
     return tiny_processor.tokenizer.batch_decode(tiny_model.generate(**inputs, **texts, **GREEDY))
 
@@ -255,7 +255,7 @@ def test_image_text_to_text_writes_several_captions(answers, tiny_model, tiny_pr
 
 
 def test_both_pipelines_see_the_same_picture(answers):
-    """Transparency lies over white in either, not over the black that the library's own reading makes of it."""
+    """Both put transparency over white. The library's own reader puts it over black."""
     answer = answers["image_text_to_text"]
     assert (
         answer["transparent"][0]["generated_text"].strip() == answer["transparent, image-to-text"][0]["generated_text"]
@@ -282,7 +282,7 @@ def test_image_to_image_rebuilds(answers, tiny_model, inputs):
 
 
 def assert_complete(folder, decoder=True):
-    """A repo that anybody can use: weights, processor, code, and every entry that leads to the code."""
+    """Checks that a repo is complete: weights, processor, code, and all entries of the configs that name the code."""
     for name in CODE_FILES:
         assert (folder / name).read_bytes() == (ROOT / name).read_bytes(), name
     config = json.loads((folder / "config.json").read_text())
@@ -328,7 +328,7 @@ def test_a_pipeline_of_remote_code_is_saved_as_a_repo_that_captions(answers, cap
 
 @pytest.fixture(scope="module")
 def id_answers(tiny_repo, pictures, tmp_path_factory):
-    """With `tiny_repo` as the Hub's client keeps what it has downloaded."""
+    """The answers for a Hub id. `tiny_repo` is in the cache of the Hub's client."""
     folder = tmp_path_factory.mktemp("hub")
     kept = folder / "home" / "hub" / "models--someone--vlv"
     revision = "0123456789abcdef0123456789abcdef01234567"
@@ -339,14 +339,14 @@ def id_answers(tiny_repo, pictures, tmp_path_factory):
     return ask_clean_environment("someone/vlv", pictures, folder / "output", entry_points, home=folder / "home")
 
 
-def test_an_id_opens_the_doors(id_answers, captions, continuations):
+def test_a_hub_id_works_in_the_entry_points(id_answers, captions, continuations):
     assert id_answers["auto_model"]["captions"] == captions
     assert id_answers["generation_arguments"]["max_new_tokens"] == rows(caption[:4] for caption in captions)
     assert id_answers["image_text_to_text"]["text"][0]["generated_text"] == "a" + continuations[0]
 
 
 def test_a_model_of_an_id_is_saved_as_a_complete_repo(id_answers, captions):
-    """Its code lies in a cache that holds only the files that were needed."""
+    """Its code is in a cache that holds only the files that were needed."""
     assert id_answers["save_again"] == rows(captions)
     assert_complete(id_answers.output / "again")
     assert_complete_processor(id_answers.output / "again")
@@ -354,10 +354,10 @@ def test_a_model_of_an_id_is_saved_as_a_complete_repo(id_answers, captions):
     assert_complete(id_answers.output / "captioner", decoder=False)
 
 
-# ---- the package installed as well -------------------------------------------------------------------------
+# ---- with the package installed ----------------------------------------------------------------------------
 
 
-def test_they_work_where_the_package_is_installed_too(tiny_repo, pictures, captions, continuations, tmp_path):
+def test_entry_points_work_with_the_package_installed(tiny_repo, pictures, captions, continuations, tmp_path):
     entry_points = (
         "auto_processor", "auto_model", "auto_model_for_image_text_to_text", "one_picture", "image_text_to_text",
         "save_again",
@@ -376,7 +376,7 @@ def test_they_work_where_the_package_is_installed_too(tiny_repo, pictures, capti
 
 
 def train(model, processor, folder, stage, **arguments):
-    """Two steps as README.md shows them."""
+    """Two training steps, as in README.md."""
     images = tiny.images(4)
     texts = ["a cat", "two small dogs", "sky", "a house by the sea"]
     dataset = [{"image": image, "text": text} for image, text in zip(images, texts, strict=True)]
@@ -411,7 +411,7 @@ def train(model, processor, folder, stage, **arguments):
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, tiny_processor, tmp_path_factory):
-    """A folder with `stage1/` and `stage2/`, as the stock Trainer leaves them, and the model in its last state."""
+    """A folder with the output of the stock Trainer in `stage1/` and `stage2/`, and the model after training."""
     folder = tmp_path_factory.mktemp("trainer")
     model = copy.deepcopy(tiny_model)
     train(model, tiny_processor, folder / "stage1", "autoencode")
@@ -436,7 +436,7 @@ def test_what_trainer_saves_loads_by_every_entry_point(trained, tiny_processor, 
     weights = load_file(answers.output / "weights.safetensors")
     assert not [name for name, weight in model.state_dict().items() if not torch.equal(weights[name], weight)]
     expected = tiny_processor.batch_decode(model.generate(**inputs, **GREEDY))
-    assert expected != captions  # it has learnt something
+    assert expected != captions  # it has learned something
     assert answers["auto_model"]["captions"] == expected
     assert answers["auto_model_for_image_text_to_text"]["captions"] == expected
     assert answers["one_picture"]["path"] == [{"generated_text": expected[0]}]

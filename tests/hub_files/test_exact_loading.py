@@ -1,4 +1,4 @@
-"""What is saved is what is loaded, bit for bit, in a process that has never seen the model."""
+"""A saved model is loaded bit for bit in a new process."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ for folder in map(Path, sys.argv[2:]):
 
 
 def assert_same_in_a_fresh_process(models, folder):
-    """Models, by name, are saved into `folder`, loaded there by a process that never saw them, and compared."""
+    """Saves the models, given by name, into `folder`, loads them in a new process, and compares them."""
     inputs = {"pixel_values": tiny.pixels(2)[0], "input_ids": torch.arange(12).reshape(2, 6)}
     save_file(inputs, folder / "inputs.safetensors")
     for name, model in models.items():
@@ -59,12 +59,12 @@ def test_fresh_process(tmp_path, tiny_repo):
 
 @pytest.mark.slow
 def test_a_quantised_language_model(tmp_path):
-    """Only the LLM is quantised, as docs/convert.md tells; all before it stays as it was, to the last bit."""
+    """Only the LLM is quantised, as in docs/convert.md. All parts before it are unchanged, bit for bit."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised model is tested")
     from transformers import BitsAndBytesConfig
 
     not_the_llm = ["encoder", "projection", "text_encoder", "unet", "vae", "prefix_projection", "lm_head"]
-    # On some processors bitsandbytes packs 4-bit weights in blocks, which the width of every layer must be made of.
+    # On some processors, bitsandbytes packs 4-bit weights in blocks. The width of a layer must be a multiple of them.
     whole = VLVModel(tiny.config(caption_config=tiny.caption_config(hidden_size=64))).eval()
     whole.save_pretrained(tmp_path / "repo")
     models = {}
@@ -85,7 +85,7 @@ def test_a_quantised_language_model(tmp_path):
 
 
 def test_a_captioner_never_reads_the_decoder(tmp_path, tiny_model):
-    """It loads from a repo whose shards of UNet and VAE are gone."""
+    """It loads from a repo in which the shards of UNet and VAE are deleted."""
     tiny_model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     rest = {name: weight for name, weight in weights.items() if not name.startswith(("unet.", "vae."))}

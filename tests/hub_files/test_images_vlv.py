@@ -1,4 +1,4 @@
-"""Pictures as people see them: colour profiles, odd metadata, rare formats, addresses of all kinds, and what fails."""
+"""Reading pictures as people see them: colour profiles, odd metadata, rare formats, all kinds of sources, errors."""
 
 import base64
 import http.server
@@ -44,7 +44,7 @@ BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.03
 
 
 def to_xyz(primaries):
-    """The matrix from linear RGB to XYZ, adapted to the white of profiles, D50."""
+    """The matrix from linear RGB to XYZ, adapted to D50, the white of ICC profiles."""
     columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T
     matrix = columns * np.linalg.solve(columns, D65)
     adapted = np.linalg.inv(BRADFORD) @ np.diag((BRADFORD @ D50) / (BRADFORD @ D65)) @ BRADFORD
@@ -52,7 +52,7 @@ def to_xyz(primaries):
 
 
 def profile(space, gamma, primaries=()):
-    """A small ICC profile of version 2: primaries and a gamma."""
+    """A small ICC profile of version 2, with primaries and a gamma."""
 
     def fixed(*values):
         return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
@@ -76,7 +76,7 @@ P3_PROFILE = profile(b"RGB ", 2.2, P3)
 
 
 def in_srgb(values, primaries=P3, gamma=2.2):
-    """What the colours of such a profile are in sRGB."""
+    """The colours of such a profile in sRGB."""
     linear = (np.asarray(values) / 255) ** gamma @ (np.linalg.inv(to_xyz(SRGB)) @ to_xyz(primaries)).T
     linear = linear.clip(0, 1)
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
@@ -91,7 +91,7 @@ def test_colours_of_a_profile_are_those_that_people_see(format):
     loaded = load_image(data)
     assert np.abs(pixels(loaded)[8, 8::16] - in_srgb(colours)).max() <= (6 if format == "JPEG" else 2)
     assert "icc_profile" not in loaded.info
-    assert np.array_equal(pixels(load_image(loaded)), pixels(loaded))  # converted once, however often it is passed on
+    assert np.array_equal(pixels(load_image(loaded)), pixels(loaded))  # a loaded image is not converted again
     with Image.open(io.BytesIO(data)) as opened:
         assert np.array_equal(pixels(load_image(opened)), pixels(loaded))
         assert opened.info["icc_profile"] == P3_PROFILE
@@ -122,7 +122,7 @@ def test_a_profile_of_palettes_transparency_and_grey(picture):
     ],
     ids=["sRGB", "nonsense", "cut", "of grey", "of another space"],
 )
-def test_pixels_stay_exact_where_a_profile_says_nothing(picture, useless):
+def test_a_useless_profile_changes_no_pixel(picture, useless):
     assert np.array_equal(pixels(load_image(saved(picture, "PNG", icc_profile=useless))), pixels(picture))
 
 
@@ -138,7 +138,7 @@ def test_a_large_picture_is_converted_in_bands_without_a_seam(monkeypatch):
 
 # ---- odd metadata ------------------------------------------------------------------------------------------
 
-ORIENTATION = (0x112, 3, 1, struct.pack("<HH", 6, 0))  # lies on its side
+ORIENTATION = (0x112, 3, 1, struct.pack("<HH", 6, 0))  # the camera was turned
 ODD = {  # tag, type, count, value: each makes PIL's own `exif_transpose` fail
     "a resolution in bytes": (0x11A, 1, 4, b"abcd"),
     "a unit in letters": (0x128, 2, 4, b"abc\0"),
@@ -161,7 +161,7 @@ def test_odd_metadata_beside_a_good_orientation(format, odd, picture):
 
 @pytest.mark.parametrize("odd", [odd for odd in ODD.values() if odd[0] != 0x100])
 def test_odd_metadata_of_a_tiff(odd):
-    """PIL turns a TIFF while it loads it, and fails behind that."""
+    """PIL turns a TIFF upright while it loads it, and fails after that."""
     grey = np.arange(24 * 16, dtype=np.uint8).reshape(16, 24)
     sizes = [(256, 24), (257, 16), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16), (279, grey.size)]
     entries = [(tag, 4, 1, struct.pack("<I", value)) for tag, value in sizes]
@@ -183,7 +183,7 @@ def test_suffixes_are_those_of_the_formats_that_are_opened():
     "format", ["ICO", "JPEG2000", "PSD", "QOI", "PCX", "SGI", "TGA", "DDS", "AVIF", "PPM", "ICNS"]
 )
 def test_formats_of_all_kinds(format, picture):
-    if format == "PSD":  # which PIL does not write: header, no layers, three planes
+    if format == "PSD":  # PIL cannot write it: a header, no layers, three planes
         header = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 16, 24, 8, 3) + bytes(12) + bytes(2)
         data = header + np.asarray(picture).transpose(2, 0, 1).tobytes()
     else:
@@ -236,7 +236,7 @@ def test_any_error_of_a_decoder_is_a_sentence(make, picture, tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("so"), KeyError(7), struct.error("short"), AssertionError()])
-def test_even_errors_that_nobody_expects(error, picture, monkeypatch):
+def test_unexpected_errors_are_a_sentence(error, picture, monkeypatch):
     def fail(image):
         raise error
 
@@ -286,7 +286,7 @@ def test_a_name_that_is_not_utf8_is_read_and_can_be_printed(tmp_path, picture):
 
 @pytest.fixture
 def server(picture):
-    """A web server that has one picture at every address but /missing, and the requests that it got."""
+    """A web server with one picture at every address except /missing, and the requests that it received."""
     data, requests = saved(picture, "PNG"), []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -358,7 +358,7 @@ def test_an_error_never_prints_the_whole_base64(picture):
 
 
 @pytest.mark.parametrize("size", [(8000, 1), (1, 8000), (3000, 2), (90_000, 40), (1000, 10), (10, 1000)])
-def test_the_centre_of_a_strip_takes_no_more_than_is_kept(size, monkeypatch):
+def test_the_centre_crop_of_a_strip_takes_little_memory(size, monkeypatch):
     image = Image.fromarray((np.arange(3 * size[0] * size[1]) * 7 % 251).astype(np.uint8).reshape(size[1], size[0], 3))
     processor = VLVProcessor(tiny.caption_tokenizer(), image_height=32, image_width=32, decoder_image_size=32)
     largest = 0

@@ -1,4 +1,4 @@
-"""What the model computes, against the libraries' own classes and against formulas written out by hand."""
+"""The model's results, compared with the libraries' own classes and with formulas that are written by hand."""
 
 import copy
 
@@ -26,8 +26,8 @@ def stage1_model(request):
 
 
 @torch.no_grad()
-def test_queries_ask_the_encoder_as_words_do(tiny_model, pixel_values):
-    """With words for queries, the whole way to the projection is Florence-2's own: image, prompt, causal decoder."""
+def test_queries_are_read_as_word_embeddings(tiny_model, pixel_values):
+    """With word embeddings as queries, Florence-2's own class gives the same up to the projection."""
     model = copy.deepcopy(tiny_model)
     words = torch.arange(40, 40 + QUERIES)
     model.queries.data = model.encoder.language_model.shared.weight[words].clone()
@@ -52,15 +52,15 @@ def test_queries_are_causal(tiny_model, pixel_values):
 
 
 @torch.no_grad()
-def test_every_picture_is_encoded_by_itself(tiny_model, pixel_values):
+def test_every_picture_is_encoded_independently(tiny_model, pixel_values):
     together = tiny_model.encode(pixel_values)
     one_by_one = torch.cat([tiny_model.encode(pixels[None]) for pixels in pixel_values])
     torch.testing.assert_close(together, one_by_one)
-    assert (together[0] - together[1]).abs().max() > 0.1  # and they are told apart
+    assert (together[0] - together[1]).abs().max() > 0.1  # different pictures give different embeddings
 
 
 @torch.no_grad()
-def test_cached_image_features_and_caption_embeds_stand_in_for_pixels(tiny_model, pixel_values, captions):
+def test_cached_image_features_and_caption_embeds_replace_pixels(tiny_model, pixel_values, captions):
     features = tiny_model.get_image_features(pixel_values)
     caption_embeds = tiny_model.encode(pixel_values)
     assert features.shape == (3, 4 * 4 + 1, 32)
@@ -100,7 +100,7 @@ def test_empty_context_is_the_empty_prompts(tiny_model):
     clip = CLIPTextModel(tiny_model.config.text_encoder_config).eval()
     getattr(clip, "text_model", clip).load_state_dict(tiny_model.text_encoder.state_dict())
     ids = tiny.decoder_tokenizer()("", padding="max_length", return_tensors="pt").input_ids
-    expected = clip(input_ids=ids).last_hidden_state[:, :QUERIES]  # causal: what follows changes nothing
+    expected = clip(input_ids=ids).last_hidden_state[:, :QUERIES]  # causal: later tokens change nothing
     torch.testing.assert_close(tiny_model.empty_context(), expected)
 
 
@@ -108,7 +108,7 @@ def test_empty_context_is_the_empty_prompts(tiny_model):
 
 
 def signal_and_noise(scheduler_config, timesteps):
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at each timestep, by the definition, in double precision."""
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at each timestep, from the definition, in double precision."""
     start, end = scheduler_config["beta_start"], scheduler_config["beta_end"]
     betas = np.linspace(start**0.5, end**0.5, scheduler_config["num_train_timesteps"]) ** 2
     signal = np.sqrt(np.cumprod(1 - betas))
@@ -227,11 +227,40 @@ def test_context_dropout_puts_the_empty_prompt_in_place_of_contexts_and_only_in_
     assert (in_eval - with_empty).abs() > 1e-4
 
 
+@torch.no_grad()
+def test_noise_draws_are_several_noise_levels_for_each_image_that_is_encoded_once(pixel_values):
+    model = tiny.model(noise_draws=3).set_stage("frozen")
+    latents, encoded = torch.randn(3, 4, 8, 8), []
+    model.text_encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))
+    torch.manual_seed(5)
+    loss = model.train()(pixel_values, latents=latents).loss
+    assert encoded == [3]
+
+    torch.manual_seed(5)
+    noise, timesteps = torch.randn(9, 4, 8, 8), torch.randint(1000, (9,))
+    context = model.encode_context(model.encode(pixel_values))
+    # The draws of an image follow each other: every third one is the next image's.
+    each = [model.compute_denoising_loss(latents, context, noise[k::3], timesteps[k::3]) for k in range(3)]
+    torch.testing.assert_close(loss, torch.stack(each).mean())
+
+    torch.manual_seed(5)
+    in_eval = model.eval()(pixel_values, latents=latents).loss
+    torch.manual_seed(5)
+    noise, timesteps = torch.randn(3, 4, 8, 8), torch.randint(1000, (3,))
+    torch.testing.assert_close(in_eval, model.compute_denoising_loss(latents, context, noise, timesteps))
+
+
+@pytest.mark.parametrize("draws", [0, -1, 1.5])
+def test_noise_draws_are_at_least_one(draws):
+    with pytest.raises(ValueError, match=rf"noise_draws is {draws}: draw at least 1 noise level for each image\."):
+        tiny.config(noise_draws=draws)
+
+
 # ---- stage 2: the caption loss -----------------------------------------------------------------------------
 
 
 def llm_by_hand(model, pixel_values, captions):
-    """The LLM's own output and loss for prefix and caption, all of it given as embeddings."""
+    """The LLM's own output and loss for prefix and caption, which are given as embeddings."""
     prefix = model.prefix_projection(model.encode_context(model.encode(pixel_values)))
     words = model.caption_head.get_input_embeddings()(captions["input_ids"])
     return model.caption_head(
@@ -252,7 +281,7 @@ def test_caption_loss_is_the_llms_own(tiny_model, pixel_values, captions):
 
 @torch.no_grad()
 def test_logits_predict_the_token_of_their_own_index(tiny_model, pixel_values, captions):
-    """Cross-entropy over every caption token and the end-of-text token, nothing else, by hand."""
+    """Compares the loss with a cross-entropy by hand, over all caption tokens and the end-of-text token."""
     output = tiny_model(pixel_values, **captions)
     lengths = captions["attention_mask"].sum(1)
     assert output.logits.shape == (3, captions["input_ids"].shape[1] + 1, tiny_model.config.caption_config.vocab_size)
@@ -281,7 +310,7 @@ def test_padding_changes_nothing(tiny_model, pixel_values, captions):
 
 @torch.no_grad()
 def test_num_items_in_batch_divides_the_sum_as_trainer_needs_it(tiny_model, pixel_values, captions):
-    """Two micro-batches with the count of both add up to the loss of the whole batch."""
+    """The losses of two micro-batches, with the count of both, add up to the loss of the whole batch."""
     whole = tiny_model(pixel_values, **captions).loss
     count = captions["attention_mask"].sum()
     parts = [
@@ -302,7 +331,7 @@ def test_both_losses_at_once_are_summed(tiny_model, pixel_values, captions):
 
 
 @torch.no_grad()
-def test_what_is_given_decides_what_is_computed(tiny_model, pixel_values, captions):
+def test_the_inputs_decide_what_is_computed(tiny_model, pixel_values, captions):
     output = tiny_model(pixel_values)
     assert output.keys() == {"caption_embeds", "context"}
     output = tiny_model(pixel_values, input_ids=captions["input_ids"])
@@ -312,7 +341,7 @@ def test_what_is_given_decides_what_is_computed(tiny_model, pixel_values, captio
 
 
 @torch.no_grad()
-def test_labels_alone_are_the_captions(tiny_model, pixel_values, captions):
+def test_labels_also_serve_as_input_ids(tiny_model, pixel_values, captions):
     output = tiny_model(pixel_values, labels=captions["labels"])
     expected = tiny_model(pixel_values, **captions)
     assert torch.equal(output.loss, expected.loss)
@@ -371,7 +400,7 @@ def test_half_precision_takes_float32_inputs(
 
 @torch.no_grad()
 def test_parts_of_different_precision_work_together(tiny_model, pixel_values, decoder_pixel_values, captions):
-    """What trains is held in float32 and the frozen rest in half precision: inputs are cast where they are read."""
+    """Parts that train are in float32 and frozen parts in half precision. Each part casts its inputs."""
     model = copy.deepcopy(tiny_model)
     for part in (model.encoder.vision_tower, model.text_encoder, model.unet, model.vae):
         part.to(torch.bfloat16)

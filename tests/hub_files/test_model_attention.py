@@ -1,4 +1,4 @@
-"""The attention implementations compute the same: what is causal stays causal in each."""
+"""The attention implementations give the same results, and causal attention is causal in each of them."""
 
 import pytest
 import tiny
@@ -25,7 +25,7 @@ def test_sdpa_and_eager_attention_agree(tiny_repo, tiny_model, pixel_values, cap
 
 
 def ignores_is_causal(module, query, key, value, attention_mask, **kwargs):
-    """What a user may register: SDPA that knows of no causality but the mask's."""
+    """An implementation that a user may register: SDPA that reads only the mask and ignores is_causal."""
     return sdpa_attention_forward(module, query, key, value, attention_mask, **{**kwargs, "is_causal": False})
 
 

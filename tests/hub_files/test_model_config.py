@@ -1,4 +1,4 @@
-"""The config: what it keeps, what it refuses, and what the model refuses of its inputs."""
+"""The config: saving and loading it, settings that it refuses, and inputs that the model refuses."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ def test_sub_configs_are_real_config_objects():
     assert loaded.get_text_config(decoder=True) is loaded.caption_config
 
 
-def test_diffusers_frozen_dicts_are_taken(tiny_model):
+def test_diffusers_frozen_dicts_are_accepted(tiny_model):
     parts = {
         "unet": tiny_model.unet.config,
         "vae": tiny_model.vae.config,
@@ -68,12 +68,12 @@ def test_the_caller_keeps_the_config(tiny_config):
     assert tiny_config.to_dict() == before and parts == before["decoder_config"]
 
 
-def test_a_config_can_be_made_of_nothing():
-    """As the library does, to tell what differs from the defaults."""
+def test_a_config_needs_no_arguments():
+    """The library makes one to find the settings that differ from the defaults."""
     assert VLVConfig().num_queries == 77
 
 
-# ---- what does not fit together ----------------------------------------------------------------------------
+# ---- parts that do not fit together ------------------------------------------------------------------------
 
 
 def unet(**settings):
@@ -116,7 +116,7 @@ def test_an_empty_prompt_shorter_than_the_queries_is_refused(tiny_model):
         model.empty_context()
 
 
-# ---- what the model refuses of its inputs ------------------------------------------------------------------
+# ---- inputs that the model refuses -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where the model's weights lie, and that nothing is left on another device."""
+"""The devices of the model's weights, and that no tensor is left on another device."""
 
 import copy
 import subprocess
@@ -21,7 +21,7 @@ no_offload_in_5_0 = pytest.mark.skipif(
 
 
 def assert_answers_as(model, expected, pixel_values, captions):
-    """Each public method by itself, the forward pass in between."""
+    """Compares each public method alone, and the forward pass between them."""
     reconstruction = {"num_inference_steps": 2, "output_type": "pt"}
     for step in (
         lambda model: model.encode(pixel_values),

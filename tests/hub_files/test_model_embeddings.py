@@ -1,4 +1,4 @@
-"""The caption head's token embeddings can be read, replaced and resized, as those of the library's own models."""
+"""The caption head's token embeddings can be read, replaced and resized, as in the library's own models."""
 
 import pytest
 import tiny

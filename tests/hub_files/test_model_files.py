@@ -1,4 +1,4 @@
-"""Saving and loading: nothing changes, nothing is missing, and nothing is read that was not asked for."""
+"""Saving and loading: nothing changes, nothing is missing, and nothing unnecessary is read."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ def pixel_values():
 
 @pytest.fixture
 def said(caplog):
-    """What the libraries log and warn about in the meantime."""
+    """The libraries' log messages and warnings during a test."""
     loggers = [logging.getLogger(name) for name in ("transformers", "diffusers", "accelerate")]
     for logger in loggers:
         logger.addHandler(caplog.handler)
@@ -103,10 +103,10 @@ def test_generation_settings_come_back(tmp_path, tiny_model, pixel_values):
     assert torch.equal(loaded.generate(pixel_values=pixel_values), model.generate(pixel_values=pixel_values))
 
 
-def test_a_saved_repo_brings_its_code(tiny_repo, tmp_path):
+def test_a_saved_repo_has_its_code(tiny_repo, tmp_path):
     for name in CODE_FILES:
         assert (tiny_repo / name).read_bytes() == (ROOT / name).read_bytes()
-    # saved again in its own place, and from there elsewhere
+    # saved again into its own folder, and from there into another folder
     model = VLVModel.from_pretrained(tiny_repo)
     for folder in (tmp_path, tmp_path):
         model.save_pretrained(folder)
@@ -135,7 +135,7 @@ def test_a_processor_comes_back(tiny_repo, tiny_processor, tmp_path):
 
 
 class ReadingRecorder:
-    """Stands in for `safetensors.safe_open`: notes each tensor whose bytes are fetched."""
+    """Replaces `safetensors.safe_open` and records each tensor that is read."""
 
     def __init__(self, read):
         self.read = read
@@ -225,7 +225,7 @@ def test_rebuilding_needs_no_caption_head(tiny_repo, tiny_model, read, said, pix
 
 
 def test_the_whole_model_reads_everything_once(tiny_repo, tiny_model, read):
-    """The counterpart: the recorder does see what is read."""
+    """The counterpart of the tests above: the recorder does see the tensors that are read."""
     VLVModel.from_pretrained(tiny_repo)
     tied = {"caption_head.lm_head.weight"} | {
         f"encoder.language_model.{half}.embed_tokens.weight" for half in ("encoder", "decoder")
@@ -247,8 +247,8 @@ def test_a_captioner_saved_again_is_a_checkpoint_without_decoder(tiny_repo, tmp_
     assert torch.equal(model.generate(**arguments), tiny_model.generate(**arguments))
 
 
-def test_weights_that_are_truly_unexpected_or_missing_are_told(tiny_repo, tmp_path, tiny_model, said):
-    """Leaving parts out must not hide a damaged checkpoint."""
+def test_unexpected_or_missing_weights_are_reported(tiny_repo, tmp_path, tiny_model, said):
+    """Parts that are left out must not hide a damaged checkpoint."""
     state = dict(tiny_model.state_dict())
     state["prefix_projection.9.weight"] = torch.zeros(2)
     del state["projection.0.bias"]
@@ -301,12 +301,12 @@ def test_a_vlv_of_the_parts_computes_what_the_parts_do(tiny_components, pixel_va
     assert torch.equal(model.caption_head(inputs_embeds=embeds).logits, llm(inputs_embeds=embeds).logits)
 
 
-def test_a_processor_of_the_parts_is_the_parts(tiny_components):
+def test_a_processor_of_the_parts_has_their_settings(tiny_components):
     _, processor = assemble(tiny_components)
     settings = json.loads((tiny_components / "encoder" / "preprocessor_config.json").read_text())
     assert (processor.image_height, processor.image_width) == (32, 32)
     assert processor.image_mean == settings["image_mean"] and processor.image_std == settings["image_std"]
-    assert processor.decoder_image_size == 8 * 4  # the UNet's sample size, times what the VAE shrinks by
+    assert processor.decoder_image_size == 8 * 4  # the UNet's sample size times the VAE's factor
     text = "A cat, naïve."
     parts = {"tokenizer": "caption_head", "encoder_tokenizer": "encoder", "decoder_tokenizer": "decoder/tokenizer"}
     for name, folder in parts.items():
@@ -330,7 +330,7 @@ def test_a_tokenizer_without_padding_pads_with_the_end_of_text(tiny_components, 
 
 
 def test_processor_settings_are_read_from_either_layout_of_florences_files(tiny_components, tmp_path):
-    """transformers 5 saves a processor in one file; the published Florence-2 keep images in a file of their own."""
+    """transformers 5 saves a processor in one file. The published Florence-2 have a separate file for images."""
     images = json.loads((tiny_components / "encoder" / "preprocessor_config.json").read_text())
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": images}))
     AutoTokenizer.from_pretrained(tiny_components / "encoder").save_pretrained(tmp_path)
@@ -348,7 +348,7 @@ def test_a_vlv_of_the_parts_is_saved_and_works(tiny_components, tmp_path, image_
     processor.save_pretrained(tmp_path)
     loaded = VLVModel.from_pretrained(tmp_path)
     assert_same_weights(loaded, model)
-    assert str(tiny_components) not in (tmp_path / "config.json").read_text()  # whose folders they were is nobody's
+    assert str(tiny_components) not in (tmp_path / "config.json").read_text()  # paths of this machine are not saved
     captions = VLVProcessor.from_pretrained(tmp_path).batch_decode(loaded.generate(inputs["pixel_values"], **GREEDY))
     assert captions == processor.batch_decode(model.generate(inputs["pixel_values"], **GREEDY))
     assert [picture.size for picture in loaded.reconstruct(inputs["pixel_values"], num_inference_steps=2)] == [
@@ -363,7 +363,7 @@ def test_a_vlv_of_the_parts_is_saved_and_works(tiny_components, tmp_path, image_
 
 @pytest.mark.parametrize("folder", sorted(SAVED.glob("transformers-*")), ids=lambda folder: folder.name)
 def test_checkpoints_of_other_releases_work_in_this_one(folder, said):
-    """Saved by `tests/fixtures/saved/save.py` under the release that the folder is named after."""
+    """`tests/fixtures/saved/save.py` saved them with the release in the name of the folder."""
     model, info = VLVModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     processor = VLVProcessor.from_pretrained(folder)
     assert not any(info.values()), info

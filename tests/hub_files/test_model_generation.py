@@ -1,4 +1,4 @@
-"""Captions and reconstructions: every way of asking for them."""
+"""Captions and reconstructions, with all their arguments."""
 
 import copy
 from threading import Thread
@@ -29,10 +29,10 @@ def pixel_values():
 
 @pytest.fixture(scope="module")
 def greedy(tiny_model, pixel_values):
-    """The greedy captions of the three pictures (3, NEW), which the tests compare with."""
+    """The greedy captions of the three pictures (3, NEW), to compare with."""
     ids = tiny_model.generate(pixel_values=pixel_values, **GREEDY)
     assert ids.shape == (3, NEW)
-    assert len({tuple(row.tolist()) for row in ids}) == 3  # each picture gets a caption of its own
+    assert len({tuple(row.tolist()) for row in ids}) == 3  # each picture gets a different caption
     return ids
 
 
@@ -48,14 +48,14 @@ def test_greedy_is_the_argmax_of_forwards_logits_token_by_token(tiny_model, pixe
     assert torch.equal(ids, greedy)
 
 
-def test_caption_embeds_stand_in_for_pixels(tiny_model, pixel_values, greedy):
+def test_caption_embeds_replace_pixels(tiny_model, pixel_values, greedy):
     caption_embeds = tiny_model.encode(pixel_values)
     assert torch.equal(tiny_model.generate(caption_embeds=caption_embeds, **GREEDY), greedy)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_batch_composition_changes_nothing(tiny_model, pixel_values, greedy, arguments):
-    """With an end-of-text token that the captions reach at different places."""
+    """The captions reach the end-of-text token at different lengths."""
     arguments = {**GREEDY, **arguments, "eos_token_id": int(greedy[0, 3]), "pad_token_id": 0}
     together = tiny_model.generate(pixel_values=pixel_values, **arguments)
     reversed_ = tiny_model.generate(pixel_values=pixel_values.flip(0), **arguments).flip(0)
@@ -158,7 +158,7 @@ def test_the_models_generation_config_is_the_default_and_arguments_come_first(ti
     assert given.max_new_tokens == 5
 
 
-def test_what_a_generation_config_leaves_open_is_the_checkpoints(tiny_model, pixel_values, greedy):
+def test_a_generation_config_is_completed_from_the_checkpoint(tiny_model, pixel_values, greedy):
     model = copy.deepcopy(tiny_model)
     model.generation_config.update(max_new_tokens=6, eos_token_id=int(greedy[0, 3]), pad_token_id=0, num_beams=1)
     expected = model.generate(pixel_values, do_sample=False)
@@ -168,10 +168,10 @@ def test_what_a_generation_config_leaves_open_is_the_checkpoints(tiny_model, pix
     assert torch.equal(
         model.generate(pixel_values, generation_config=beams), model.generate(pixel_values, num_beams=3)
     )
-    assert beams.max_new_tokens is None  # the caller's stays as it is
+    assert beams.max_new_tokens is None  # the caller's config is not changed
 
 
-def test_a_beginning_is_continued_and_only_what_is_new_comes_back(tiny_model, pixel_values, greedy):
+def test_a_beginning_is_continued_and_only_new_tokens_are_returned(tiny_model, pixel_values, greedy):
     for length in (1, 4):
         ids = tiny_model.generate(
             pixel_values=pixel_values, input_ids=greedy[:, :length], max_new_tokens=NEW - length, do_sample=False
@@ -208,7 +208,7 @@ def test_generate_returns_details_when_asked(tiny_model, pixel_values, greedy):
     assert len(output.scores) == NEW and output.scores[0].shape == (3, 257)
 
 
-def test_generate_asks_for_one_input(tiny_model, pixel_values):
+def test_generate_needs_exactly_one_input(tiny_model, pixel_values):
     with pytest.raises(ValueError, match="either pixel_values or caption_embeds"):
         tiny_model.generate(max_new_tokens=3)
     with pytest.raises(ValueError, match="either pixel_values or caption_embeds"):
@@ -297,7 +297,7 @@ def test_reconstructions_depend_on_the_picture(tiny_model, pixel_values):
     assert (pictures[0] - pictures[1]).abs().max() > 0.01
 
 
-def test_caption_embeds_can_be_reconstructed_from(tiny_model, pixel_values):
+def test_reconstruct_takes_caption_embeds(tiny_model, pixel_values):
     caption_embeds = tiny_model.encode(pixel_values)
     assert torch.equal(sample(tiny_model, None, caption_embeds=caption_embeds), sample(tiny_model, pixel_values))
 
@@ -323,7 +323,7 @@ def test_another_scheduler_can_sample(tiny_model, pixel_values, scheduler_class)
     other = sample(tiny_model, pixel_values, scheduler=scheduler, num_inference_steps=3, guidance_scale=1.0)
     assert other.shape == (3, 3, 32, 32) and other.isfinite().all()
     again = sample(tiny_model, pixel_values, scheduler=scheduler, num_inference_steps=3, guidance_scale=1.0)
-    assert torch.equal(other, again)  # a scheduler that was used before is as good as new
+    assert torch.equal(other, again)  # a scheduler can be used again
     assert not torch.equal(other, sample(tiny_model, pixel_values, num_inference_steps=3, guidance_scale=1.0))
 
 
@@ -374,7 +374,7 @@ def test_a_callback_sees_every_step_and_may_change_the_latents(tiny_model, pixel
     assert torch.equal(blank[0], blank[1])
 
 
-def test_reconstruct_asks_for_one_input_and_a_decoder(tiny_model, pixel_values):
+def test_reconstruct_needs_exactly_one_input_and_a_decoder(tiny_model, pixel_values):
     with pytest.raises(ValueError, match="either pixel_values or caption_embeds"):
         tiny_model.reconstruct()
     captioner = tiny.model(VLVForConditionalGeneration)

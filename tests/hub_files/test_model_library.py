@@ -1,4 +1,4 @@
-"""What users of transformers do with any of its models: pickle, export, add adapters."""
+"""What users do with any model of transformers: pickle it, export it, add adapters."""
 
 import json
 import os
@@ -35,11 +35,11 @@ def test_no_question_is_asked_and_models_of_remote_code_are_pickled(tiny_repo, t
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     run = subprocess.run(command, cwd=tmp_path, env=environment, **options)
     assert run.returncode == 0, run.stdout
-    assert "custom code" not in run.stdout  # that of the repo, which the processor would have to trust
+    assert "custom code" not in run.stdout  # the processor would ask to trust the code of the repo
 
 
 def exported(model, inputs, lengths=()):
-    """The model exported with a dynamic batch, and dynamic lengths of the inputs that `lengths` names."""
+    """The model, exported with a dynamic batch size and with dynamic lengths for the inputs in `lengths`."""
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {name: {0: dynamic, 1: dynamic} if name in lengths else {0: dynamic} for name in inputs}
     return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()

@@ -1,4 +1,4 @@
-"""What trains and what stays frozen, in each stage and under every switch."""
+"""What trains and what stays frozen, in each stage and with every setting."""
 
 import copy
 
@@ -45,7 +45,7 @@ def stage_inputs(batch, stage):
 
 
 def weights_of(model, parts):
-    """The names of the parts' parameters, by their prefixes: independent of how the model finds them."""
+    """The names of the parts' parameters, found by their prefixes, independently of the model's own code."""
     prefixes = tuple(prefix for part in parts for prefix in PREFIXES[part])
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
@@ -54,7 +54,7 @@ def trainable(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_the_parts_are_all_of_the_weights_each_once(model):
+def test_each_weight_belongs_to_exactly_one_part(model):
     assert [name for name, _ in model.named_parts()] == list(PREFIXES)
     names = {name for name, _ in model.named_parameters()}
     assert sorted(name for part in PREFIXES for name in weights_of(model, [part])) == sorted(names)
@@ -68,12 +68,12 @@ def test_gradients_reach_exactly_what_the_stage_trains(model, batch, stage):
     model(**stage_inputs(batch, stage)).loss.backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached == expected
-    # The keys' biases cancel out in the softmax: their gradients are zero but for rounding.
+    # The biases of the keys cancel out in the softmax, so their gradients are zero except for rounding.
     unmoved = {name for name in reached if model.get_parameter(name).grad.abs().max() == 0}
     assert all("k_proj.bias" in name for name in unmoved), unmoved
 
 
-# Which parts each loss can teach.
+# The parts that each loss can train.
 TEACHABLE = {
     "autoencode": set(PREFIXES) - {"vae", "prefix_projection", "caption_head"},
     "caption": set(PREFIXES) - {"vae", "unet"},
@@ -87,7 +87,7 @@ def test_any_part_can_be_trained_alone(model, batch, stage, part):
     expected = weights_of(model, [part])
     model.set_stage(stage, train=[part]).train()
     assert trainable(model) == expected
-    expected -= {"text_encoder.embeddings.token_embedding.weight"}  # the text encoder is entered behind it
+    expected -= {"text_encoder.embeddings.token_embedding.weight"}  # the caption embeddings replace its output
     model(**stage_inputs(batch, stage)).loss.backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached == expected
@@ -95,7 +95,7 @@ def test_any_part_can_be_trained_alone(model, batch, stage, part):
 
 
 @pytest.mark.parametrize("stage", ["autoencode", "caption", "frozen"])
-def test_what_is_frozen_stays_in_eval_mode(model, stage):
+def test_frozen_parts_stay_in_eval_mode(model, stage):
     for mode in (True, False, True):
         model.set_stage(stage).train(mode)
         assert model.training == mode
@@ -103,7 +103,7 @@ def test_what_is_frozen_stays_in_eval_mode(model, stage):
             if isinstance(part, torch.nn.Module) and name != "word_embeddings":
                 expected = mode and name in STAGES[stage]
                 assert {module.training for module in part.modules() if module is not part} <= {expected}, name
-    # In whichever order: setting the stage of a model in training mode puts what it freezes into eval mode.
+    # In either order: set_stage on a model in training mode puts the frozen parts into eval mode.
     assert not model.set_stage("frozen").encoder.language_model.encoder.training
 
 
@@ -151,13 +151,13 @@ def test_loading_leaves_the_decoder_and_its_text_encoder_frozen(tiny_repo, loadi
     assert not any(module.training for module in model.text_encoder.modules())
 
 
-def test_what_cannot_be_trained_is_said(model):
+def test_parts_that_cannot_be_trained_are_refused(model):
     with pytest.raises(ValueError, match="Unknown stage 'pretrain': choose autoencode, caption, frozen"):
         model.set_stage("pretrain")
     with pytest.raises(ValueError, match="no part 'encoder' to train: choose among vision_tower, .*, caption_head"):
         model.set_stage("autoencode", train=["encoder"])
     captioner = tiny.model(VLVForConditionalGeneration)
-    with pytest.raises(ValueError, match="'autoencode' needs the part unet, which this checkpoint does not have"):
+    with pytest.raises(ValueError, match="'autoencode' needs the part vae, which this checkpoint does not have"):
         captioner.set_stage("autoencode")
     headless = tiny.model(caption_config=None)
     with pytest.raises(ValueError, match="'caption' trains prefix_projection, which this checkpoint does not have"):
@@ -221,7 +221,7 @@ def test_gradient_checkpointing_gives_equal_gradients(model, batch, parts):
 
 
 def test_gradient_checkpointing_as_trainer_switches_it_on():
-    """Recent Trainers call it by its new name, with more arguments; a captioner has no UNet to switch on."""
+    """Recent releases of Trainer use its new name with more arguments. A captioner has no UNet."""
     captioner = tiny.model(VLVForConditionalGeneration)
     enable = getattr(captioner, "activation_checkpointing_enable", captioner.gradient_checkpointing_enable)
     enable(None)

@@ -1,7 +1,8 @@
 """
-Stage by stage against what the paper's own code computed, from its own checkpoints (see fixtures/parity/README.md).
+Compares every step of the computation with results of the paper's own code (see fixtures/parity/README.md).
 
-The checkpoints come through `vlv.models.convert`, the inputs from the PNG files: nothing of the reference's runs here.
+The reference's checkpoints are read by `vlv.models.convert`, and the inputs are read from PNG files. No code of the
+reference runs here.
 """
 
 import copy
@@ -60,14 +61,14 @@ def test_pixel_values_are_exact(stage, expected1, request):
     inputs = processor(images=IMAGES, crop="center", return_decoder_pixel_values=True)
     assert torch.equal(inputs["pixel_values"], expected1["florence.pixel_values"])
     assert torch.equal(inputs["decoder_pixel_values"], expected1["image_uint8"] / 127.5 - 1)
-    assert torch.equal(processor(images=IMAGES)["pixel_values"], inputs["pixel_values"])  # as it was trained
+    assert torch.equal(processor(images=IMAGES)["pixel_values"], inputs["pixel_values"])  # as in its training
 
 
 # ---- hidden states -----------------------------------------------------------------------------------------
 
 
 def check_encoding(model, processor, expected):
-    """Pixels to context, in the order of the data flow: the first stage that is off is named."""
+    """Pixels to context, in the order of the data flow. The first step that differs fails."""
     pixel_values = processor(images=IMAGES)["pixel_values"]
     seen = {}
     language_model = model.encoder.language_model
@@ -115,7 +116,7 @@ def test_encoding_stage2(stage2, expected2):
 
 
 def check_denoising(model, processor, expected):
-    """Pixels to the denoising loss and, through the frozen decoder, to the gradients of what trains."""
+    """Pixels to the denoising loss, and the gradients of what trains, through the frozen decoder."""
     inputs = processor(images=IMAGES, return_decoder_pixel_values=True)
     with torch.no_grad():
         moments = model.vae.encode(inputs["decoder_pixel_values"]).latent_dist
@@ -181,7 +182,7 @@ def check_captioning(model, processor, expected):
         )
         prefix = model.prefix_projection(output.context)
     assert_near("prefix", prefix, expected["prefix"], HIDDEN_STATES)
-    # logits[:, 0] is that of the prefix's last position, 76
+    # logits[:, 0] is from the prefix's last position, 76
     assert_near("logits", output.logits[:, :16], expected["lm.logits_pos76_to_91"], HIDDEN_STATES)
     assert_near("caption loss", output.loss, expected["lm_loss"], LOSSES)
 
@@ -191,7 +192,7 @@ def test_captioning(stage2, expected2):
 
 
 def test_labels_are_the_references_with_an_end(stage2, expected2):
-    """The reference never teaches the end of a caption; all the rest of its labels is the processor's too."""
+    """The reference has no label for the end of a caption. All its other labels are equal to the processor's."""
     captions = json.loads((PARITY / "stage2_text.json").read_text())["captions_for_lm_loss"]
     labels = stage2[1](text=captions, return_labels=True)["labels"]
     for ours, theirs in zip(labels, expected2["lm.labels"], strict=True):
@@ -211,11 +212,11 @@ def test_generated_ids(stage2, expected2, beams, recorded):
     assert processor.batch_decode(ids) == [text.strip() for text in texts["beam4" if beams > 1 else "greedy"]]
 
 
-# ---- what these tests are worth: each mistake is found, and where ------------------------------------------
+# ---- the tests themselves: they find each of these mistakes, and name its place ----------------------------
 
 
 def reshaped_projection(model):
-    """Microsoft's image projection is stored (in, out): the other way round than a Linear's weight."""
+    """Microsoft's image projection is stored as (in, out), transposed compared with the weight of a Linear."""
     weight = model.encoder.multi_modal_projector.image_projection.weight
     weight.data = weight.data.T.reshape(weight.shape)
 
@@ -242,7 +243,7 @@ def missing_end_of_prompt(model):
 
 
 def embeddings_of_the_language_head(model):
-    """`lm_head` is a clone of the embeddings before training, which are the prompt's no longer."""
+    """`lm_head` is a copy of the embeddings before training. The prompt uses the trained embeddings."""
     tensors, _ = read_checkpoint(str(PARITY / "stage1_flat"))
     model.encoder.language_model.shared.weight.data = tensors["model.language_model.lm_head.weight"].clone()
 

@@ -1,4 +1,4 @@
-"""The pipelines, built on objects: what `test_entry_points.py` does not see from outside."""
+"""The pipelines, made from objects: behaviour that `test_entry_points.py` cannot test from outside."""
 
 import logging
 
@@ -39,8 +39,8 @@ class Dictate(LogitsProcessor):
 @pytest.mark.parametrize(
     ("text", "new"), [("a", " large dog"), ("a", "a b"), ("", " dog"), ("two ", "two two"), (" the", "n")]
 )
-def test_a_text_is_continued_even_by_what_looks_like_it(continuer, text, new):
-    """The library cuts the text off the beginning of what was written, if it finds it there."""
+def test_a_text_is_continued_even_by_the_same_text(continuer, text, new):
+    """The library removes the given text from the beginning of the output, if it finds it there."""
 
     def write(**arguments):
         generate_kwargs = {"logits_processor": LogitsProcessorList([Dictate(new)]), "max_new_tokens": len(new)}
@@ -71,7 +71,7 @@ def test_no_images_no_captions(captioner):
     assert captioner(()) == []
 
 
-def test_any_iterator_will_do(captioner, tmp_path):
+def test_any_iterator_works(captioner, tmp_path):
     for number, image in enumerate(tiny.images(2)):
         image.save(tmp_path / f"{number}.png")
     paths = sorted(tmp_path.iterdir())
@@ -89,7 +89,7 @@ def test_mistyped_arguments_are_refused(captioner):
             captioner(nonsense)
 
 
-def test_rows_that_are_no_images_are_told_one_by_one(captioner, caplog):
+def test_rows_that_are_not_images_are_reported_one_by_one(captioner, caplog):
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     first, second = captioner([tiny.images(1)[0], 3], **GREEDY)
@@ -119,7 +119,7 @@ def test_reconstructions_under_a_seed_do_not_depend_on_their_batch(tiny_model, t
     assert other[0].tobytes() != batched[0].tobytes()
 
 
-def test_what_the_checkpoint_lacks_is_said(tiny_processor):
+def test_a_missing_part_of_the_checkpoint_is_an_error(tiny_processor):
     image = tiny.images(1)[0]
     captionless = VLVImageToTextPipeline(model=tiny.model(caption_config=None), processor=tiny_processor)
     with pytest.raises(ValueError, match="no caption head and cannot caption"):

@@ -20,7 +20,7 @@ from processing_vlv import VLVProcessor, load_image
 
 @pytest.fixture(scope="module")
 def picture():
-    """A smooth 24x16 picture in RGB, all of whose corners differ."""
+    """A smooth 24x16 picture in RGB with four different corners."""
     x, y = np.meshgrid(np.linspace(0, 255, 24), np.linspace(0, 255, 16))
     return Image.fromarray(np.stack([x, y, 255 - x / 2 - y / 2], axis=-1).astype(np.uint8))
 
@@ -65,7 +65,7 @@ def test_arrays_of_grey_and_with_transparency(picture):
 
 @pytest.fixture
 def server(tmp_path):
-    """A web server on the loopback that serves the test's folder: its address."""
+    """The address of a web server on the loopback interface that serves the test's folder."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -98,7 +98,7 @@ def test_transparency_is_laid_over_white(tmp_path, mode, picture):
     if mode != "PA":
         source = tmp_path / "clear.png"
         image.save(source)
-    else:  # no file format keeps it: only in memory
+    else:  # no file format has this mode, so the image is only in memory
         source = picture.quantize(256, dither=Image.Dither.NONE)
         opaque = pixels(source.convert("RGB"))
         source = source.convert("PA")
@@ -138,7 +138,7 @@ def test_cmyk(tmp_path, picture):
 def test_sixteen_bits_keep_their_brightness(tmp_path, suffix, dtype):
     Image.fromarray(np.array([[0, 257, 128 * 257, 65535]], dtype)).save(tmp_path / f"deep.{suffix}")
     assert pixels(load_image(tmp_path / f"deep.{suffix}"))[0, :, 0].tolist() == [0, 1, 128, 255]
-    Image.fromarray(np.array([[0, 200]], dtype)).save(tmp_path / f"dark.{suffix}")  # nearly black, and stays so
+    Image.fromarray(np.array([[0, 200]], dtype)).save(tmp_path / f"dark.{suffix}")  # nearly black, as before
     assert pixels(load_image(tmp_path / f"dark.{suffix}"))[0, :, 0].tolist() == [0, 1]
 
 
@@ -180,7 +180,7 @@ def test_exif_orientation_is_applied(tmp_path, picture, orientation, suffix):
     picture.save(path, exif=exif, **({"quality": 98} if suffix == "jpg" else {}))
     expected = Image.fromarray(ORIENTATIONS[orientation](np.asarray(picture)).copy())
     assert_looks_like(load_image(path), expected, tolerance=16 if suffix == "jpg" else 0)
-    with Image.open(path) as opened:  # and of an image that the caller opened
+    with Image.open(path) as opened:  # also for an image that the caller opened
         assert_looks_like(load_image(opened), expected, tolerance=16 if suffix == "jpg" else 0)
 
 
@@ -205,7 +205,7 @@ def test_a_cut_file_is_refused_by_name(tmp_path, suffix, part):
         load_image(path)
 
 
-def test_what_is_no_image_is_refused_by_name(tmp_path):
+def test_a_file_that_is_not_an_image_is_refused_by_name(tmp_path):
     (tmp_path / "empty.png").touch()
     with pytest.raises(ValueError, match=r"empty\.png: the file is empty"):
         load_image(tmp_path / "empty.png")
@@ -229,7 +229,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
         load_image(tmp_path / "bomb.png")
 
 
-def test_a_large_picture_that_is_no_bomb_is_read_in_silence(tmp_path, monkeypatch, recwarn):
+def test_a_large_picture_is_read_without_a_warning(tmp_path, monkeypatch, recwarn):
     Image.new("1", (300, 300)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60_000)
     assert load_image(tmp_path / "large.png").size == (300, 300)
@@ -241,12 +241,12 @@ def test_a_large_picture_that_is_no_bomb_is_read_in_silence(tmp_path, monkeypatc
     [None, 3, torch.zeros(3, 4, 4), np.zeros((4, 4, 3)), np.zeros((4, 4, 7), np.uint8), np.zeros(4, np.uint8)],
     ids=lambda source: f"{type(source).__name__} {tuple(getattr(source, 'shape', ()))}",
 )
-def test_what_images_are_not_made_of_is_refused(source):
+def test_other_types_than_images_are_refused(source):
     with pytest.raises(ValueError, match="(?i)image.*(path|URL|uint8)"):
         load_image(source)
 
 
-def test_the_source_is_left_as_it_was(tmp_path, picture):
+def test_the_source_is_not_changed(tmp_path, picture):
     image = picture.convert("RGBA")
     before = image.tobytes()
     load_image(image)
@@ -257,7 +257,7 @@ def test_the_source_is_left_as_it_was(tmp_path, picture):
         assert not file.closed
 
 
-def test_an_image_is_copied_unless_the_caller_says_that_it_need_not_be(picture):
+def test_an_image_is_copied_unless_copy_is_false(picture):
     image = picture.convert("RGB")
     image.info["note"] = "kept"
     copy = load_image(image)
@@ -304,7 +304,7 @@ def test_decoder_pixels_span_minus_one_to_one(tiny_processor):
 
 @pytest.mark.parametrize("size", [(96, 64), (64, 96), (50, 50), (33, 32), (7, 200)])
 def test_the_centre_crop_is_the_papers(size):
-    """Its shorter side made the decoder's by bilinear resizing, then the centre cut out, for both readers alike."""
+    """The shorter side is resized to the decoder's size, and the centre is cut out, for encoder and decoder."""
     image = tiny.images(1, size=size)[0]
     processor = VLVProcessor(tiny.caption_tokenizer(), image_height=32, image_width=32, decoder_image_size=32)
     width, height = size
@@ -352,7 +352,7 @@ def test_one_image_or_several_of_any_kind(tmp_path, tiny_processor):
 EOS = 0
 
 
-def test_captions_to_learn_end_with_the_end_of_text_and_are_padded_on_the_right(tiny_processor):
+def test_captions_to_train_on_end_with_the_end_of_text_and_are_padded_on_the_right(tiny_processor):
     tokenizer = tiny_processor.tokenizer
     inputs = tiny_processor(text=["a cat", "ox"], return_labels=True)
     cat, ox = tokenizer("a cat").input_ids, tokenizer("ox").input_ids
@@ -378,15 +378,15 @@ def test_long_captions_are_cut(tiny_processor):
 
 
 @pytest.mark.parametrize("caption", ["A cat.", "naïve café, 猫が好き 🐈", " two  spaces ", "don't"])
-def test_captions_come_back_as_they_went_in(tiny_processor, caption):
+def test_captions_are_decoded_unchanged(tiny_processor, caption):
     ids = tiny_processor(text=caption, return_labels=True)["input_ids"]
     assert tiny_processor.batch_decode(ids) == [caption.strip()]
     assert tiny_processor.decode(ids[0]) == caption.strip()
     assert tiny_processor.decode(ids) == tiny_processor.batch_decode(ids)
 
 
-def test_a_tokenizer_that_adds_a_beginning_of_its_own_adds_none():
-    """As Llama's does: behind the image's prefix, another beginning would be noise."""
+def test_no_begin_of_text_token_is_added():
+    """Llama's tokenizer adds one. After the image's prefix it would be noise."""
     processor = VLVProcessor(tiny.encoder_tokenizer())  # <s> ... </s>
     inputs = processor(text="ox", return_labels=True)
     ox = processor.tokenizer("ox", add_special_tokens=False).input_ids
@@ -399,7 +399,7 @@ def test_images_and_text_together(tiny_processor):
     assert set(inputs) <= set(tiny_processor.model_input_names)
 
 
-def test_what_cannot_be_processed_is_said(tiny_processor, tmp_path):
+def test_inputs_that_cannot_be_processed_are_refused(tiny_processor, tmp_path):
     with pytest.raises(ValueError, match="give images, text, or both"):
         tiny_processor()
     with pytest.raises(ValueError, match="return_tensors is 'np'"):

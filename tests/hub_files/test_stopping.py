@@ -1,6 +1,7 @@
-"""A caption head that never learnt to end: it stops where it repeats itself, and its captions are cleaned."""
+"""A caption head that never learned to end captions: they stop after a repetition, and they are cleaned."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -14,6 +15,7 @@ from processing_vlv import VLVProcessor
 from stopping_vlv import RepeatedSentence, clean_caption, find_sentence_ends, stop_at_repetition
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
+from vlv.cli import main
 
 TOKENIZER = tiny.caption_tokenizer()
 ENDS = sorted(TOKENIZER.convert_tokens_to_ids(character) for character in ".!?")
@@ -33,7 +35,7 @@ CLEANED = ("a dog runs. it is big.", "a red cat. 1.1.1.1. yes.", WRITTEN[2][:LON
 
 
 class Dictate(LogitsProcessor):
-    """Makes the model write a text for each image, whatever it would write itself."""
+    """Makes the model write a given text for each image."""
 
     def __init__(self, texts):
         self.ids = [TOKENIZER(text).input_ids for text in texts]
@@ -68,7 +70,7 @@ def processor(captioner):
 
 
 def the_papers(text):
-    """What the paper's code does with a caption, written down a second time."""
+    """The paper's cleaning of a caption, written independently."""
     if "." in text:
         text = text[: len(text) - text[::-1].index(".")]
     kept, rest = [], text
@@ -129,7 +131,7 @@ def test_generate_stops_each_caption_where_it_repeats_itself(model, processor):
     pixel_values, _ = tiny.pixels(3)
     dictate = LogitsProcessorList([Dictate(WRITTEN)])
     ids = model.generate(pixel_values, logits_processor=dictate, max_new_tokens=LONG, do_sample=False)
-    assert ids.shape == (3, LONG)  # as long as the longest, the others padded
+    assert ids.shape == (3, LONG)  # the others are padded to the longest
     assert processor.batch_decode(ids) == list(CLEANED)
     first = model.generate(
         pixel_values[:1], logits_processor=LogitsProcessorList([Dictate(WRITTEN[:1])]), max_new_tokens=LONG
@@ -191,7 +193,7 @@ def test_it_is_data_of_the_checkpoint(repo, tiny_repo):
     assert not VLVProcessor.from_pretrained(tiny_repo).clean_captions
 
 
-def test_the_mark_can_be_taken_back(tmp_path):
+def test_the_mark_can_be_removed(tmp_path):
     model, processor = tiny.model(VLVForConditionalGeneration), tiny.processor()
     stop_at_repetition(model, processor)
     stop_at_repetition(model, processor, on=False)
@@ -230,3 +232,30 @@ def test_the_captioner(repo, num_beams, monkeypatch):
     prefixed = Captioner(model, processor, Decoding(max_new_tokens=LONG, prefix="No. 5:", num_beams=num_beams), 3)
     captions = [best.text for best, *_ in prefixed(["a", "b", "c"], list(tiny.pixels(3)[0]))]
     assert captions == [f"No. 5: {text}" for text in CLEANED]
+
+
+def dictating(generate):
+    """`generate` of a model that writes the first text, whatever it sees."""
+
+    def dictated(self, *arguments, **settings):
+        given = settings.get("logits_processor") or ()
+        settings["logits_processor"] = LogitsProcessorList([*given, Dictate(WRITTEN[:1])])
+        return generate(self, *arguments, **settings)
+
+    return dictated
+
+
+def test_the_command(repo, tmp_path, monkeypatch):
+    monkeypatch.setattr(VLVForConditionalGeneration, "generate", dictating(VLVForConditionalGeneration.generate))
+    tiny.images(1)[0].save(tmp_path / "a.png")
+    options = ["--output", str(tmp_path / "captions.jsonl"), "--num_workers", "0", "--max_new_tokens", str(LONG)]
+    assert main(["caption", str(tmp_path / "a.png"), "--model", str(repo), *options]) == 0
+    assert json.loads((tmp_path / "captions.jsonl").read_text())["text"] == CLEANED[0]
+
+
+def test_the_app(repo, tmp_path, monkeypatch):
+    studio = pytest.importorskip("spaces_app").Studio(str(repo))
+    monkeypatch.setattr(type(studio.model), "generate", dictating(type(studio.model).generate))
+    tiny.images(1)[0].save(tmp_path / "a.png")
+    *streamed, last = studio.caption(str(tmp_path / "a.png"), max_new_tokens=LONG)
+    assert last == CLEANED[0] and streamed[-1] == STOPPED[0]  # what is streamed cannot be taken back

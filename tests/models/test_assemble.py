@@ -1,7 +1,8 @@
-"""`VLVModel.from_components` and `vlv assemble`: a VLV from the parts that a user has."""
+"""`VLVModel.from_components` and `vlv assemble`: a VLV from pretrained parts."""
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -40,7 +41,7 @@ def assemble(components, **kwargs):
     return VLVModel.from_components(**{**arguments, **kwargs}).eval()
 
 
-def test_every_weight_is_its_parts(tiny_components):
+def test_every_weight_is_that_of_its_part(tiny_components):
     model = assemble(tiny_components)
     florence = Florence2ForConditionalGeneration.from_pretrained(tiny_components / "encoder").model
     llm = AutoModelForCausalLM.from_pretrained(tiny_components / "caption_head")
@@ -54,6 +55,30 @@ def test_every_weight_is_its_parts(tiny_components):
     assert 0.01 < model.queries.std() < 0.03 and not model.queries.isnan().any()
     assert model.caption_head.lm_head.weight is model.caption_head.get_input_embeddings().weight
     assert not any(weight.requires_grad for weight in model.unet.parameters())
+
+
+def test_caption_embeds_start_around_the_mean_of_the_word_embeddings(tiny_components):
+    model = assemble(tiny_components, projection_start="mean")
+    words = model.text_encoder.embeddings.token_embedding.weight
+    torch.testing.assert_close(model.projection[2].bias, words.mean(0))
+    plain = assemble(tiny_components)
+    assert not plain.projection[2].bias.any() and 0.01 < model.projection[2].weight.std() < 0.03
+    with pytest.raises(ValueError, match="projection_start is 'words': choose 'zero' or 'mean'"):
+        assemble(tiny_components, projection_start="words")
+
+
+@pytest.mark.parametrize(("size", "near"), [(20, 16), (72, 64), (0, 8), (-8, 8)])
+def test_the_encoder_reads_sizes_that_its_strides_and_positions_allow(tiny_components, size, near):
+    parts = tiny_components / "encoder", tiny_components / "decoder"
+    processor = VLVProcessor.from_components(*parts, encoder_image_size=48)
+    pixel_values = processor(images=tiny.images(2))["pixel_values"]
+    assert pixel_values.shape == (2, 3, 48, 48) and processor.decoder_image_size == 32
+    sentence = (
+        f"encoder_image_size is {size}, but the encoder reads multiples of 8 pixels, its strides, up to 64, which its"
+        f" positions reach: choose one of them, such as {near}."
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        VLVProcessor.from_components(*parts, encoder_image_size=size)
 
 
 def llm_config(config_class, **settings):
@@ -79,7 +104,7 @@ def llm_config(config_class, **settings):
     [(Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM), (LlamaConfig, LlamaForCausalLM)],
 )
 def test_any_language_model(tiny_components, tmp_path, config_class, model_class, tied):
-    """Its captions are what the language model itself writes behind the prefix."""
+    """Its captions are the text that the language model itself writes after the prefix."""
     llm = tiny.randomise(model_class(llm_config(config_class, tie_word_embeddings=tied)))
     llm.save_pretrained(tmp_path / "llm")
     tiny.caption_tokenizer().save_pretrained(tmp_path / "llm")
@@ -101,7 +126,7 @@ def test_any_language_model(tiny_components, tmp_path, config_class, model_class
 
 @pytest.fixture(scope="module")
 def microsofts(tmp_path_factory):
-    """The Florence-2 of the reference's checkpoint as Microsoft's remote code saves it, with its few files."""
+    """The Florence-2 of the reference's checkpoint, with the files that Microsoft's remote code saves."""
     folder = tmp_path_factory.mktemp("florence")
     for name in ("config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json"):
         shutil.copy(PARITY / "components" / "florence" / name, folder)
@@ -109,7 +134,7 @@ def microsofts(tmp_path_factory):
     checkpoint = torch.load(PARITY / "stage1_flat" / "pytorch_model.bin", weights_only=True)
     weights = {name.removeprefix("model."): t.clone() for name, t in checkpoint.items() if name.startswith("model.")}
     embeddings = weights["language_model.model.shared.weight"]
-    weights["language_model.lm_head.weight"] = embeddings.clone()  # tied there, a frozen clone in the checkpoint
+    weights["language_model.lm_head.weight"] = embeddings.clone()  # tied in Microsoft's code, a frozen copy here
     torch.save(weights, folder / "pytorch_model.bin")
     return folder
 
@@ -128,13 +153,13 @@ def test_microsofts_florence(microsofts):
     torch.testing.assert_close(features, expected["florence.image_features"], atol=2e-5, rtol=0)
     torch.testing.assert_close(answers[0], expected["florence.encoder_last_hidden_state"], atol=2e-5, rtol=0)
     assert model.config.prompt_ids == expected["florence.input_ids"][0].tolist()
-    # its own table has 130 rows; a config that tells another length is not believed
+    # Its own table has 130 rows. The length in the config is wrong and is not used.
     assert model.config.encoder_config.text_config.max_position_embeddings == 128
 
 
 @pytest.mark.parametrize("kept", ["lm_head", "model.shared", "model.encoder.embed_tokens"])
 def test_microsofts_florence_in_safetensors(microsofts, tmp_path, kept):
-    """Of the tied embeddings a safetensors file holds one, and a config may err about positions."""
+    """A safetensors file holds one of the tied embeddings, and the positions in a config may be wrong."""
     shutil.copytree(microsofts, tmp_path, dirs_exist_ok=True)
     weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
     (tmp_path / "pytorch_model.bin").unlink()
@@ -159,7 +184,7 @@ def test_microsofts_florence_in_safetensors(microsofts, tmp_path, kept):
     ids=["base", "large"],
 )
 def test_the_released_sizes_of_microsofts_florence(width, layers, dims, billions, tmp_path):
-    """Read from a config in Microsoft's layout, they have the parameters that Microsoft tells."""
+    """From a config in Microsoft's layout, the models have as many parameters as Microsoft states."""
     config = json.loads((PARITY / "components" / "florence" / "config.json").read_text())
     heads = [dim // 32 for dim in dims]
     config["vision_config"] |= {"dim_embed": dims, "num_heads": heads, "num_groups": heads, "depths": [1, 1, 9, 1]}
@@ -180,7 +205,7 @@ def test_the_released_sizes_of_microsofts_florence(width, layers, dims, billions
 
 
 def test_stable_diffusion_1(tiny_components, tmp_path):
-    """As the released ones are: 1x1 convolutions around the attention, quick GELU, .bin files, no scaling factor."""
+    """As in the released ones: 1x1 convolutions around the attention, quick GELU, .bin files, no scaling factor."""
     parts = tiny.decoder_config("epsilon")
     folder = shutil.copytree(tiny_components / "decoder", tmp_path / "sd")
     shutil.rmtree(folder / "text_encoder")
@@ -210,7 +235,7 @@ def test_stable_diffusion_1(tiny_components, tmp_path):
 
 @pytest.mark.slow
 def test_dtype(microsofts):
-    """By default no part loses a digit (here fp32 beside a bf16 LLM); else all of it is what is asked for."""
+    """By default every weight stays exact (here fp32, with a bf16 LLM). Otherwise all weights get the given dtype."""
     model = components_of_the_reference(encoder=str(microsofts))
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     llm = load_file(PARITY / "components" / "qwen" / "model.safetensors")["model.norm.weight"]
@@ -222,7 +247,7 @@ def test_dtype(microsofts):
 
 
 def test_device_map(tiny_components, tmp_path):
-    """It is the whole model's map, as for `from_pretrained`: here the UNet stays on disk until it is called."""
+    """The map is for the whole model, as in `from_pretrained`. Here the UNet stays on disk until it is called."""
     names = ("encoder", "queries", "projection", "text_encoder", "vae", "prefix_projection", "caption_head")
     device_map = {"unet": "disk", **dict.fromkeys(names, "cpu")}
     model = assemble(tiny_components, device_map=device_map, offload_folder=str(tmp_path))
@@ -234,8 +259,8 @@ def test_device_map(tiny_components, tmp_path):
 
 
 @pytest.mark.slow
-def test_ids_and_how_the_hub_is_asked(tiny_components, hub, monkeypatch, tmp_path, capsys):
-    """Private repos, on a branch: revision and token are passed on, and without network the cache is enough."""
+def test_hub_ids_and_hub_arguments(tiny_components, hub, monkeypatch, tmp_path, capsys):
+    """Private repos on a branch: revision and token are passed on, and without a network the cache is enough."""
     monkeypatch.delenv("HF_TOKEN")
     parts = {name: f"ada/{name}" for name in ("encoder", "decoder", "caption_head")}
     for name, repo_id in parts.items():
@@ -251,7 +276,7 @@ def test_ids_and_how_the_hub_is_asked(tiny_components, hub, monkeypatch, tmp_pat
         weights = getattr(model, part).state_dict()
         for name, weight in getattr(expected, part).state_dict().items():
             assert torch.equal(weights[name], weight), f"{part}.{name}"
-    # Where the parts are from is recorded, for the model card.
+    # The sources of the parts are recorded for the model card.
     assert model.config.encoder_config._name_or_path == "ada/encoder"
     assert model.config.text_encoder_config._name_or_path == "ada/decoder"
     assert {part["_name_or_path"] for part in model.config.decoder_config.values()} == {"ada/decoder"}
@@ -280,7 +305,7 @@ def test_the_command_writes_a_complete_repo(tiny_components, tmp_path):
     inputs = processor(images=tiny.images(2))
     assert len(processor.batch_decode(model.generate(**inputs, max_new_tokens=3))) == 2
     assert model.reconstruct(**inputs, num_inference_steps=1)[0].size == (64, 64)
-    assert main(command) == 2  # and is not overwritten
+    assert main(command) == 2  # the output is not overwritten
     assert [path.name for path in tmp_path.iterdir()] == ["vlv"]
 
 
@@ -337,7 +362,7 @@ PARTS = ["encoder", "decoder/text_encoder", "decoder/unet", "decoder/vae", "capt
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_that_lacks_a_weight(part, tiny_components, tmp_path):
-    """The libraries would go on with random numbers in its place."""
+    """The libraries would continue with random numbers instead of the weight."""
     shutil.copytree(tiny_components, tmp_path, dirs_exist_ok=True)
     (file,) = (tmp_path / part).glob("*.safetensors")
     weights = load_file(file)
@@ -392,7 +417,7 @@ def test_microsofts_florence_that_lacks_a_weight(microsofts, tmp_path):
             components_of_the_reference(encoder=str(tmp_path))
 
 
-def test_the_command_tells_in_one_line_and_leaves_nothing(tiny_components, tmp_path, capsys):
+def test_the_command_fails_in_one_line_and_writes_nothing(tiny_components, tmp_path, capsys):
     parts = {"encoder": str(tmp_path), "decoder": str(tiny_components / "decoder")}
     command = [argument for name, part in parts.items() for argument in (f"--{name}", part)]
     assert main(["assemble", *command, "--output", str(tmp_path / "output" / "vlv")]) == 2

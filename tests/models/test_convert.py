@@ -1,4 +1,4 @@
-"""`vlv convert`: every layout of the paper's checkpoints gives the same model; all else is refused in a sentence."""
+"""`vlv convert`: every layout of the paper's checkpoints gives the same model. Others are refused in a sentence."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def tensors2():
 
 @pytest.fixture(scope="module")
 def text_encoder_only(tmp_path_factory):
-    """A Stable Diffusion folder of which only the text encoder is left."""
+    """A Stable Diffusion folder that has only the text encoder."""
     folder = tmp_path_factory.mktemp("text_encoder")
     for name in ("text_encoder", "tokenizer"):
         shutil.copytree(Path(SD) / name, folder / name)
@@ -44,7 +44,7 @@ def text_encoder_only(tmp_path_factory):
 
 
 def clone(tensors):
-    """Without shared storage, which safetensors would refuse."""
+    """The tensors without shared storage, which safetensors would refuse."""
     return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
 
 
@@ -106,7 +106,7 @@ def sharded_safetensors(tensors, folder):
 
 
 def tied_tensors_once(tensors, folder):
-    """As safetensors' own model saving leaves them: one name of each group, here the last ones."""
+    """As safetensors saves a model: with only one name of each group of tied tensors, here the last one."""
     prefix = "VLV_model." if "VLV_model.query_embed" in tensors else ""
     left_out = {f"{prefix}model.language_model.model.{name}.weight" for name in ("shared", "encoder.embed_tokens")}
     left_out.add("qwen2_model.model.embed_tokens.weight")
@@ -186,7 +186,7 @@ def test_a_captioner_without_decoder(text_encoder_only, expected_ids):
 @pytest.mark.parametrize("width, heads, act", [(768, 12, "quick_gelu"), (1024, 16, "gelu")], ids=["SD 1", "SD 2"])
 @pytest.mark.slow
 def test_a_captioner_without_any_decoder(width, heads, act, tensors2, tmp_path):
-    """A text encoder of a released width is known without its folder."""
+    """The config of a text encoder with a released width is known without its folder."""
     sizes = {"vocab_size": 92, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 1}
     clip = CLIPTextModel(CLIPTextConfig(**sizes, num_attention_heads=heads, hidden_act=act)).eval()
     text_encoder = getattr(clip, "text_model", clip).state_dict()
@@ -198,7 +198,7 @@ def test_a_captioner_without_any_decoder(width, heads, act, tensors2, tmp_path):
             torch.zeros(width),
         )
     tensors["mlp.layers.0.weight"] = torch.randn(96, width)
-    model, processor, _ = convert_checkpoint(str(flat(tensors, tmp_path)), FLORENCE, None, QWEN, 64)
+    model, processor, _ = convert_checkpoint(str(flat(tensors, tmp_path)), FLORENCE, "none", QWEN, 64)
     ids = torch.arange(77)[None]
     with torch.no_grad():
         torch.testing.assert_close(model.text_encoder(ids), clip(ids).last_hidden_state)
@@ -228,11 +228,11 @@ def expected_ids():
     return load_file(PARITY / "stage2_expected.safetensors")["gen.greedy.ids"]
 
 
-# ---- what only the checkpoint knows ------------------------------------------------------------------------
+# ---- settings that only the checkpoint has -----------------------------------------------------------------
 
 
 def test_sizes_come_from_the_checkpoint(tensors2, tmp_path, text_encoder_only):
-    """Another number of queries and of positions than the parts' configs tell, and a longer vocabulary."""
+    """The checkpoint has other numbers of queries and positions than the parts' configs, and a longer vocabulary."""
     tensors = dict(tensors2)
     tensors["VLV_model.query_embed"] = tensors["VLV_model.query_embed"][:, :40]
     for half in ("encoder", "decoder"):
@@ -248,7 +248,7 @@ def test_sizes_come_from_the_checkpoint(tensors2, tmp_path, text_encoder_only):
 
 
 def test_untied(tensors2, tmp_path, text_encoder_only):
-    """A language head that was trained apart from the embeddings stays apart, whatever its config says."""
+    """A language head that is not tied to the embeddings stays untied, whatever its config says."""
     tensors = {**tensors2, "qwen2_model.lm_head.weight": tensors2["qwen2_model.lm_head.weight"] + 1}
     model, _, report = convert_checkpoint(str(flat(tensors, tmp_path)), FLORENCE, text_encoder_only, QWEN, 64)
     model.save_pretrained(tmp_path / "vlv")
@@ -268,7 +268,7 @@ def test_dtype(dtype, tensors2, tmp_path, text_encoder_only):
     assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
 
 
-def test_mixed_dtypes_lose_nothing(tensors2, tmp_path, text_encoder_only):
+def test_mixed_dtypes_keep_every_weight_exact(tensors2, tmp_path, text_encoder_only):
     tensors = {name: t.bfloat16() if name.startswith("qwen2") else t for name, t in tensors2.items()}
     model, _, _ = convert_checkpoint(str(flat(tensors, tmp_path)), FLORENCE, text_encoder_only, QWEN, 64)
     assert model.dtype == torch.float32
@@ -296,7 +296,7 @@ def test_the_command_writes_a_complete_repo(tmp_path, capsys, tensors1):
 
 
 def refused(capsys, tmp_path, checkpoint, complaint, **parts):
-    """Exit status 2, one sentence on stderr that holds `complaint`, and nothing written."""
+    """The exit status is 2, one sentence on stderr contains `complaint`, and nothing is written."""
     output = tmp_path / "output" / "vlv"
     assert convert(checkpoint, output, **parts) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -328,7 +328,7 @@ def test_a_pickle_with_code_is_not_run(save, tensors1, tmp_path, capsys, monkeyp
 
 def test_another_architecture(tmp_path, capsys):
     save_file({"model.embed_tokens.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    refused(capsys, tmp_path, tmp_path, "no checkpoint of the paper's code: it has no query_embed")
+    refused(capsys, tmp_path, tmp_path, "is not a checkpoint of the paper's code: it has no query_embed")
 
 
 def test_no_tensors(tmp_path, capsys):
@@ -336,7 +336,7 @@ def test_no_tensors(tmp_path, capsys):
     refused(capsys, tmp_path, tmp_path, "holds no state dict")
 
 
-def test_a_tensor_too_many(tensors1, tmp_path, capsys):
+def test_an_extra_tensor(tensors1, tmp_path, capsys):
     path = flat({**tensors1, "ema.decay": torch.ones(1)}, tmp_path)
     refused(capsys, tmp_path, path, "holds 1 tensors that have no place in a VLV: ema.decay")
 
@@ -344,13 +344,13 @@ def test_a_tensor_too_many(tensors1, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name", ["unet.conv_in.weight", "query_embed", "model.image_projection", "language_proj.0.bias"]
 )
-def test_a_tensor_too_few(name, tensors1, tmp_path, capsys):
+def test_a_missing_tensor(name, tensors1, tmp_path, capsys):
     path = flat({key: tensor for key, tensor in tensors1.items() if key != name}, tmp_path)
     refused(capsys, tmp_path, path, "no query_embed" if name == "query_embed" else "lacks 1 tensors: ")
 
 
 @pytest.mark.parametrize("table", ["shared", "encoder.embed_positions"])
-def test_a_table_too_few(table, tensors1, tmp_path, capsys):
+def test_a_missing_embedding_table(table, tensors1, tmp_path, capsys):
     left = {name: tensor for name, tensor in tensors1.items() if "embed_tokens" not in name}
     del left[f"model.language_model.model.{table}.weight"]
     refused(capsys, tmp_path, flat(left, tmp_path), f"Florence-2 has no 'language_model.{table}.weight'")
@@ -377,9 +377,11 @@ def test_missing_parts(tmp_path, capsys):
     refused(capsys, tmp_path, "nobody/nothing", "There is no file or folder nobody/nothing, and no model")
     refused(capsys, tmp_path, STAGE1, f"There is no file or folder {nowhere}, which --encoder names", encoder=nowhere)
     refused(capsys, tmp_path, STAGE1, f"There is no file or folder {nowhere}, which --decoder names", decoder=nowhere)
-    refused(capsys, tmp_path, STAGE1, "give the Stable Diffusion it was trained with as --decoder", decoder=None)
-    refused(capsys, tmp_path, STAGE1, "leave --caption-head out", caption_head=QWEN)
-    refused(capsys, tmp_path, STAGE2, "give the LLM that it was trained from as --caption-head")
+    refused(capsys, tmp_path, STAGE1, "name the Stable Diffusion it was trained with as --decoder", decoder="none")
+    refused(capsys, tmp_path, STAGE1, "leave --caption_head out", caption_head=QWEN)
+    refused(
+        capsys, tmp_path, STAGE2, "caption head is 96 wide, and the published one 896 or 1536 or 2048: name the one"
+    )
     refused(capsys, tmp_path, STAGE2, "text encoder is 64 wide", decoder=None, caption_head=QWEN)
     refused(capsys, tmp_path, tmp_path, "holds no checkpoint")
 
@@ -402,7 +404,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(VLVProcessor, "save_pretrained", interrupt)  # when the weights lie there already
+    monkeypatch.setattr(VLVProcessor, "save_pretrained", interrupt)  # after the weights are written
     assert convert(STAGE1, tmp_path / "vlv") == 130
     assert not list(tmp_path.iterdir())
 
@@ -412,7 +414,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_memory(tmp_path, text_encoder_only):
-    """At its peak a conversion takes little more than its checkpoint, whose file is mapped and not read."""
+    """The peak memory of a conversion is little more than the checkpoint, because its file is mapped and not read."""
     checkpoint = big.write_checkpoint(tmp_path)
     size = checkpoint.stat().st_size / 2**20
     assert size > 2e9 / 2**20
@@ -423,7 +425,7 @@ def test_memory(tmp_path, text_encoder_only):
     )
     print(f"\nconverting {size:,.0f} MB takes {peak:,.0f} MB, {peak / size:.2f} times as much")
     assert peak < 1.3 * size
-    # and so does loading what it wrote, with every weight read: what is only mapped would not count
+    # The same holds for loading the result. Every weight is read, because mapped weights would not count.
     peak = big.measure(
         f"model = VLVForConditionalGeneration.from_pretrained({str(tmp_path / 'vlv')!r})\n"
         "assert not any(weight.isnan().any() for weight in model.parameters())"

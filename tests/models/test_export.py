@@ -1,4 +1,4 @@
-"""`vlv export`: each part loads with its own library and says what it said within the VLV."""
+"""`vlv export`: each part loads with its own library and gives the same results as in the VLV."""
 
 import pytest
 import tiny
@@ -20,7 +20,7 @@ def parts(tmp_path_factory, tiny_repo):
 
 
 def test_encoder(parts, tiny_model):
-    """It sees what the VLV's encoder sees; its language head is its word embeddings."""
+    """It gives the same features as the VLV's encoder. Its language head is tied to its word embeddings."""
     florence = Florence2ForConditionalGeneration.from_pretrained(parts / "encoder").eval()
     pixel_values, _ = tiny.pixels(2)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def test_encoder(parts, tiny_model):
 
 
 def test_decoder_draws_the_same(parts, tiny_model):
-    """The stock pipeline, given the context, draws what `reconstruct` draws from the same noise."""
+    """From the context and the same noise, the stock pipeline draws the same picture as `reconstruct`."""
     pipeline = StableDiffusionPipeline.from_pretrained(parts / "decoder")
     pipeline.set_progress_bar_config(disable=True)
     pixel_values, _ = tiny.pixels(1)
@@ -90,7 +90,7 @@ def test_the_parts_make_the_same_model_again(parts, tiny_model, tiny_processor):
 
 
 def test_a_captioner_alone(tiny_model, tiny_processor, tmp_path):
-    """What is absent is left out; half precision stays half precision."""
+    """Missing parts are left out, and half precision stays half precision."""
     model = tiny.model(VLVForConditionalGeneration).bfloat16()
     model.config.dtype = torch.bfloat16
     model.save_pretrained(tmp_path / "vlv")

@@ -1,4 +1,4 @@
-"""`vlv info` and the counts behind it, against the libraries' own classes."""
+"""`vlv info` and its counts, compared with the libraries' own classes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Loading models for the commands, and what is said of those that cannot be loaded."""
+"""Loading models for the commands, and the errors for models that cannot be loaded."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from vlv.models.loading import load_autoencoder, load_captioner
 
 @pytest.fixture
 def repo(tiny_repo, tmp_path):
-    """A copy of `tiny_repo` to break."""
+    """A copy of `tiny_repo` that a test may damage."""
     return shutil.copytree(tiny_repo, tmp_path / "repo")
 
 
@@ -93,7 +93,7 @@ def test_truncated_weights(repo):
         load_captioner(str(repo), "cpu")
 
 
-def test_lacking_weights_are_an_error_not_random_numbers(repo):
+def test_missing_weights_are_an_error_not_random_numbers(repo):
     weights = load_file(repo / "model.safetensors")
     del weights["projection.0.weight"]
     save_file(weights, repo / "model.safetensors", {"format": "pt"})

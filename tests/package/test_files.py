@@ -73,7 +73,7 @@ def test_a_folder_of_a_killed_run_is_not_left_behind(tmp_path):
             (folder / "half").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(process, 0)
-    (tmp_path / "model").mkdir()  # an empty one is filled
+    (tmp_path / "model").mkdir()  # an empty folder may be filled
     with atomic_folder(tmp_path / "model") as folder:
         with pytest.raises(OSError, match="Another run is writing to"), atomic_folder(tmp_path / "model"):
             pytest.fail("the block must not run")
@@ -83,7 +83,7 @@ def test_a_folder_of_a_killed_run_is_not_left_behind(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["./runs/caption", "/no/such/model", "a/b/c", "~/model", "runs/caption"])
-def test_a_path_that_is_not_there_is_not_asked_for_on_the_hub(name, tmp_path, monkeypatch):
+def test_the_hub_is_not_asked_for_a_missing_path(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     with pytest.raises(FileNotFoundError, match=f"There is no file or folder {name}"):

@@ -1,4 +1,4 @@
-"""Finding images on disk, and reading them past the broken ones."""
+"""Finding images on disk, and reading them, leaving out the broken ones."""
 
 import glob
 import os
@@ -32,7 +32,7 @@ def test_folder_is_searched_and_sorted(folder):
     assert _names(folder) == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.tif"]
 
 
-def test_named_file_is_taken_whatever_its_name(folder):
+def test_a_named_file_is_read_with_any_suffix(folder):
     (folder / "picture").write_bytes((folder / "b.png").read_bytes())
     ((file, image),) = read_images(find_images([folder / "picture"]), report=pytest.fail)
     assert (file.name, image.size) == ("picture", (4, 3))
@@ -48,7 +48,7 @@ def test_each_file_once(folder, monkeypatch):
     assert _names("b.png", ".", folder / "b.png", "sub/../b.png") == ["b.png", "a.JPG", "sub/c.webp", "sub/deep/d.tif"]
 
 
-def test_broken_files_are_reported_and_cost_the_others_nothing(folder, tmp_path):
+def test_broken_files_are_reported_and_do_not_affect_the_others(folder, tmp_path):
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("no image")
     whole = folder / "whole.png"
@@ -79,7 +79,7 @@ def test_no_file_at_all_is_an_error_before_anything_is_read(tmp_path):
         find_images([tmp_path / "missing.png", tmp_path / "nothing"])
 
 
-# ---- what a folder holds -----------------------------------------------------------------------------------
+# ---- folders -----------------------------------------------------------------------------------------------
 
 
 def _touch(folder, *names):
@@ -118,7 +118,7 @@ def test_links_to_folders_are_followed_and_no_folder_is_searched_twice(tmp_path)
     assert _names(tmp_path / "photos" / "**" / "[bd].png") == ["aaa/deep/d.png", "sub/b.png"]
 
 
-def test_what_is_passed_over_is_counted(tmp_path, caplog):
+def test_skipped_files_are_counted(tmp_path, caplog):
     _touch(tmp_path, "a.png", "a.mov", "sub/b.mov", "sub/notes.md", "README", ".hidden.png", ".git/c.png")
     find_images([tmp_path])
     (said,) = caplog.messages
@@ -130,7 +130,7 @@ def test_what_is_passed_over_is_counted(tmp_path, caplog):
     assert not caplog.messages
 
 
-def test_folders_that_may_not_be_entered_are_said(tmp_path, caplog, monkeypatch):
+def test_folders_that_may_not_be_entered_are_reported(tmp_path, caplog, monkeypatch):
     _touch(tmp_path, "a.png", "closed/b.png")
     scandir = os.scandir
 
@@ -144,7 +144,7 @@ def test_folders_that_may_not_be_entered_are_said(tmp_path, caplog, monkeypatch)
     assert caplog.messages == [f"{tmp_path}: these folders cannot be entered: closed (Permission denied)."]
 
 
-def test_only_one_process_of_a_run_says_it(tmp_path, caplog, monkeypatch):
+def test_only_one_process_of_a_run_prints_it(tmp_path, caplog, monkeypatch):
     _touch(tmp_path, "a.png", "a.mov")
     monkeypatch.setenv("RANK", "1")
     find_images([tmp_path])
@@ -152,7 +152,7 @@ def test_only_one_process_of_a_run_says_it(tmp_path, caplog, monkeypatch):
 
 
 def test_a_large_folder_takes_little_memory(tmp_path):
-    """At most 1 KB a file: 200,000 are listed in less than 200 MB."""
+    """At most 1 KB per file, so that 200,000 files are listed in less than 200 MB."""
     for number in range(20_000):
         (tmp_path / f"a photo of the year {number:08}.jpg").touch()
     script = """
@@ -181,7 +181,7 @@ def test_ordinary_names_are_kept_as_they_are(name):
     ("path", "name"),
     [
         (b"caf\xe9.png", r"caf\xe9.png"),
-        (rb"caf\xe9.png", r"caf\x5cxe9.png"),  # a name that only looks like one that is not UTF-8
+        (rb"caf\xe9.png", r"caf\x5cxe9.png"),  # a name with a backslash that looks like an escaped byte
         (rb"caf\x5cxe9.png", r"caf\x5cx5cxe9.png"),
         (b"\xff/\xc3\xa9\xe9\\xe9.png", r"\xff/é\xe9\x5cxe9.png"),
     ],
@@ -211,12 +211,12 @@ def test_names_that_are_not_utf8_are_listed_and_read(tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_lists_as_any_editor_saves_them(folder, monkeypatch, encoding, end):
     monkeypatch.chdir(folder)
-    os.rename("b.png", "bär\u2028.png")  # a line separator, but not one that ends the line of a list
+    os.rename("b.png", "bär\u2028.png")  # a line separator that does not end a line of a list
     (folder / "list.txt").write_bytes(f"  a.JPG{end}bär\u2028.png{end}{end}sub{end}".encode(encoding))
     assert _names("list.txt") == ["a.JPG", "bär\u2028.png", "sub/c.webp", "sub/deep/d.tif"]
 
 
-def test_paths_that_no_file_can_have_cost_the_others_nothing(folder, monkeypatch):
+def test_paths_that_no_file_can_have_do_not_affect_the_others(folder, monkeypatch):
     monkeypatch.chdir(folder)
     (folder / "list.txt").write_text(f"a.JPG\n{'y' * 300}.png\n{'z/' * 5000}\nnul\0.png\nb.png\n")
     problems = []
@@ -225,18 +225,18 @@ def test_paths_that_no_file_can_have_cost_the_others_nothing(folder, monkeypatch
     assert len(problems) == 3 and all("there is no such file" in problem for problem in problems)
 
 
-def test_captions_beside_images_are_no_lists(folder, monkeypatch, caplog):
+def test_captions_beside_images_are_not_lists(folder, monkeypatch, caplog):
     monkeypatch.chdir(folder)
     for name in ("a.txt", "b.txt", "sub/c.txt"):
         (folder / name).write_text("a caption\n")
-    (folder / "notes.txt").write_text("sub/c.webp\n")  # stands alone, and so is a list
+    (folder / "notes.txt").write_text("sub/c.webp\n")  # no image has its name, so it is a list
     shell = sorted(glob.glob("*"))
     for paths in (shell, ["*"]):
         caplog.clear()
         assert sorted(_names(*paths)) == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.tif"]
         assert "Skipped 2 captions (.txt) beside an image of the same name." in caplog.messages
     (folder / "b.txt").write_text("a.JPG\n")
-    assert _names("b.txt") == ["a.JPG"]  # named alone, it is meant
+    assert _names("b.txt") == ["a.JPG"]  # a single file is a list
 
 
 def test_many_missing_files_are_one_short_sentence(tmp_path):

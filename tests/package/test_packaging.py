@@ -1,4 +1,4 @@
-"""What is installed, with which versions, and what the wheel holds."""
+"""The dependencies, their versions, and the contents of the wheel."""
 
 import ast
 import re
@@ -55,13 +55,13 @@ def test_extra_all_is_every_extra(project):
 
 
 def test_every_imported_package_is_declared(project):
-    """Of what installing the package installs: each import of a third party's is a dependency, or an extra's."""
+    """Each import of another project's package is a dependency, or belongs to an extra."""
     lines = [
         *project["dependencies"],
         *(line for extra in project["optional-dependencies"].values() for line in extra),
     ]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
-    # Imported only where they happen to be installed.
+    # Imported only if they are installed.
     declared |= {"spaces", "liger-kernel"}
     modules = {file.stem for file in ROOT.glob("*.py") if file.stem != "setup"}
     own = modules | {"vlv", "vlv_app"}
@@ -77,7 +77,7 @@ def test_every_imported_package_is_declared(project):
 
 
 def test_every_list_names_the_published_files():
-    """One that is missing from a list would be missing from the wheel, a saved repo or the bundled checkpoint."""
+    """A file that is missing in a list would be missing in the wheel, in a saved repo or in the bundled checkpoint."""
     published = {file.name for file in ROOT.glob("*_vlv.py")}
     assert set(CODE_FILES) == published
     assert {file.name for file in Path(tiny_checkpoint()).glob("*.py")} == published
@@ -89,7 +89,7 @@ def test_every_list_names_the_published_files():
 
 
 def test_the_model_imports_all_published_files():
-    """transformers copies from a Hub repo what it finds by following the relative imports of the model's file."""
+    """transformers copies the files from a Hub repo that it finds through the relative imports of the model's file."""
     found = {Path(file).name for file in get_relative_import_files(ROOT / "modeling_vlv.py")}
     assert found | {"modeling_vlv.py"} == set(CODE_FILES)
 
@@ -104,8 +104,8 @@ def test_published_files_import_only_what_a_hub_user_has():
             assert {module.partition(".")[0] for module in imported} <= allowed, name
 
 
-def test_each_published_file_names_all_that_it_needs():
-    """transformers 5.0 copies from a folder the files that the asked one imports itself, and not what those import."""
+def test_each_published_file_imports_all_that_it_needs():
+    """From a folder, transformers 5.0 copies only the files that a file imports itself, not what those import."""
     for name in CODE_FILES:
         needed = {Path(file).name for file in get_relative_import_files(ROOT / name)} - {name}
         named = {

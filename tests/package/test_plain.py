@@ -1,4 +1,4 @@
-"""Batches travel between processes without shared memory where there is little of it."""
+"""Batches pass between processes without shared memory when there is little of it."""
 
 import copy
 from multiprocessing.reduction import ForkingPickler

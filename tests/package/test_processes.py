@@ -1,4 +1,4 @@
-"""Commands in several processes: what launchers start is shared out, or refused, and a lost process is said."""
+"""Commands in several processes: the work is divided, or the launch is refused, and a lost process is reported."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--nu
 
 @pytest.fixture
 def alone(monkeypatch):
-    """This process, without what an earlier test has told accelerate."""
+    """This process, without the state that earlier tests have left in accelerate."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     PartialState._reset_state()
     yield PartialState(cpu=True)
@@ -59,8 +59,8 @@ def free_port():
 
 
 @pytest.mark.parametrize("argv", [["caption", "{}"], ["train", "tiny/caption", "--output_dir", "{}"]])
-def test_launch_of_one_process_in_place_of_several_is_refused(argv, alone, monkeypatch, tmp_path, photos, capsys):
-    # What accelerate launch leaves in the environment of the one process that it starts.
+def test_launch_of_one_process_instead_of_several_is_refused(argv, alone, monkeypatch, tmp_path, photos, capsys):
+    # The environment that accelerate launch sets for the one process that it starts.
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert main([part.format(photos) for part in argv]) == 2
@@ -81,7 +81,7 @@ def test_fsdp_without_gpus_is_refused(alone, monkeypatch, photos, capsys):
 
 
 @pytest.mark.parametrize("name", ["reconstruct", "evaluate", "info"])
-def test_command_whose_work_is_not_shared_out_runs_once(name, monkeypatch, capsys):
+def test_a_command_for_one_process_refuses_a_launcher(name, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert main([name]) == 2
@@ -89,8 +89,8 @@ def test_command_whose_work_is_not_shared_out_runs_once(name, monkeypatch, capsy
 
 
 @pytest.mark.slow
-def test_torchrun_shares_the_images_out(photos, tiny_repo, tmp_path):
-    """Printed captions come from both processes; the summary, from one, counts all of them."""
+def test_torchrun_divides_the_images(photos, tiny_repo, tmp_path):
+    """Both processes print captions. One process prints the summary, which counts all captions."""
     done = start([*TORCHRUN, "--standalone"], "caption", photos, "--model", tiny_repo)
     captions, said = done.communicate(timeout=600)
     assert done.returncode == 0, said
@@ -110,7 +110,7 @@ def test_accelerate_on_a_cpu_says_that_it_starts_one_process(photos, tiny_repo, 
 
 @pytest.mark.slow
 def test_killed_process_is_not_waited_for(photos, tiny_repo, tmp_path):
-    """Started by hand, so that there is no launcher to end the other one."""
+    """The processes are started by hand, because a launcher would end the other process."""
     output = tmp_path / "captions.jsonl"
     argv = ["caption", photos, "--model", tiny_repo, "--output", output, "--batch_size", "1", "--num_workers", "0"]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}

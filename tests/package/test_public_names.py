@@ -1,4 +1,4 @@
-"""`from vlv import ...`: what is public, and that it costs nothing until it is used."""
+"""`from vlv import ...`: the public names, and that importing `vlv` loads nothing until they are used."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Reading in processes of their own: what a picture does to its decoder costs that picture alone."""
+"""Reading in separate processes: a picture that crashes its decoder does not affect the others."""
 
 import faulthandler
 import os
@@ -34,7 +34,7 @@ def _crash():
 
 
 def _read(source):
-    """A tensor that tells the source; sources 3 and 5 end the process in ways that decoders do."""
+    """A tensor with the number of the source. Sources 3 and 5 end the process as faulty decoders do."""
     number = int(source.partition(".")[0])
     if number == 3:
         _crash()
@@ -46,7 +46,7 @@ def _read(source):
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_a_crash_costs_one_picture(num_workers):
+def test_a_crash_loses_only_one_picture(num_workers):
     read = list(read_ahead(_numbered(20), _read, num_workers, number=6))
     assert [key for key, _, _ in read] == list(range(20))
     errors = {key: error for key, _, error in read if error is not None}
@@ -85,7 +85,7 @@ def test_a_reader_that_died_while_idle_is_replaced():
         assert reader("b.png") != first
 
 
-def test_a_reader_in_a_forked_process_has_a_process_of_its_own():
+def test_a_reader_in_a_forked_process_has_its_own_process():
     with Reader(lambda source: os.getppid()) as reader:
         assert reader("a.png") == os.getpid()
         child = os.fork()
@@ -99,18 +99,18 @@ def test_large_pictures_wait_for_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "PIXELS_AT_ONCE", 5_000_000)
     sources = [tmp_path / f"{number}.png" for number in range(6)]
     for source in sources:
-        Image.new("1", (2000, 1500)).save(source)  # two of them are more than may be read at once
+        Image.new("1", (2000, 1500)).save(source)  # two of them exceed the limit of pixels at once
     busy = tmp_path / "busy"
 
     def read(source):
-        busy.mkdir()  # fails while another process is here
+        busy.mkdir()  # fails while another process is reading
         time.sleep(0.05)
         busy.rmdir()
 
     assert [error for _, _, error in read_ahead(enumerate(sources), read, 3, 6)] == [None] * 6
 
 
-def test_results_need_no_shared_memory_and_no_file_each():
+def test_results_need_neither_shared_memory_nor_a_file_each():
     def files():
         return len(os.listdir("/proc/self/fd")), sorted(os.listdir("/dev/shm"))
 
@@ -130,8 +130,8 @@ def test_results_need_no_shared_memory_and_no_file_each():
 @pytest.mark.parametrize("ended", ["closed", "killed"])
 def test_readers_end_with_their_parent(ended):
     """
-    Every reader holds a pipe open: its end is seen when the last of them has ended. All but the first picture take for
-    ever.
+    Every reader keeps a pipe open, so the pipe ends when the last reader has ended. All pictures but the first one
+    take for ever.
     """
 
     def read_first(source):
@@ -154,8 +154,8 @@ def test_readers_end_with_their_parent(ended):
     os.close(alive)
 
 
-def test_other_readers_of_pictures_pass_one_that_crashes(tmp_path):
-    """What `vlv reconstruct` reads, what training computes once, what it reads as it goes, and what is evaluated."""
+def test_all_readers_skip_a_picture_that_crashes(tmp_path):
+    """The readers of `vlv reconstruct`, of caches, of training and of evaluation."""
     paths = [tmp_path / f"{number}.png" for number in range(4)]
     for path, image in zip(paths, tiny.images(4), strict=True):
         image.save(path)
@@ -186,8 +186,8 @@ def test_other_readers_of_pictures_pass_one_that_crashes(tmp_path):
             row(rows[2])
 
 
-def test_caption_passes_a_picture_that_crashes_its_decoder(tiny_repo, tmp_path, monkeypatch, capsys):
-    """Also where there are few images, and by default."""
+def test_caption_skips_a_picture_that_crashes_its_decoder(tiny_repo, tmp_path, monkeypatch, capsys):
+    """Also with few images and with the default settings."""
     for number, image in enumerate(tiny.images(4)):
         image.save(tmp_path / f"{number}.png")
 

@@ -20,7 +20,7 @@ def _square(colour, size=(8, 8)):
 def test_every_pair_is_on_the_sheet_whole():
     pairs = [Pair(_square(RED), _square(BLUE), f"picture {number}") for number in range(5)]
     sheet = contact_sheet(pairs, "Title", "subtitle", columns=2, tile=64)
-    inner = 62 * 62  # less the frame
+    inner = 62 * 62  # without the frame
     assert _count(sheet, RED) == _count(sheet, BLUE) == 5 * inner
 
 

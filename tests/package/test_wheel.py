@@ -1,4 +1,4 @@
-"""The wheel: what it holds, and every job of a user who has installed it and has no checkout."""
+"""The wheel: its contents, and everything that a user can do with it without a checkout."""
 
 import json
 import re
@@ -23,9 +23,9 @@ def test_holds_code_checkpoint_and_data(wheel):
         names = set(archive.namelist())
         published = {file.name for file in ROOT.glob("*_vlv.py")}
         assert published <= names
-        # All of the package that git has, recipes, examples and drawings among it.
+        # All files of the package in git, including recipes, examples and drawings.
         assert set(tracked("vlv", "vlv_app")) <= names
-        # The checkpoint is whole, and its code files are files, equal to the published ones, not links to them.
+        # The checkpoint is complete. Its code files are copies of the published files, not links.
         for file in Path(tiny_checkpoint()).rglob("*"):
             if file.is_file():
                 assert archive.read(file.relative_to(ROOT).as_posix()) == file.read_bytes()
@@ -66,7 +66,7 @@ def test_app_serves_its_page_and_examples(installed):
     process = installed.start("vlv", "app", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         url = next(found[0] for line in process.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
-        for _ in range(600):  # the address is printed when the server answers, or a moment before
+        for _ in range(600):  # the address may be printed a moment before the server answers
             try:
                 page = urllib.request.urlopen(url, timeout=60).read().decode()
                 break

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, and that docs/speed.md shows what was measured."""
+"""The arithmetic of the benchmarks, and that docs/speed.md shows the measurements."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ import pytest
 import torch
 from paths import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))  # as running one of them does
+sys.path.insert(0, str(ROOT / "benchmarks"))  # as when one of them is run as a script
 
 import cost  # noqa: E402
 import measure  # noqa: E402

@@ -1,4 +1,4 @@
-"""The experiments' own arithmetic, and that docs/results.md shows what their JSON holds."""
+"""The arithmetic of the experiments, and that docs/results.md shows the contents of their JSON."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def test_the_page_shows_what_was_measured(name):
     assert all(axes.lines for axes in figure.axes)
 
 
-def test_a_set_is_no_distance_from_itself():
+def test_the_distance_of_a_set_from_itself_is_zero():
     images, others = (
         reader_features([sample_picture("test", index)[0] for index in range(first, first + 20)]) for first in (0, 20)
     )
@@ -111,14 +111,14 @@ SMALL = Plan(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Where a command of two runs has trained and written: `work`, `results`, and what it takes to say it again."""
+    """The folder with `work` and `results` of a command with two runs, and the arguments of the command."""
     folder = tmp_path_factory.mktemp("experiments")
     argv = ["text_encoder", "--num", "2", "--work", str(folder / "work"), "--output", str(folder / "results")]
     main(argv, SMALL)
     return folder, argv
 
 
-def test_a_run_says_what_it_comes_from(trained):
+def test_a_run_records_its_origin(trained):
     folder, _ = trained
     record = json.loads((folder / "results" / "text_encoder" / "bypassed-seed0.json").read_text())
     assert {"captions/test/exact", "reconstruction/test/objects_right"} <= record["scores"].keys()
@@ -138,7 +138,7 @@ def test_a_run_says_what_it_comes_from(trained):
     assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_what_has_been_made_is_not_made_again(trained, monkeypatch):
+def test_finished_work_is_not_repeated(trained, monkeypatch):
     def fail(*args):
         raise AssertionError("made again")
 
@@ -150,14 +150,14 @@ def test_what_has_been_made_is_not_made_again(trained, monkeypatch):
         main(argv, SMALL)
     (folder / "results" / "base" / "seed0.json").unlink()
     monkeypatch.setattr("vlv.commands.train.main", fail)
-    main(argv, SMALL)  # measures again what was trained
+    main(argv, SMALL)  # measures the trained models again
     after = {file: file.read_text() for file in folder.glob("results/**/*.json")}
     assert after.keys() == before.keys()
     for file, text in before.items():
         assert json.loads(after[file])["scores"] == json.loads(text)["scores"]
 
 
-def test_processes_leave_each_other_what_they_are_at(tmp_path):
+def test_a_process_skips_the_work_of_another_process(tmp_path):
     with claimed(tmp_path / "work" / "one"):
         assert not write(tmp_path / "one.json", tmp_path / "work" / "one", lambda: {"made": True})
         with pytest.raises(BlockingIOError):
@@ -166,8 +166,8 @@ def test_processes_leave_each_other_what_they_are_at(tmp_path):
     assert json.loads((tmp_path / "one.json").read_text()) == {"made": True}
 
 
-def test_an_interrupted_run_goes_on(trained, monkeypatch):
-    """Killed at its third step of four; its first two come from the checkpoint."""
+def test_an_interrupted_run_continues(trained, monkeypatch):
+    """The run is killed at the third of four steps. It resumes from the checkpoint of the second step."""
     folder, _ = trained
     plan = dataclasses.replace(SMALL, stage1=4, evaluation=3)
     training = plan.autoencode(plan.start(0))
@@ -190,7 +190,7 @@ def test_an_interrupted_run_goes_on(trained, monkeypatch):
 
 @pytest.mark.slow
 def test_llava_is_made_of_the_same_parts(trained):
-    """It sees VLV's own image tokens, and writes what its language model finds likeliest behind them."""
+    """It reads VLV's own image tokens, and writes the tokens that its language model finds likeliest after them."""
     folder, _ = trained
     made = SMALL.llava(8, 0).make(folder / "work")
     peer = load_llava(made)
@@ -211,19 +211,19 @@ def test_llava_is_made_of_the_same_parts(trained):
     assert caption.text == peer.tokenizer.decode(torch.stack(ids), skip_special_tokens=True)
 
 
-def test_florence_goes_on_from_the_pretrained_encoder(trained):
+def test_florence_starts_from_the_pretrained_encoder(trained):
     folder, _ = trained
     run = Run("florence", SMALL.florence(8, 0))
     record = run.make(folder / "work", 2)
     assert "captions/test/exact" in record["scores"] and "reconstruction/test/exact" not in record["scores"]
     peer = load_florence(run.model.folder(folder / "work"))
     before = Florence2ForConditionalGeneration.from_pretrained(ENCODER, dtype=torch.float32)
-    for name, weight in before.named_parameters():  # two steps of warm-up move it by next to nothing
+    for name, weight in before.named_parameters():  # two steps of warm-up change it very little
         torch.testing.assert_close(dict(peer.model.named_parameters())[name], weight, rtol=0, atol=1e-3)
 
 
-def test_the_bundled_stage_1_is_vlv_tiny_without_its_captioning(trained):
-    """Its encoder is vlv-tiny's, bit for bit; what stage 2 trains is new."""
+def test_the_bundled_stage_1_is_vlv_tiny_without_its_caption_head(trained):
+    """Its encoder is vlv-tiny's, bit for bit. The parts that stage 2 trains are new."""
     folder, _ = trained
     whole = VLVModel.from_pretrained(tiny_checkpoint(), dtype=torch.float32)
     model, loading = VLVModel.from_pretrained(Bundled().make(folder / "work"), output_loading_info=True)
@@ -233,8 +233,8 @@ def test_the_bundled_stage_1_is_vlv_tiny_without_its_captioning(trained):
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
-def test_all_captioners_train_alike():
-    """As many steps, of as many captions a step, whether there is a stage 1 or none; vlv-tiny's was trained before."""
+def test_all_captioners_train_for_the_same_number_of_steps():
+    """The numbers of steps and of captions per step are the same with and without stage 1, except for vlv-tiny's."""
     plan = Plan()
     runs = plan.runs()
     assert len({run.name for run in runs}) == len(runs)
@@ -250,8 +250,8 @@ def test_all_captioners_train_alike():
             assert run.model.settings["dataset"] == Scenes(row.settings["captions"])
 
 
-def test_report_of_what_there_is(trained, tmp_path):
-    """Whatever is missing is said, in the text and in the table."""
+def test_the_report_of_unfinished_experiments(trained, tmp_path):
+    """The text and the table say what is missing."""
     folder, _ = trained
     docs = tmp_path / "docs"
     shutil.copytree(folder / "results", docs / "results")
@@ -287,7 +287,7 @@ def test_bypassed_text_encoder_leaves_the_embeddings_as_they_are():
     assert torch.equal(model.empty_context(), tiny.model().empty_context())
 
 
-def test_the_page_shows_the_trainings_that_are_in():
+def test_the_page_shows_the_finished_trainings():
     page = (report.DOCS / "results.md").read_text(encoding="utf-8")
     assert report.progress(Plan(), report.DOCS / "results") in page, "run `make results`"
     for experiment in Plan().experiments():

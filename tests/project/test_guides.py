@@ -1,7 +1,7 @@
-"""The guides and the notebook, followed word for word.
+"""Runs the code of the guides and of the notebook.
 
-The blocks that a page marks as `sh` or `python` run in their order, each in a process of its own and all of a page in
-one folder that is empty at first, with the package installed from its wheel. Blocks that need a download, a GPU or
+The `sh` and `python` blocks of a page run in their order, each in a new process. All blocks of a page run in one
+folder, which is empty at the start, with the package installed from its wheel. Blocks that need a download, a GPU or
 hours are marked as `text`, or indented.
 """
 
@@ -24,7 +24,7 @@ PAGES = [
 
 @pytest.fixture
 def follow(installed, tmp_path):
-    """Runs the blocks of a page in `tmp_path` and returns all that they printed."""
+    """Runs the blocks of a page in `tmp_path` and returns their output."""
 
     def follow(page):
         blocks = [(kind, text) for kind, text in BLOCK.findall((ROOT / f"{page}.md").read_text()) if kind in RUN]
@@ -50,6 +50,14 @@ def test_training(follow, tmp_path):
 
 
 @pytest.mark.slow
+def test_captioning(follow, tmp_path):
+    by_message, begun, alone = follow("docs/captioning").splitlines()[-3:]
+    (first, _) = rows(tmp_path / "scenes" / "metadata.jsonl")
+    assert first["text"] in by_message and first["text"] in alone
+    assert "'role': 'assistant', 'content': [{'type': 'text', 'text': 'a large " in begun
+
+
+@pytest.mark.slow
 def test_readme(follow, tmp_path):
     follow("README")
     assert len(rows(tmp_path / "captions.jsonl")) == 12
@@ -72,7 +80,7 @@ def test_extending(follow, tmp_path):
 
 @pytest.mark.slow
 def test_notebook(tmp_path):
-    """It runs in an empty folder, and the captioner that it trains has learnt the new wording."""
+    """It runs in an empty folder, and the captioner that it trains has learned the new wording."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))

@@ -1,4 +1,4 @@
-"""Pushing with the real client, over real HTTP, to a small Hub on loopback."""
+"""Pushes with the real client, over HTTP, to a small Hub on the loopback interface."""
 
 import huggingface_hub
 import pytest
@@ -30,7 +30,7 @@ def content_of(folder):
 
 
 def pushed(hub, **place):
-    """What is published, without what the Hub itself puts into a new repo."""
+    """The published files, without those that the Hub itself adds to a new repo."""
     return {name: content for name, content in hub.files(REPO, **place).items() if name != ".gitattributes"}
 
 
@@ -52,7 +52,7 @@ def test_a_second_push_changes_nothing(hub, folder):
 
 
 def test_new_weights_replace_the_old_ones(hub, folder):
-    """Had the old shards' index stayed, the old weights would be loaded."""
+    """If the index of the old shards stayed, the old weights would be loaded."""
     push(folder, REPO)
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
@@ -68,7 +68,7 @@ def test_a_branch_is_made_for_a_revision(hub, folder):
     push(folder, REPO, revision="v2")
 
 
-def test_a_pull_request_leaves_the_branch_alone(hub, folder):
+def test_a_pull_request_does_not_change_the_branch(hub, folder):
     commit = push(folder, REPO, create_pr=True)
     assert commit.pr_url == f"{hub.url}/{REPO}/discussions/1"
     assert pushed(hub, revision="refs/pr/1") == content_of(folder)
@@ -82,12 +82,12 @@ def test_a_space_has_an_sdk(hub, folder):
 
 
 @pytest.mark.parametrize("step", ["preupload", "/lfs/", "commit"])
-def test_a_hub_that_fails_halfway_publishes_nothing_and_the_next_push_goes_on(hub, folder, step):
+def test_a_hub_that_fails_halfway_publishes_nothing_and_the_next_push_continues(hub, folder, step):
     requests = []
 
     def fail(method, path):
         requests.append(path)
-        # Of the large files the first one gets through.
+        # The upload of the first large file succeeds.
         return step in path and (step != "/lfs/" or bool(hub.uploads))
 
     hub.fail = fail

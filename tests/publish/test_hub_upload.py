@@ -1,4 +1,4 @@
-"""`vlv publish` and `hub_upload.py`: the repo that they build, the proof, and loading it without this package."""
+"""`vlv publish` and `hub_upload.py`: the repo that they build, its check, and loading it without this package."""
 
 import inspect
 import json
@@ -44,7 +44,7 @@ TRAINING = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tiny_model, tiny_processor):
-    """A trained VLV as `vlv train` and `vlv evaluate` leave it; its captions are cut short to save time."""
+    """A trained VLV with the files of `vlv train` and `vlv evaluate`. Its captions are short to save time."""
     folder = tmp_path_factory.mktemp("trained")
     tiny_model.save_pretrained(folder)
     tiny_processor.save_pretrained(folder)
@@ -80,7 +80,7 @@ def test_the_repo_is_complete(built, source):
     for name in (
         *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py"),
         *("decoders_vlv.py", "families_vlv.py", "diffusion_vlv.py"),
-        *("processing_vlv.py", "images_vlv.py", "pipeline_vlv.py", "stopping_vlv.py"),
+        *("processing_vlv.py", "images_vlv.py", "pipeline_vlv.py", "stopping_vlv.py", "chat_vlv.py"),
         *("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"),
         *("training.json", "training/vae/training.json"),
         *("LICENSE", "README.md", "results.json", "model.safetensors.index.json"),
@@ -94,7 +94,7 @@ def test_the_repo_is_complete(built, source):
     assert str(source) not in (built / "config.json").read_text()  # no path of this machine is published
 
 
-def test_the_weights_are_the_sources(built, tiny_model):
+def test_the_weights_are_those_of_the_source(built, tiny_model):
     weights = {}
     for file in built.glob("*.safetensors"):
         weights |= load_file(file)
@@ -111,7 +111,7 @@ def test_the_cards_metadata(built):
     assert results == {("test", "captions: exact"): 0.9871, ("novel", "reconstruction: objects right"): 0.75}
 
 
-def test_the_card_tells_what_the_checkpoint_records(built, samples):
+def test_the_card_has_the_records_of_the_checkpoint(built, samples):
     text = (built / "README.md").read_text()
     for sample in samples:
         assert sample.caption in text
@@ -122,7 +122,7 @@ def test_the_card_tells_what_the_checkpoint_records(built, samples):
     assert "| caption | 4,200 | 11 | cuda:0 | 7 | `0123abc` | [training.json](training.json) |" in text
     assert text.index("| vae | 1,000 |") < text.index("| caption | 4,200 |")
     assert "learning_rate: 0.001" in text
-    assert "no captioner of photographs" in text
+    assert "It cannot caption photographs." in text
     steps = inspect.signature(VLVModel.reconstruct).parameters["num_inference_steps"].default
     assert f"rebuilt in {steps} steps" in text
     assert "{{" not in text
@@ -130,7 +130,7 @@ def test_the_card_tells_what_the_checkpoint_records(built, samples):
     assert "None" not in text
 
 
-def test_the_card_tells_of_metrics_on_a_data_set(built, tiny_model, samples, tmp_path):
+def test_the_card_has_metrics_on_a_dataset(built, tiny_model, samples, tmp_path):
     shutil.copytree(built, tmp_path, dirs_exist_ok=True)
     measured = {"captions/photographs/bleu_4": {"value": 0.31, "n": 500, "standard_error": None}}
     settings = {"dataset": "ada/photographs", "num": 500, "guidance_scales": [1.0, 2.0]}
@@ -145,7 +145,7 @@ def test_the_card_tells_of_metrics_on_a_data_set(built, tiny_model, samples, tmp
 
 @pytest.mark.slow
 def test_the_cards_python_runs(built, pictures, tmp_path):
-    """Every Python example of the card, word for word, in one process without this package on its path."""
+    """Every Python example of the card runs unchanged, in one process without this package on its path."""
     text = (built / "README.md").read_text().replace('"ada/vlv-test"', repr(str(built)))
     code = "\n".join(part.partition("```")[0] for part in text.split("```python\n")[1:])
     for name in ("picture.png", "first.png", "second.png"):
@@ -162,7 +162,7 @@ def test_pretrained_parts_are_named_and_need_a_licence(source, samples, tmp_path
     model = VLVModel.from_pretrained(source)
     model.config.encoder_config._name_or_path = "florence-community/Florence-2-large"
     model.config.decoder_config["unet"]["_name_or_path"] = "stabilityai/stable-diffusion-2-1-base"
-    model.config.caption_config._name_or_path = str(tmp_path)  # a folder: says nothing to a reader
+    model.config.caption_config._name_or_path = str(tmp_path)  # a local folder means nothing to other users
     model.save_pretrained(folder)
     tiny.processor().save_pretrained(folder)
     with pytest.raises(ValueError, match="florence-community/Florence-2-large.*--license"):
@@ -253,14 +253,14 @@ def test_wrong_arguments(tiny_repo, arguments, sentence):
     assert sentence in str(error.value)
 
 
-def test_a_missing_token_is_told_before_the_work(source, pictures, hub, monkeypatch):
+def test_a_missing_token_is_an_error_before_any_work(source, pictures, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("vlv.publish.samples.make_samples", lambda *_: pytest.fail("The examples were captioned."))
     with pytest.raises(OSError, match="There is no token for the Hub: run `hf auth login`"):
         publish.main([str(source), "--repo-id", "ada/x", "--examples", str(pictures)])
 
 
-def test_what_is_no_vlv_is_refused(tmp_path):
+def test_a_model_that_is_not_a_vlv_is_refused(tmp_path):
     with pytest.raises((OSError, ValueError), match="config.json|no folder"):
         publish.main([str(tmp_path), "--repo-id", "ada/x"])
 
@@ -283,7 +283,7 @@ save_file({name: weight.clone().contiguous() for name, weight in model.state_dic
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["whole", "captioner"])
 def test_from_a_checkpoint_to_a_users_cold_cache(source, pictures, tmp_path, name):
-    """The command as a user runs it, then `from_pretrained("user/name")` by somebody who has never seen the repo."""
+    """The command as a user runs it, then `from_pretrained("user/name")` with an empty cache."""
     options = ["--captioner-only"] if name == "captioner" else ["--space", "ada/demo", "--private"]
     with running_hub() as hub:
         environment = {

@@ -20,7 +20,7 @@ SCISSORS = Thing("large", "pair of scissors", "bottom right")
 
 @pytest.fixture
 def artwork(tmp_path):
-    """A folder of artwork by one artist: three things in a sheet of two columns; thing i is a square of one gray."""
+    """Artwork of one artist: three things in a sheet of two columns. Each thing is a square in its own grey."""
     folder = tmp_path / "artwork"
     folder.mkdir()
     sheet = np.zeros((16, 16, 4), np.uint8)
@@ -36,7 +36,7 @@ def artwork(tmp_path):
 # --- grammar ---
 
 
-def test_a_caption_is_read_back():
+def test_a_caption_is_parsed_back():
     scene = EmojiScene((Thing("small", "apple", "top left"), SCISSORS), "mint")
     text = "a small apple at the top left and a large pair of scissors at the bottom right on a mint background"
     assert scene.caption == text and EMOJI.parse_caption(text) == scene
@@ -77,7 +77,7 @@ def test_splits_share_no_scene_nor_its_mirror_image(splits):
         split: {scene.caption for scene in members} | {scene.mirrored().caption for scene in members}
         for split, members in splits.items()
     }
-    captions["test"] |= captions.pop("artist")  # the same scenes by another artist
+    captions["test"] |= captions.pop("artist")  # the same scenes, drawn by another artist
     for split, others in ((a, b) for a in captions for b in captions if a < b):
         assert captions[split].isdisjoint(captions[others])
 
@@ -94,16 +94,16 @@ def test_novel_combinations_occur_in_no_other_split(splits):
         for scene in members:
             for shown in (scene, scene.mirrored()):
                 assert bool(combinations(shown) & novel) == (split == "novel")
-    # Each thing is seen somewhere, so that only its place is new.
+    # Each thing occurs somewhere, so that only its place is new.
     assert {name for name, _ in every - novel} == set(NAMES)
     assert set().union(*map(combinations, splits["train"])) == every - novel
 
 
-def test_one_artist_draws_the_split_artist_alone():
+def test_only_one_artist_draws_the_split_artist():
     assert len(ARTISTS) == 4 and EMOJI.artists_of("artist") == (UNSEEN_ARTIST,)
     for split in ("train", "validation", "test", "novel"):
         assert set(EMOJI.artists_of(split)) == set(ARTISTS) - {UNSEEN_ARTIST}
-    # The pictures of a split are what its artists draw of its scenes, each by one of them, and no other.
+    # Each picture of a split is drawn by one of the split's artists, and by no other artist.
     for split in ("train", "artist"):
         for index in range(20):
             picture, scene = EMOJI.sample_picture(split, index)
@@ -112,7 +112,7 @@ def test_one_artist_draws_the_split_artist_alone():
             assert len(by) == 1 and by[0] in EMOJI.artists_of(split)
 
 
-def test_crowds_are_drawn_on_request():
+def test_scenes_with_more_objects_are_drawn_on_request():
     crowded = world("emoji", max_objects=4)
     scenes = [crowded.sample_scene("train", index) for index in range(60)]
     assert {len(scene.objects) for scene in scenes} == {1, 2, 3, 4}
@@ -147,21 +147,21 @@ def test_a_drawing_is_the_artists_tile(artwork):
 def test_a_mirrored_picture_shows_the_mirrored_scene():
     scene = EmojiScene((SCISSORS,), "rose")
 
-    def average(scene, mirror):  # over the jitter
+    def average(scene, mirror):  # over the small random shifts
         pictures = (EMOJI.draw(scene, seed) for seed in range(200))
         return np.mean([ImageOps.mirror(picture) if mirror else picture for picture in pictures], axis=0)
 
     assert np.abs(average(scene, mirror=True) - average(scene.mirrored(), mirror=False)).mean() < 2
 
 
-def test_varied_pictures_show_the_same_scenes_in_other_hands():
+def test_varied_pictures_show_the_same_scenes():
     varied = world("emoji", varied=1.0)
     for index in range(30):
         plain, scene = EMOJI.sample_picture("train", index)
         picture, same = varied.sample_picture("train", index)
         assert same == scene and picture.tobytes() != plain.tobytes()
         assert picture.tobytes() == varied.sample_picture("train", index)[0].tobytes()
-        # What is not drawn on stays the background's colour, up to grain.
+        # Where nothing is drawn, the colour is that of the background, except for grain.
         assert np.median(np.abs(np.asarray(picture, int) - EMOJI.backgrounds[scene.background])) <= 4
 
 

@@ -43,7 +43,7 @@ def test_it_knows_the_world_by_name():
     ]
 
 
-def test_it_reads_what_no_split_holds():
+def test_it_reads_scenes_of_no_split():
     objects = (
         SceneObject("large", colour, "cross", place)
         for colour, place in zip(WORLD.colours, WORLD.places, strict=False)

@@ -59,7 +59,7 @@ def test_captions_are_spelled_out():
 
 
 @pytest.mark.parametrize("split", SPLIT_NAMES)
-def test_captions_are_read_back(split):
+def test_captions_are_parsed_back(split):
     for index in range(300):
         scene = sample_scene(split, index, seed=5)
         assert parse_caption(scene.caption) == scene
@@ -67,7 +67,7 @@ def test_captions_are_read_back(split):
         assert scene.caption not in scene.short_captions()
 
 
-def test_no_name_needs_another_article():
+def test_every_name_takes_the_article_a():
     for name in (*WORLD.sizes, *WORLD.colours, *WORLD.shapes, *WORLD.backgrounds):
         assert name[0] not in "aeiou"
 
@@ -131,11 +131,11 @@ def test_novel_combinations_occur_in_no_other_split(splits):
     for split in ("train", "validation", "test"):
         assert not any(combinations(scene) & novel for scene in splits[split])
     assert all(combinations(scene) & novel for scene in splits["novel"])
-    # Everything else is there to be learned from.
+    # All other combinations occur in the train split.
     assert set().union(*map(combinations, splits["train"])) == every - novel
 
 
-def test_sampling_is_even_and_repeats_itself(splits):
+def test_sampling_is_uniform_and_repeatable(splits):
     for split, members in splits.items():
         counts = Counter(len(scene.objects) for scene in members)
         assert counts.keys() == set(range(1, WORLD.max_objects + 1))
@@ -185,7 +185,7 @@ def test_a_mirrored_picture_shows_the_mirrored_scene():
     objects = (SceneObject("large", "black", *them) for them in zip(shapes, WORLD.places, strict=False))
     scene = Scene(tuple(objects), "white")
 
-    def average(scene, mirror):  # over the jitter
+    def average(scene, mirror):  # over the small random shifts
         pictures = (draw(scene, seed) for seed in range(400))
         return np.mean([ImageOps.mirror(picture) if mirror else picture for picture in pictures], axis=0)
 
@@ -203,7 +203,7 @@ def test_a_mirrored_picture_shows_the_mirrored_scene():
     ],
 )
 def test_scenes_stay_as_they_were_drawn_for_vlv_tiny(split, words, pixels):
-    # vlv-tiny was trained and measured on these: whatever changes them makes its numbers wrong.
+    # vlv-tiny was trained and measured on these scenes. Its numbers would be wrong for other scenes.
     said, drawn = hashlib.sha256(), hashlib.sha256()
     for index in range(200):
         picture, scene = sample_picture(split, index, seed=index % 3)

@@ -1,4 +1,4 @@
-"""The recipes of vlv-emoji, each for a few steps: one VLV comes out of the six of them."""
+"""The six recipes of vlv-emoji, each for a few steps. Together they give one VLV."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ EMOJI = world("emoji")
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emoji")
-    # So many that the tokenizers know every word.
+    # Enough scenes for the tokenizers to know every word.
     write_scenes(folder / "scenes", 600, split="train", world=EMOJI)
     common = {"dataset": folder / "scenes"}
     starts = {
@@ -41,7 +41,7 @@ def test_six_recipes_make_one_small_vlv(outputs):
     picture, scene = EMOJI.sample_picture("test", 0)
     (rebuilt,) = model.reconstruct(processor(images=picture)["pixel_values"], num_inference_steps=2)
     assert rebuilt.size == (EMOJI.image_size,) * 2
-    # The longest caption fits both tokenizers' lengths.
+    # The longest caption fits into the lengths of both tokenizers.
     longest = max((EMOJI.sample_scene("train", index).caption for index in range(3000)), key=len)
     positions = model.config.text_encoder_config.max_position_embeddings
     assert len(processor.decoder_tokenizer(longest).input_ids) <= positions == model.config.num_queries

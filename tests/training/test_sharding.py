@@ -1,4 +1,4 @@
-"""What is gathered of a sharded model, and put back into it, in two forked processes with gloo."""
+"""Gathering the weights of a sharded model, and loading them into it, in two forked processes with gloo."""
 
 import pytest
 import tiny
@@ -27,7 +27,7 @@ def check(rank, folder):
     weights = list(model.parameters())
     assert all(isinstance(weight, DTensor) for weight in weights)
 
-    # Other methods than forward, of which generate leaves the tied embeddings in the middle of a forward pass.
+    # Other methods than forward. generate uses the tied embeddings during a forward pass.
     model(caption_embeds=expected, input_ids=torch.tensor([[1, 2], [3, 4]]))
     with torch.no_grad(), unsharded(model):
         torch.testing.assert_close(model.encode(pixel_values), expected)

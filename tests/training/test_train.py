@@ -81,11 +81,11 @@ def test_record_of_a_run(parts):
     assert {"torch", "transformers", "diffusers"} <= record["versions"].keys()
 
 
-# ---- stopping and going on -----------------------------------------------------------------------------------------
+# ---- stopping and resuming -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", ["language", "encoder", "teacher"])
-def test_resumed_run_has_the_losses_of_the_unbroken_one(stage, parts, scenes, tmp_path):
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_run(stage, parts, scenes, tmp_path):
     settings = {"dataset": scenes, "save_total_limit": 3, **({"vae": parts / "vae"} if stage == "teacher" else {})}
     unbroken = losses(json.loads((parts / stage / "training.json").read_text()))
     run(f"tiny/{stage}", tmp_path, **settings)
@@ -96,7 +96,7 @@ def test_resumed_run_has_the_losses_of_the_unbroken_one(stage, parts, scenes, tm
         assert losses(resumed)[step] == pytest.approx(unbroken[step], abs=1e-6)
 
 
-def test_torso_of_a_checkpoint_is_passed_over(parts, tmp_path):
+def test_an_incomplete_checkpoint_is_ignored(parts, tmp_path):
     for step in (2, 4):
         shutil.copytree(parts / "language" / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-4"

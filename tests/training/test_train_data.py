@@ -1,4 +1,4 @@
-"""What `vlv train` reads: datasets of every kind, captions in lists, broken files, and what it keeps on disk."""
+"""The data of `vlv train`: every kind of dataset, captions in lists, broken files, and caches on disk."""
 
 import functools
 import itertools
@@ -34,7 +34,7 @@ def make_stage(recipe, output_dir, **settings):
 
 
 def captions_in(stage, batch):
-    """The captions that a batch of samples teaches."""
+    """The captions of a batch of samples."""
     return stage.processor.batch_decode(stage.collate(batch)["input_ids"])
 
 
@@ -48,7 +48,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory, pictures):
-    """The same pictures with the same captions, by the kind of dataset: where it lies, and its two columns."""
+    """The same pictures and captions as every kind of dataset: its path, and the names of its two columns."""
     folder = tmp_path_factory.mktemp("kinds")
     files = folder / "imagefolder"
     files.mkdir()
@@ -79,7 +79,7 @@ def kinds(tmp_path_factory, pictures):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("kind", ["imagefolder", "webdataset", "parquet", "saved", "hub"])
-def test_every_kind_of_data_set_has_the_same_rows(kind, streaming, kinds, pictures, monkeypatch):
+def test_every_kind_of_dataset_has_the_same_rows(kind, streaming, kinds, pictures, monkeypatch):
     if kind == "hub":
         folder, image, text = kinds["parquet"]
         on_disk = functools.partial(load_dataset, "parquet", data_dir=str(folder))
@@ -95,7 +95,7 @@ def test_every_kind_of_data_set_has_the_same_rows(kind, streaming, kinds, pictur
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
 @pytest.mark.slow
-def test_columns_are_settings_and_each_epoch_has_every_row_but_those_held_out(
+def test_columns_can_be_named_and_an_epoch_has_all_rows_that_are_not_held_out(
     kind, streaming, kinds, tiny_repo, tmp_path
 ):
     dataset, image_column, caption_column = kinds[kind]
@@ -154,7 +154,7 @@ def test_one_of_several_captions_is_drawn_per_epoch(pictures, tiny_repo, tmp_pat
         return draw_captions(data[:])
 
     drawn = [epoch(number) for number in range(12)]
-    for captions in zip(*drawn, strict=True):  # of one image, over the epochs
+    for captions in zip(*drawn, strict=True):  # the captions of one image in all epochs
         number = captions[0].split()[0]
         assert set(captions) == {f"{number} one", f"{number} two"}
     assert epoch(5) == drawn[5]
@@ -180,12 +180,12 @@ def test_captions_are_padded_to_the_longest_of_the_batch_and_grouped_by_length(p
     assert padding("group_by_length") < padding("random") / 2
 
 
-# ---- what cannot be read ---------------------------------------------------------------------------------------
+# ---- files that cannot be read ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """A photograph and a drawing in every mode, size and orientation that people have, and three broken files."""
+    """A photograph and a drawing in all common modes, sizes and orientations, and three broken files."""
     folder = tmp_path_factory.mktemp("mixed")
     with get_sample_data("grace_hopper.jpg") as file:
         photo = Image.open(file).convert("RGB").resize((128, 150))
@@ -228,7 +228,7 @@ def test_broken_files_are_left_out_and_named(recipe, streaming, mixed, tiny_repo
     assert "3 unusable rows were left out" in capsys.readouterr().out
 
 
-def test_what_is_left_are_the_whole_images_upright(mixed, tiny_repo, tmp_path):
+def test_the_remaining_images_are_whole_and_upright(mixed, tiny_repo, tmp_path):
     stage = make_stage(AUTOENCODE, tmp_path, dataset=mixed, model=tiny_repo, eval_size=4)
     data = stage.train_dataset
     assert len(data) + len(stage.eval_dataset) == 15 - len(BROKEN)
@@ -249,7 +249,7 @@ def test_what_is_left_are_the_whole_images_upright(mixed, tiny_repo, tmp_path):
 
 @pytest.mark.parametrize("recipe", [AUTOENCODE, CAPTION], ids=["stage1", "stage2"])
 @pytest.mark.slow
-def test_features_kept_on_disk_change_no_loss(recipe, tiny_repo, scenes, tmp_path):
+def test_cached_features_do_not_change_the_losses(recipe, tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo, "max_steps": 2}
     settings |= {"cache_latents": True} if recipe == AUTOENCODE else {}
     kept = run(recipe, tmp_path / "kept", **settings, cache_features=True)
@@ -259,7 +259,7 @@ def test_features_kept_on_disk_change_no_loss(recipe, tiny_repo, scenes, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_cache_is_shared_by_equal_runs_alone(tiny_repo, scenes, tmp_path):
+def test_a_cache_is_shared_only_by_equal_runs(tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo, "cache_dir": tmp_path / "cache", "cache_latents": True}
 
     def files(**changed):
@@ -267,7 +267,7 @@ def test_a_cache_is_shared_by_equal_runs_alone(tiny_repo, scenes, tmp_path):
         return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
 
     first = files()
-    assert len(first) == 2  # to train on, and to evaluate on
+    assert len(first) == 2  # one for the images to train on, and one for the images to evaluate on
     assert files() == first
     other = tmp_path / "other"
     tiny.model(seed=1).save_pretrained(other)
@@ -276,7 +276,7 @@ def test_a_cache_is_shared_by_equal_runs_alone(tiny_repo, scenes, tmp_path):
 
 
 @pytest.mark.slow
-def test_latents_kept_on_disk_are_the_vaes_and_are_sampled_again_in_each_epoch(tiny_repo, scenes, tmp_path):
+def test_cached_latents_are_the_vaes_and_are_sampled_in_each_epoch(tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo, "cache_dir": tmp_path / "cache", "cache_latents": True}
     stage = make_stage(AUTOENCODE, tmp_path, **settings)
     data, (rows, _) = stage.train_dataset, stage.load_data()

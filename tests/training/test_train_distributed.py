@@ -15,7 +15,7 @@ from vlv.cli import main
 from vlv.models.loading import load_autoencoder
 
 CAPTION, AUTOENCODE = "tiny/caption", "tiny/autoencode"
-# An epoch of plain gradient descent: what changes in the weights is the sum of its gradients.
+# An epoch of plain gradient descent. The change of the weights is the sum of its gradients.
 ONE_EPOCH = {
     "max_steps": -1,
     "num_train_epochs": 1,
@@ -30,7 +30,7 @@ ONE_EPOCH = {
 
 
 def launch(config, processes, recipe, output_dir, program=("-m", "vlv.train"), environment=None, **settings):
-    """As `run`, through `accelerate launch`; returns the process, which has ended."""
+    """As `run`, but through `accelerate launch`. Returns the finished process."""
     launcher = [
         sys.executable,
         "-m",
@@ -49,7 +49,7 @@ def launch(config, processes, recipe, output_dir, program=("-m", "vlv.train"), e
 
 
 def train(kind, recipe, output_dir, killed_at_step=None, **settings):
-    """One training in two processes, of which one is killed on the way; returns its training.json, or what it said."""
+    """One training in two processes; one can be killed. Returns its training.json, or the output of a failed run."""
     environment = {"SHARD_ON_CPU": str(int(kind == "fsdp2"))}
     if killed_at_step is not None:
         environment["KILLED_AT_STEP"] = str(killed_at_step)
@@ -70,7 +70,7 @@ def evaluations(record):
 
 @pytest.mark.slow
 def test_two_processes_average_to_the_gradients_of_one_on_the_same_batches(tiny_repo, scenes, tmp_path):
-    """32 scenes in batches of 6: 5 steps, each of different scenes on both sides, for else the losses would differ."""
+    """32 scenes in batches of 6 give 5 steps. The processes must not repeat scenes, or the losses would differ."""
     settings = {"dataset": scenes, "model": tiny_repo, **ONE_EPOCH}
     one = run(CAPTION, tmp_path / "one", **settings, per_device_train_batch_size=6)
     two = train("ddp", CAPTION, tmp_path / "two", **settings, per_device_train_batch_size=3)
@@ -100,10 +100,12 @@ def test_two_processes_average_to_the_gradients_of_one_on_the_same_batches(tiny_
     ],
     ids=["caption", "lora", "autoencode"],
 )
-def test_killed_and_resumed_the_losses_are_those_of_the_unbroken_run(recipe, settings, tiny_repo, scenes, tmp_path):
+def test_a_killed_and_resumed_run_has_the_losses_of_an_uninterrupted_run(
+    recipe, settings, tiny_repo, scenes, tmp_path
+):
     """
-    Evaluation with samples, a checkpoint, a kill, the rest and the final model: with FSDP2 and with DDP, both beside
-    DDP that was never stopped.
+    Evaluation with samples, a checkpoint, a kill, the remaining steps and the final model, with FSDP2 and with DDP.
+    Both are compared with an uninterrupted run with DDP.
     """
     settings |= {"dataset": scenes, "model": tiny_repo, "save_dtype": "float32", "save_total_limit": 3}
     settings |= {"eval_strategy": "steps", "eval_steps": 2}
@@ -123,7 +125,7 @@ def test_killed_and_resumed_the_losses_are_those_of_the_unbroken_run(recipe, set
         assert record["evaluation"].keys() == unbroken["evaluation"].keys()
         assert {file.name for file in (output / "samples").iterdir()} == samples
 
-        # Checkpoints hold what trains and its optimizer, no copy of what is frozen.
+        # Checkpoints hold what trains and the optimizer, but no frozen weights.
         sizes = {
             folder: (tmp_path / folder / "checkpoint-4" / "model.safetensors").stat().st_size
             for folder in ("unbroken", kind)
@@ -142,16 +144,16 @@ def test_killed_and_resumed_the_losses_are_those_of_the_unbroken_run(recipe, set
 
 
 @pytest.mark.slow
-def test_what_accelerate_cannot_do_on_a_cpu_is_said(tiny_repo, scenes, tmp_path):
+def test_launches_that_accelerate_cannot_do_on_a_cpu_are_refused(tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo}
     sharded = launch("fsdp2", 2, CAPTION, tmp_path, **settings)
-    assert sharded.returncode != 0 and "cli.py" not in sharded.stderr  # the launcher's traceback, but none of ours
+    assert sharded.returncode != 0 and "cli.py" not in sharded.stderr  # the launcher's traceback only
     assert "vlv train: error: FSDP shards a model over several GPUs" in sharded.stderr
     assert not (tmp_path / "training.json").exists()
 
 
 def test_bundled_checkpoint_names_only_layers_that_it_has():
-    """By these names FSDP and device_map find the layers; one that is missing ends an FSDP run before step 1."""
+    """FSDP and device_map find the layers by these names. A name without a layer ends an FSDP run before step 1."""
     for kind in (VLVModel, VLVForConditionalGeneration):
         model = kind.from_pretrained(tiny_checkpoint())
         names = {type(module).__name__ for module in model.modules()}

@@ -1,4 +1,4 @@
-"""What trains and what stays frozen in a real run; runs that are killed and go on; looking at a run."""
+"""What trains and what stays frozen in a real run; killed runs that resume; samples of a run."""
 
 import os
 import random
@@ -33,7 +33,7 @@ AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
     ],
     ids=["stage1", "stage2", "stage2-encoder", "lora", "stage2-vision"],
 )
-def test_five_steps_change_what_trains_and_no_other_byte(recipe, settings, trained, tiny_repo, scenes, tmp_path):
+def test_five_steps_change_only_what_trains(recipe, settings, trained, tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo, "max_steps": 5, "warmup_steps": 0, **settings}
     stage_type, settings, args = read_recipe(arguments(recipe, tmp_path, **settings))
     stage = stage_type(settings, args)
@@ -62,12 +62,12 @@ def test_five_steps_change_what_trains_and_no_other_byte(recipe, settings, train
 
     assert reached == {name for name, p in model.named_parameters() if p.requires_grad} == expected
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed - {"caption_head.lm_head.weight"} == expected  # which is tied to the caption head's embeddings
+    assert changed - {"caption_head.lm_head.weight"} == expected  # it is tied to the caption head's embeddings
     teacher = ("text_encoder.", "unet.", "vae.")
-    assert awake and not any(name.startswith(teacher) for name in awake)  # where dropout would be
+    assert awake and not any(name.startswith(teacher) for name in awake)  # training mode would switch dropout on
 
 
-# ---- killed, and going on --------------------------------------------------------------------------------------
+# ---- killed and resumed ----------------------------------------------------------------------------------------
 
 STEPS = {"max_steps": 24, "save_steps": 3, "eval_strategy": "steps", "eval_steps": 10}
 
@@ -89,7 +89,7 @@ def killed(tmp_path_factory, tiny_repo, scenes):
         running[stage] = (process, folder, settings, random.randint(4, 18))
     runs, deadline = {}, time.time() + 600
     while len(runs) < len(running):
-        time.sleep(random.random() / 50)  # so that some die while they write a checkpoint, and some in a step
+        time.sleep(random.random() / 50)  # some die while they write a checkpoint, and some in a step
         for stage, (process, folder, settings, step) in running.items():
             if stage in runs:
                 continue
@@ -103,7 +103,7 @@ def killed(tmp_path_factory, tiny_repo, scenes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "recipe"), [("autoencode", AUTOENCODE), ("caption", CAPTION)])
-def test_killed_run_goes_on_with_the_losses_of_the_unbroken_one(stage, recipe, killed, tmp_path):
+def test_a_killed_run_resumes_with_the_losses_of_an_uninterrupted_run(stage, recipe, killed, tmp_path):
     folder, settings = killed[stage]
     resumed = run(recipe, folder, resume=True, **settings)
     unbroken = run(recipe, tmp_path, **settings)
@@ -113,7 +113,7 @@ def test_killed_run_goes_on_with_the_losses_of_the_unbroken_one(stage, recipe, k
     assert resumed["evaluation"]["eval_loss"] == pytest.approx(unbroken["evaluation"]["eval_loss"], abs=1e-6)
 
 
-# ---- looking at a run ------------------------------------------------------------------------------------------
+# ---- samples ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""LoRA in stage 2: what it trains, what it leaves behind, and that it can be put together again."""
+"""LoRA in stage 2: what it trains, what it saves, and merging and loading the adapters."""
 
 import json
 from shutil import rmtree
@@ -25,7 +25,7 @@ def logits(model, processor):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_repo, scenes):
-    """The output folders of one training: adapters beside the base model, and merged."""
+    """The output folders of one training: with adapters beside the base model, and with merged adapters."""
     folder = tmp_path_factory.mktemp("lora")
     for merge in (False, True):
         run(
@@ -42,7 +42,7 @@ def trained(tmp_path_factory, tiny_repo, scenes):
 
 
 @pytest.mark.slow
-def test_adapters_on_the_base_model_say_what_the_merged_model_says(trained, tiny_repo, tiny_processor):
+def test_adapters_and_the_merged_model_give_the_same(trained, tiny_repo, tiny_processor):
     base = VLVModel.from_pretrained(tiny_repo)
     before = logits(base, tiny_processor)
     expected = logits(VLVModel.from_pretrained(trained["merged"]), tiny_processor)
@@ -53,15 +53,15 @@ def test_adapters_on_the_base_model_say_what_the_merged_model_says(trained, tiny
 
 
 @pytest.mark.parametrize("model_class", [VLVModel, VLVForConditionalGeneration])
-def test_loading_the_folder_puts_the_adapters_on(model_class, trained, tiny_processor):
+def test_loading_the_folder_loads_the_adapters(model_class, trained, tiny_processor):
     expected = logits(VLVModel.from_pretrained(trained["merged"]), tiny_processor)
     actual = logits(model_class.from_pretrained(trained["adapters"]), tiny_processor)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_adapters_lie_in_the_layers_of_both_language_models(trained):
+def test_adapters_are_in_the_layers_of_both_language_models(trained):
     config = json.loads((trained["adapters"] / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] is None  # the folder of this machine that it came from
+    assert config["base_model_name_or_path"] is None  # not the local folder of the base model
     assert config["r"] == 4 and config["modules_to_save"] == ["prefix_projection"]
     targets = config["target_modules"]
     assert {name.rpartition(".")[2] for name in targets} == {"q_proj", "v_proj"}
@@ -74,7 +74,7 @@ def test_adapters_lie_in_the_layers_of_both_language_models(trained):
 
 
 @pytest.mark.slow
-def test_resuming_gives_the_losses_of_the_unbroken_run(tiny_repo, scenes, tmp_path):
+def test_resuming_gives_the_losses_of_an_uninterrupted_run(tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo, "lora_dropout": 0.1, "save_total_limit": 3, **LORA}
     unbroken = losses(run(RECIPE, tmp_path, **settings))
     rmtree(tmp_path / "checkpoint-4")
@@ -91,7 +91,7 @@ def test_resuming_gives_the_losses_of_the_unbroken_run(tiny_repo, scenes, tmp_pa
         ({"lora_targets": ["up", "down"]}, "lora_targets up, down: there are no such layers in the caption_head"),
     ],
 )
-def test_what_adapters_cannot_do_is_said(settings, message, tiny_repo, scenes, tmp_path, capsys):
+def test_settings_that_adapters_cannot_use_are_refused(settings, message, tiny_repo, scenes, tmp_path, capsys):
     argv = arguments(RECIPE, tmp_path, dataset=scenes, model=tiny_repo, lora_rank=4, **settings)
     assert vlv(["train", *argv]) == 2
     error = capsys.readouterr().err

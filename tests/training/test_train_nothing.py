@@ -1,4 +1,4 @@
-"""Runs that would train nothing, or nothing useful: each is refused in one line, or says what it leaves out."""
+"""Runs that would train nothing, or nothing useful. Each is refused in one line, or says what it leaves out."""
 
 import json
 import sys
@@ -19,11 +19,11 @@ AUTOENCODE, CAPTION, LANGUAGE = (f"tiny/{stage}" for stage in ("autoencode", "ca
 
 
 def error_of(capsys, recipe, output_dir, **settings):
-    """What a refused run ends with: one line."""
+    """The one line at the end of a refused run."""
     assert vlv(["train", *arguments(recipe, output_dir, **settings)]) == 2
     told = capsys.readouterr().err
     assert told.count("vlv train: error:") == 1 and "Traceback" not in told
-    assert told.splitlines()[-1].startswith("vlv train: error:")  # and not behind a progress bar
+    assert told.splitlines()[-1].startswith("vlv train: error:")  # and not after a progress bar
     return told.splitlines()[-1].removeprefix("vlv train: error: ")
 
 
@@ -120,7 +120,7 @@ def test_metadata_that_teaches_nothing(rows, message, tiny_repo, tmp_path, capsy
         ("tiny/teacher", "vae", "nowhere"),
     ],
 )
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(
+def test_the_hub_is_not_asked_for_a_missing_path(
     recipe, name, value, scenes, tiny_repo, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("huggingface_hub.hf_api.HfApi.dataset_info", lambda *a, **k: pytest.fail("asks the Hub"))
@@ -166,7 +166,7 @@ def test_two_runs_into_one_folder(common, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_checkpoints_of_an_earlier_run_are_continued_or_kept_apart(common, tmp_path, capsys):
+def test_checkpoints_of_an_earlier_run_are_resumed_or_refused(common, tmp_path, capsys):
     settings = {"max_steps": 2, **common}
     first = run(CAPTION, tmp_path, **settings)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -212,7 +212,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(settings, message, common, tmp
 
 
 def smoothed_by_hand(logits, labels, factor):
-    """Mean over all labels of the cross-entropy with (1 - factor) on the token and factor spread over all tokens."""
+    """The mean cross-entropy over all labels, with (1 - factor) on the token and factor spread over all tokens."""
     sums = []
     for row, wanted in zip(logits, labels, strict=True):
         for scores, token in zip(row, wanted.tolist(), strict=False):  # there is one more position than labels
@@ -226,7 +226,7 @@ def smoothed_by_hand(logits, labels, factor):
 
 @pytest.mark.slow
 def test_label_smoothing_of_stage_2(common, tmp_path):
-    """One step takes all rows, in four batches of different token counts. At learning rate 0 no weight changes."""
+    """One step takes all rows, in four batches with different numbers of tokens. Learning rate 0 changes no weight."""
     settings = {"label_smoothing_factor": 0.2, "learning_rate": 0, "max_steps": 1, "save_strategy": "no", **common}
     settings |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
     record = run(CAPTION, tmp_path / "out", **settings)
@@ -241,7 +241,7 @@ def test_label_smoothing_of_stage_2(common, tmp_path):
         assert found == pytest.approx(smoothed_by_hand(logits, inputs["labels"], 0.2), rel=1e-4), name
 
 
-def test_label_smoothing_where_it_means_nothing(common, tmp_path, capsys):
+def test_label_smoothing_is_refused_without_labels(common, tmp_path, capsys):
     error = error_of(capsys, AUTOENCODE, tmp_path, label_smoothing_factor=0.1, **common)
     assert error.startswith("label_smoothing_factor is 0.1, but the loss of stage 'autoencode' has no labels")
     error = error_of(capsys, CAPTION, tmp_path, label_smoothing_factor=1, **common)
@@ -257,7 +257,7 @@ def test_label_smoothing_of_the_language_stage(scenes, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_what_is_saved(common, tmp_path):
+def test_the_best_checkpoint_is_saved(common, tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
     settings |= {"learning_rate": 3, "lr_scheduler_type": "constant", "warmup_steps": 0, "save_dtype": "float32"}
     record = run(CAPTION, tmp_path, **settings, **common)
@@ -270,7 +270,7 @@ def test_the_best_checkpoint_is_what_is_saved(common, tmp_path):
         torch.testing.assert_close(whole[name], weight)
 
 
-# ---- images that cannot be read, where no image is read before training -------------------------------------------
+# ---- images that cannot be read, when no image is read before training --------------------------------------------
 
 
 @pytest.mark.slow
@@ -300,11 +300,11 @@ def test_no_image_can_be_read(settings, scenes, tiny_repo, tmp_path, capsys):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-# ---- caches, where they pay ---------------------------------------------------------------------------------------
+# ---- caches -------------------------------------------------------------------------------------------------------
 
 
 def needing(sizes, free, there=()):
-    """The cost of caches of these sizes, of which those of the settings `there` are on the disk already."""
+    """The cost of caches of these sizes. The caches of the settings in `there` are already on the disk."""
     return lambda names: Cost(0 if set(names) == set(there) else sum(sizes[name] for name in names), free)
 
 
@@ -321,10 +321,10 @@ def needing(sizes, free, there=()):
         ((True, "auto"), 3, 1000, (), "both"),
         (("auto", False), 3, 100, (), "latents"),
         ((False, "auto"), 3, 100, (), ""),
-        ((True, True), 0.5, 0, (), "both"),  # what the user says; a disk that is too small is told later
+        ((True, True), 0.5, 0, (), "both"),  # the user decides; a disk that is too small is an error later
     ],
 )
-def test_caches_are_on_where_they_fit_and_pay(switches, seen, free, there, on):
+def test_auto_caches_are_on_if_they_fit_and_save_time(switches, seen, free, there, on):
     cost = needing({"latents": 10, "features": 60}, free, there)
     chosen = choose(dict(zip(("latents", "features"), switches, strict=True)), seen, cost)
     expected = {"both": {"latents", "features"}, "": set()}.get(on, {on})
@@ -346,7 +346,7 @@ def test_a_run_says_which_caches_it_makes_and_why(common, tmp_path, capsys, monk
         ("cache_latents", "cache_features"),
         "off, because each image is used 0.12 times, and a cache pays from the second time on.",
     )
-    assert files == 1  # of evaluation images, which are used again
+    assert files == 1  # that of the evaluation images, which are used several times
 
     reasons, files = told("often", max_steps=20)
     assert all(reason.startswith("on, because it takes ") for reason in reasons.values()) and files == 2
@@ -363,6 +363,6 @@ def test_a_run_says_which_caches_it_makes_and_why(common, tmp_path, capsys, monk
     assert reasons == {"cache_features": "off, because the parts that would compute it train."}
 
 
-def test_a_cache_switch_that_is_neither(common, tmp_path, capsys):
+def test_a_wrong_value_of_a_cache_setting(common, tmp_path, capsys):
     error = error_of(capsys, CAPTION, tmp_path, cache_features="maybe", **common)
     assert error == "cache_features is 'maybe': give auto, true or false."

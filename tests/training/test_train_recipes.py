@@ -1,4 +1,4 @@
-"""The recipes that come with the project, read by the real parser and by accelerate."""
+"""The recipes of the package, read by the real parser and by accelerate."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def test_fine_tuning_starts_from_the_bundled_checkpoint_wherever_it_is_run(tmp_p
 
 
 @pytest.mark.parametrize("recipe", sorted((RECIPES / "tiny").glob("*.yaml")), ids=lambda path: path.stem)
-def test_bundled_checkpoint_tells_how_these_recipes_made_it(recipe):
+def test_the_bundled_checkpoint_records_these_recipes(recipe):
     folder = Path(vlv.tiny_checkpoint()) / "training" / recipe.stem
     settings_now = yaml.safe_load(recipe.read_text())
     settings_now.pop("world", None)  # there was one drawn world when it was trained
@@ -91,7 +91,7 @@ def test_bundled_checkpoint_tells_how_these_recipes_made_it(recipe):
 
 @pytest.fixture
 def launch(monkeypatch):
-    """Runs `accelerate launch` with one of the files up to where it would start processes; returns its arguments."""
+    """Runs `accelerate launch` with one of the files, without starting processes. Returns its arguments."""
     launched = []
     for launcher in ("multi_gpu_launcher", "deepspeed_launcher"):
         monkeypatch.setattr(f"accelerate.commands.launch.{launcher}", launched.append)
@@ -116,7 +116,7 @@ def launch(monkeypatch):
 def test_accelerate_knows_every_key(name, kind, launch):
     config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))  # raises for keys that it does not know
     assert config.distributed_type == kind and config.num_processes == 8
-    assert config.mixed_precision == "no"  # which leaves precision to the recipe
+    assert config.mixed_precision == "no"  # so the recipe sets the precision
     args = launch(name)
     for group in ("fsdp_config", "deepspeed_config"):
         for key in yaml.safe_load((ACCELERATE / f"{name}.yaml").read_text()).get(group, {}):

@@ -1,4 +1,4 @@
-"""From a folder of images to a VLV of one's own: two commands."""
+"""Two commands train a VLV from a folder of images."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ print(type(model).__name__, model.unet is not None, model.caption_head is not No
 
 @pytest.mark.slow
 def test_200_scenes_through_both_stages(tmp_path):
-    """vlv-tiny's own parts, with new queries and projections between them, so that both stages have all to learn."""
+    """The VLV has vlv-tiny's own parts and new queries and projections, so that both stages must learn."""
     scenes, parts, one, two = (str(tmp_path / name) for name in ("scenes", "parts", "one", "two"))
     assert vlv(["scenes", "--num", "200", "--split", "train", "--output", scenes]) == 0
     assert vlv(["export", tiny_checkpoint(), "--output", parts]) == 0

@@ -1,4 +1,4 @@
-"""Settings that make a run faster or smaller; what a run tells, and what its checkpoints hold."""
+"""Settings that make a run faster or smaller; the output of a run, and the contents of its checkpoints."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, tiny_repo, scenes):
-    """By recipe: the output folder of a run with no more settings, and its record."""
+    """By recipe: the output folder of a run without these settings, and its record."""
     folder = tmp_path_factory.mktemp("plain")
     return {
         recipe: (folder / name, run(recipe, folder / name, dataset=scenes, model=tiny_repo, logging_steps=1))
@@ -39,7 +39,7 @@ def plain(tmp_path_factory, tiny_repo, scenes):
     ids=["bf16", "eager", "unfused", "checkpointing"],
 )
 @pytest.mark.slow
-def test_levers_leave_the_losses_as_they_are(recipe, settings, tolerance, plain, tiny_repo, scenes, tmp_path):
+def test_speed_settings_do_not_change_the_losses(recipe, settings, tolerance, plain, tiny_repo, scenes, tmp_path):
     record = run(recipe, tmp_path, dataset=scenes, model=tiny_repo, **settings)
     assert losses(record) == pytest.approx(losses(plain[recipe][1]), abs=tolerance)
     for name, value in settings.items():
@@ -48,14 +48,14 @@ def test_levers_leave_the_losses_as_they_are(recipe, settings, tolerance, plain,
 
 @pytest.mark.slow
 def test_a_compiled_model_has_the_losses_of_the_model(plain, tiny_repo, scenes, tmp_path):
-    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager"}  # which needs no C++ compiler
+    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager"}  # this backend needs no C++ compiler
     record = run(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, **settings)
     assert losses(record) == pytest.approx(losses(plain[CAPTION][1]), abs=1e-3)
     assert VLVModel.from_pretrained(tmp_path).caption_head is not None  # names of weights are the model's own
 
 
 @pytest.mark.slow
-def test_the_encoder_has_a_learning_rate_of_its_own(tiny_repo, scenes, tmp_path):
+def test_the_encoder_has_its_own_learning_rate(tiny_repo, scenes, tmp_path):
     trains = ["prefix_projection", "queries", "language_model"]
     common = {
         "dataset": scenes,
@@ -75,25 +75,23 @@ def test_the_encoder_has_a_learning_rate_of_its_own(tiny_repo, scenes, tmp_path)
     assert losses(alike) == pytest.approx(losses(usual), abs=1e-4)
 
 
-def test_a_learning_rate_for_what_is_frozen_is_refused(tiny_repo, scenes, tmp_path, capsys):
+def test_a_learning_rate_for_frozen_parts_is_refused(tiny_repo, scenes, tmp_path, capsys):
     argv = arguments(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, encoder_learning_rate=0.0001)
     assert vlv(["train", *argv]) == 2
     assert "encoder_learning_rate is set, but no part of Florence-2 trains, only" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(is_liger_kernel_available(), reason="liger-kernel is installed")
-def test_a_lever_that_is_not_installed_is_told(tiny_repo, scenes, tmp_path, capsys):
+def test_a_setting_without_its_package_is_refused(tiny_repo, scenes, tmp_path, capsys):
     argv = arguments(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, use_liger_kernel=True)
     assert vlv(["train", *argv]) == 2
     assert "needs the package liger-kernel, which is not installed" in capsys.readouterr().err
 
 
-# ---- what a run tells ------------------------------------------------------------------------------------------
+# ---- the output of a run ---------------------------------------------------------------------------------------
 
 
-def test_what_trains_and_what_is_frozen_is_told_before_the_first_step(
-    tiny_repo, tiny_model, scenes, tmp_path, monkeypatch, capsys
-):
+def test_the_overview_is_printed_before_the_first_step(tiny_repo, tiny_model, scenes, tmp_path, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -141,7 +139,7 @@ def test_evaluation_gathers_no_logits(tiny_repo, scenes, tmp_path):
     [(AUTOENCODE, {"queries", "projection", "encoder"}), (CAPTION, {"prefix_projection", "caption_head"})],
     ids=["stage1", "stage2"],
 )
-def test_training_checkpoints_hold_what_trains_and_no_more(recipe, parts, plain):
+def test_training_checkpoints_hold_only_what_trains(recipe, parts, plain):
     folder, _ = plain[recipe]
     with safe_open(folder / "checkpoint-4" / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
@@ -154,7 +152,7 @@ def test_training_checkpoints_hold_what_trains_and_no_more(recipe, parts, plain)
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json"])
 @pytest.mark.slow
-def test_a_checkpoint_cut_short_is_passed_over(name, tiny_repo, scenes, tmp_path):
+def test_an_incomplete_checkpoint_is_ignored(name, tiny_repo, scenes, tmp_path):
     settings = {"dataset": scenes, "model": tiny_repo}
     unbroken = run(CAPTION, tmp_path, **settings)
     cut = tmp_path / "checkpoint-4" / name

@@ -1,4 +1,4 @@
-"""What a recipe may name as its stage, and when a run tells what it will train."""
+"""The stages that a recipe can name, and the overview before a run."""
 
 import json
 import textwrap
@@ -13,7 +13,7 @@ from vlv.training.registry import STAGE_CLASSES, stage_class
 
 
 @pytest.mark.parametrize("recipe", ["tiny/vae", "tiny/encoder", "tiny/language", "tiny/autoencode", "tiny/caption"])
-def test_what_trains_is_told_before_an_image_is_read(recipe, scenes, tiny_repo, tmp_path, monkeypatch, capsys):
+def test_the_overview_is_printed_before_an_image_is_read(recipe, scenes, tiny_repo, tmp_path, monkeypatch, capsys):
     class Stop(Exception):
         pass
 
@@ -32,7 +32,7 @@ def test_what_trains_is_told_before_an_image_is_read(recipe, scenes, tiny_repo, 
 
 @pytest.fixture
 def own_stage(tmp_path, monkeypatch):
-    """A module of the user's with a stage and a recipe for it."""
+    """A user's module with a stage, and a recipe for it."""
     (tmp_path / "mine.py").write_text(
         textwrap.dedent(
             """
@@ -54,7 +54,7 @@ def own_stage(tmp_path, monkeypatch):
     return recipe
 
 
-def test_a_stage_of_ones_own(own_stage, scenes, tiny_repo, tmp_path, capsys):
+def test_a_users_own_stage(own_stage, scenes, tiny_repo, tmp_path, capsys):
     settings = ["--dataset", str(scenes), "--model", str(tiny_repo), "--output_dir", str(tmp_path / "out")]
     assert main(["train", str(own_stage), *settings]) == 0
     assert "SHOUTING" in capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_a_stage_of_ones_own(own_stage, scenes, tiny_repo, tmp_path, capsys):
         ("mine:function", "The stage 'mine:function' is not a subclass of vlv.training.stage.Stage"),
     ],
 )
-def test_what_is_not_a_stage(own_stage, name, sentence):
+def test_a_name_that_is_not_a_stage_is_refused(own_stage, name, sentence):
     with pytest.raises(ValueError) as error:
         stage_class(name)
     assert str(error.value).startswith(sentence)
@@ -81,7 +81,8 @@ def test_what_is_not_a_stage(own_stage, name, sentence):
 
 def test_each_stage_of_the_package_is_found():
     assert {stage_class(name).__name__ for name in STAGE_CLASSES} == {
-        *("VAEStage", "TeacherStage", "EncoderStage", "LanguageStage", "AutoencodeStage", "CaptionStage")
+        *("VAEStage", "TeacherStage", "FlowTeacherStage", "EncoderStage", "LanguageStage"),
+        *("AutoencodeStage", "CaptionStage"),
     }
 
 
@@ -92,7 +93,7 @@ def test_a_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
     assert stage_type is stage_class("caption")
     (tmp_path / "finetune-caption").write_text(
         "stage: language\noutput_dir: mine\n"
-    )  # a file of that name comes first
+    )  # a file of that name has priority
     stage_type, _, args = read_recipe(["finetune-caption"])
     assert stage_type is stage_class("language") and args.output_dir == "mine"
 

@@ -1,4 +1,4 @@
-"""transformers' own Trainer, as the README shows it."""
+"""transformers' own Trainer, as in the README."""
 
 import re
 

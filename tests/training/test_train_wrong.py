@@ -1,4 +1,4 @@
-"""What `vlv train` says to wrong input and to a full disk: one clear line, and a non-zero exit."""
+"""`vlv train` with wrong input or a full disk: it prints one clear line and exits with a non-zero status."""
 
 import resource
 import shutil
@@ -14,7 +14,7 @@ AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
 
 
 def error_of(capsys, recipe, output_dir, **settings):
-    """What a refused run ends with: one line."""
+    """The one line at the end of a refused run."""
     assert vlv(["train", *arguments(recipe, output_dir, **settings)]) == 2
     told = capsys.readouterr().err
     assert told.count("vlv train: error:") == 1 and "Traceback" not in told
@@ -67,7 +67,7 @@ def test_a_resume_folder_of_another_model(tiny_repo, scenes, tmp_path, capsys):
 
 @contextmanager
 def room_for(size):
-    """Files can grow to `size` bytes: a disk that takes no more, which needs no disk to fill."""
+    """Limits the size of files to `size` bytes. This stands for a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

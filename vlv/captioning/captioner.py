@@ -43,7 +43,7 @@ class Captioner:
 
     Args:
         model, processor: from [`load_captioner`].
-        decoding: what the captions are like.
+        decoding: how captions are written.
         batch_size: images at once; `None` starts small and grows as far as free memory allows. A batch that does not
             fit into memory is halved until it does.
         compile: decode with a static cache, which transformers compiles on a GPU.
@@ -58,6 +58,7 @@ class Captioner:
         compile: bool = False,
     ):
         self.model, self.processor, self.decoding, self.compile = model, processor, decoding, compile
+        model.check_num_queries(decoding.num_queries)  # before the first image is read
         self.device = next(model.parameters()).device
         self.largest = batch_size or largest_batch(self.device.type)
         self.batch_size = batch_size or FIRST_BATCH
@@ -144,7 +145,7 @@ class Captioner:
 
     @torch.no_grad()
     def _caption(self, names, pixel_values):
-        return self.write(names, self.model.encode(pixel_values))
+        return self.write(names, self.model.encode(pixel_values, num_queries=self.decoding.num_queries))
 
     def _shrink(self, failed):
         clear_device_cache(garbage_collection=True)

@@ -10,7 +10,7 @@ def option(default: Any, help_text: str, **argparse: Any) -> Any:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What the captions are like."""
+    """How captions are written."""
 
     _argument_group_name = "the captions"
 
@@ -42,12 +42,19 @@ class Decoding:
     repetition_penalty: float | None = option(
         None, "Above 1, tokens that a caption already has become less likely; 1.1 is mild (default: the model's own)."
     )
+    num_queries: int | None = option(
+        None,
+        "Read only so many of the leading caption embeddings, for a model that was trained with nested_queries "
+        "(default: all).",
+    )
     no_repeat_ngram_size: int = option(0, "A sequence of this many tokens may occur only once; 0 allows all.")
 
     def __post_init__(self):
         for name in ("max_new_tokens", "num_beams", "num_captions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_queries is not None and self.num_queries < 1:
+            raise ValueError(f"--num_queries is {self.num_queries}; it must be at least 1.")
         for name in ("min_new_tokens", "temperature", "no_repeat_ngram_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 0.")

@@ -31,6 +31,10 @@ class AssembleArguments:
         default=None,
         metadata={"help": "Pixels of a side of a reconstruction (default: what the UNet was trained at)."},
     )
+    encoder_image_size: int | None = field(
+        default=None,
+        metadata={"help": "Pixels of a side that the encoder reads (default: what it was trained at, such as 768)."},
+    )
     crop: Literal["center"] | None = field(
         default=None, metadata={"help": "center: read only the centre of an image, as the paper does."}
     )
@@ -67,8 +71,10 @@ def main(argv: list[str]) -> None:
             "token": arguments.token,
             "local_files_only": arguments.local_files_only,
         }
+        processor = VLVProcessor.from_components(
+            encoder_image_size=arguments.encoder_image_size, crop=arguments.crop, **parts
+        )
         model = VLVModel.from_components(num_queries=arguments.num_queries, dtype=arguments.dtype, **parts)
-        processor = VLVProcessor.from_components(crop=arguments.crop, **parts)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     print(f"The model is in {arguments.output}. Train its new parts with `vlv train`.")

@@ -8,15 +8,19 @@ from vlv.files import atomic_folder, check_source
 
 @dataclass
 class ConvertArguments:
-    encoder: str = field(
-        metadata={"help": "Id or folder of the Florence-2 that it started from: config, tokenizer, image settings."}
-    )
     output: str = field(metadata={"help": "Folder to write; it must not exist yet."})
+    encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id or folder of the Florence-2 that it started from: config, tokenizer, image settings. The "
+            "default of each part is the published one of the checkpoint's size."
+        },
+    )
     decoder: str | None = field(
         default=None,
         metadata={
-            "help": "Id or folder of its Stable Diffusion. A stage-2 checkpoint takes UNet and VAE from here; without "
-            "it the result is a captioner that cannot reconstruct."
+            "help": "Id or folder of its Stable Diffusion, from which a stage-2 checkpoint takes UNet and VAE. With "
+            "none it becomes a captioner that cannot reconstruct, and they are not downloaded."
         },
     )
     caption_head: str | None = field(
@@ -33,8 +37,7 @@ def main(argv: list[str]) -> None:
         prog="vlv convert",
         description="Convert a checkpoint of the paper's own code, tensor by tensor: of either stage, .bin, .pt or "
         ".safetensors, sharded or not. No code in it is run, and the report names every tensor.",
-        epilog="example: vlv convert step_20000/model.pt --encoder microsoft/Florence-2-large "
-        "--decoder stabilityai/stable-diffusion-2-1-base --caption-head Qwen/Qwen2.5-3B --output captioner",
+        epilog="example: vlv convert lambertxiao/Vision-Language-Vision-Captioner-Qwen2.5-3B --output vlv-3b",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="File, folder, index of shards, or Hub id.")
     arguments, inputs = parser.parse(argv)

@@ -1,4 +1,4 @@
-"""`vlv publish`: build the Hub repo of a trained VLV, prove that it works without this package, and push it."""
+"""`vlv publish`: build the Hub repo of a trained VLV, check that it works without this package, and push it."""
 
 import sys
 import tempfile
@@ -37,7 +37,7 @@ class PublishArguments:
         default=None,
         metadata={"help": "New folder to build in. It is kept. The Space is built beside it, in OUTPUT-space."},
     )
-    dry_run: bool = field(default=False, metadata={"help": "Build and prove, but push nothing; needs --output."})
+    dry_run: bool = field(default=False, metadata={"help": "Build and check, but push nothing; needs --output."})
     private: bool = field(default=False, metadata={"help": "Make new repos private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to push the model to (default: main)."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of pushing to a branch."})
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(
         PublishArguments,
         prog="vlv publish",
-        description="Build a Hub repo from a trained VLV, prove that it works without this package, and push it.",
+        description="Build a Hub repo from a trained VLV, check that it works without this package, and push it.",
         epilog="example: vlv publish my_captioner --repo-id me/my-captioner --space me/my-captioner-demo",
     )
     parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of a trained VLV.")
@@ -98,7 +98,7 @@ def publish(model: str, folder: Path, arguments: PublishArguments) -> None:
     samples = make_samples(model, pictures, arguments.captioner_only)
     say(f"building {folder}")
     build_model_repo(model, folder, arguments.repo_id, samples, license, arguments.captioner_only)
-    say("proving that it works without this package")
+    say("checking that it works without this package")
     prove(folder, samples)
     space_folder = None
     if arguments.space is not None:

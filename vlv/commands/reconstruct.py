@@ -33,6 +33,17 @@ class ReconstructArguments:
     guidance_scale: float = field(
         default=2.0, metadata={"help": "How closely to follow the embeddings; 1 switches guidance off."}
     )
+    num_queries: int | None = field(
+        default=None,
+        metadata={
+            "help": "Read only so many of the leading caption embeddings, for a model that was trained with "
+            "nested_queries (default: all)."
+        },
+    )
+    text: str | None = field(
+        default=None,
+        metadata={"help": "Words to add to each image, for teachers whose text encoder the model holds."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the noise that sampling starts from."})
     batch_size: int = field(default=8, metadata={"help": "Images to rebuild at once."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the accelerator."})
@@ -71,6 +82,7 @@ def _rebuild(
     from vlv.models.rebuilding import reconstruct_images, see
 
     model, processor = load_autoencoder(arguments.model, arguments.device, caption_config=None)
+    model.check_num_queries(arguments.num_queries)
     pairs = []
     with tqdm(total=len(files), desc="Rebuilding", unit="image") as progress, writing_to(folder):
 
@@ -85,6 +97,9 @@ def _rebuild(
             seed=arguments.seed,
             num_inference_steps=arguments.num_inference_steps,
             guidance_scale=arguments.guidance_scale,
+            num_queries=arguments.num_queries,
+            text=arguments.text,
+            tokenizer=processor.decoder_tokenizer,
         )
         for file, image, reconstruction in rebuilt:
             try:

@@ -6,10 +6,7 @@ What its two stages save, in the names of their tensors:
     stage 2   VLV_model.* (the same without unet and vae), mlp.layers.* (the prefix MLP), qwen2_model.* (the LLM)
 """
 
-import json
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
@@ -17,11 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoConfig, CLIPTextConfig, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, GenerationConfig
 
 from components_vlv import (
     FLORENCE_EMBEDDINGS,
@@ -38,14 +31,9 @@ from configuration_vlv import VLVConfig
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from stopping_vlv import stop_at_repetition
+from vlv.models.published import published_part
+from vlv.models.reference import read_checkpoint
 
-CHECKPOINT_NAMES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-    "model.pt",
-)
 KEYS = (
     (r"^VLV_model\.", ""),
     (r"^query_embed$", "queries"),
@@ -63,12 +51,16 @@ DROPPED = (
 )
 MAX_NEW_TOKENS = 300  # the length of the captions it was trained on
 PART_ARGUMENTS = {
+    "queries": "--encoder",
     "encoder": "--encoder",
+    "projection": "--encoder",
     "text_encoder": "--decoder",
     "unet": "--decoder",
     "vae": "--decoder",
-    "caption_head": "--caption-head",
+    "prefix_projection": "--caption_head",
+    "caption_head": "--caption_head",
 }
+NO_DECODER = "none"  # instead of a decoder's id: a captioner that cannot reconstruct
 # The two text encoders of Stable Diffusion 1.x and 2.x, told apart by their width where there is no --decoder.
 TEXT_ENCODERS = {
     768: {"num_attention_heads": 12, "hidden_act": "quick_gelu"},
@@ -78,7 +70,7 @@ TEXT_ENCODERS = {
 
 @dataclass
 class Report:
-    """What became of every tensor of a checkpoint, by its name there."""
+    """What happened to every tensor of a checkpoint, by its name there."""
 
     stage: int
     mapped: dict[str, str] = field(default_factory=dict)  # to its name in VLVModel
@@ -86,6 +78,7 @@ class Report:
     dropped: dict[str, str] = field(default_factory=dict)  # to the reason
     left_over: list[str] = field(default_factory=list)  # an error, unless empty
     added: dict[str, int] = field(default_factory=dict)  # tensors from elsewhere: place to number
+    published: dict[str, str] = field(default_factory=dict)  # parts that nobody named: to the published ones' ids
 
     def __str__(self) -> str:
         lines = [f"A stage-{self.stage} checkpoint. Its tensors:", f"  mapped     {len(self.mapped)}"]
@@ -93,72 +86,10 @@ class Report:
         lines += [f"  dropped    {name}: {reason}" for name, reason in self.dropped.items()]
         lines += [f"  left over  {len(self.left_over)}"]
         lines += [f"  added      {count} from {place}" for place, count in self.added.items()]
+        if self.published:
+            lines.append("By its sizes it began with these published parts, whose configs and tokenizers it takes:")
+            lines += [f"  {part:12} {source}" for part, source in self.published.items()]
         return "\n".join(lines)
-
-
-# ---- reading -----------------------------------------------------------------------------------------------
-
-
-def read_checkpoint(checkpoint: str) -> tuple[dict[str, torch.Tensor], Path]:
-    """
-    The tensors of a checkpoint, mapped into memory rather than read, and the folder that they lie in.
-
-    Args:
-        checkpoint: a .bin, .pt or .safetensors file, the index of a sharded one, a folder of these, or a Hub id.
-
-    Raises:
-        OSError: there is no such checkpoint, or a shard of it is missing.
-        ValueError: a file is damaged, or holds what only running its code could tell.
-    """
-    path = Path(checkpoint)
-    if not path.exists():
-        path = _download(checkpoint)
-    if path.is_dir():
-        found = [path / name for name in CHECKPOINT_NAMES if (path / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{path} holds no checkpoint: none of {', '.join(CHECKPOINT_NAMES)} is in it.")
-        path = found[0]
-    if not path.name.endswith(".index.json"):
-        return _read_file(path), path.parent
-    try:
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no index of a sharded checkpoint: it has no weight_map.") from error
-    tensors = {}
-    for shard in shards:
-        if not (path.parent / shard).is_file():
-            raise FileNotFoundError(f"{path} names {shard}, but there is no such file beside it.")
-        tensors.update(_read_file(path.parent / shard))
-    return tensors, path.parent
-
-
-def _download(repo_id):
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.safetensors", "*.bin", "*.pt", "*.json", "*.txt"]))
-    except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"There is no file or folder {repo_id}, and no model of that name was found on the Hub."
-        ) from error
-
-
-def _read_file(path):
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Only files in torch's zip format can be mapped into memory; the old format is read.
-        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} cannot be read safely: it is damaged, or a pickle that holds more than tensors and runs code."
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines() or ["it ends too soon"]
-        raise ValueError(f"{path} is damaged or cut short: {reason[0]}") from error
-    if isinstance(content, Mapping):
-        content = content.get("model_state_dict", content)
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no state dict: something other than named tensors is in it.")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
 # ---- mapping -----------------------------------------------------------------------------------------------
@@ -169,15 +100,9 @@ def map_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Te
     The tensors under the names of `VLVModel`, tied ones once, and the account of all of them.
 
     Raises:
-        ValueError: for a checkpoint of another architecture, or one whose tied copies differ.
+        ValueError: the tied copies of a tensor differ.
     """
-    if "VLV_model.query_embed" in tensors:
-        report = Report(stage=2)
-    elif "query_embed" in tensors:
-        report = Report(stage=1)
-    else:
-        some = ", ".join(list(tensors)[:3]) or "nothing"
-        raise ValueError(f"This is no checkpoint of the paper's code: it has no query_embed, but {some}, ...")
+    report = Report(stage=2 if "VLV_model.query_embed" in tensors else 1)
     weights = {}
     for name, tensor in tensors.items():
         target = rename_key(name)
@@ -226,7 +151,7 @@ def _tie(weights, report, names):
 
 def convert_checkpoint(
     checkpoint: str,
-    encoder: str,
+    encoder: str | None = None,
     decoder: str | None = None,
     caption_head: str | None = None,
     image_size: int = 384,
@@ -236,9 +161,10 @@ def convert_checkpoint(
 
     Args:
         checkpoint: of stage 1 or 2, see [`read_checkpoint`].
-        encoder: id or folder of the Florence-2 that it began with: its config, tokenizer and image settings.
-        decoder: likewise of its Stable Diffusion; a stage-2 checkpoint takes UNet and VAE from it, and becomes a
-            captioner alone without it.
+        encoder: id or folder of the Florence-2 that it began with: its config, tokenizer and image settings. Here and
+            below, `None` is the published part of the checkpoint's size.
+        decoder: likewise of its Stable Diffusion. A stage-2 checkpoint takes UNet and VAE from it; with `"none"` it
+            becomes a captioner alone.
         caption_head: likewise of the LLM of a stage-2 checkpoint.
         image_size: pixels of the images that it was trained on.
 
@@ -248,12 +174,19 @@ def convert_checkpoint(
     """
     tensors, folder = read_checkpoint(checkpoint)
     weights, report = map_tensors(tensors)
-    if report.stage == 1 and decoder is None:
-        raise ValueError(f"{checkpoint} is of stage 1: give the Stable Diffusion it was trained with as --decoder.")
+    if report.stage == 1 and decoder == NO_DECODER:
+        raise ValueError(f"{checkpoint} is of stage 1: name the Stable Diffusion it was trained with as --decoder.")
     if report.stage == 1 and caption_head is not None:
-        raise ValueError(f"{checkpoint} is of stage 1, which has no caption head: leave --caption-head out.")
+        raise ValueError(f"{checkpoint} is of stage 1, which has no caption head: leave --caption_head out.")
+    encoder = encoder or _published("encoder", "encoder.language_model.shared.weight", weights, report)
+    if decoder == NO_DECODER:
+        decoder = None
+    else:
+        width_of = "text_encoder.embeddings.token_embedding.weight"
+        decoder = decoder or _published("decoder", width_of, weights, report)
     if report.stage == 2 and caption_head is None:
-        raise ValueError(f"{checkpoint} is of stage 2: give the LLM that it was trained from as --caption-head.")
+        width_of = "caption_head.model.embed_tokens.weight"
+        caption_head = _published("caption_head", width_of, weights, report)
     dtype = reduce(torch.promote_types, {weight.dtype for weight in weights.values()})  # in which no digit is lost
     takes_decoder = report.stage == 1 or _has_unet(decoder)
     text_encoder_config = _text_encoder_config(decoder, weights)
@@ -280,18 +213,33 @@ def convert_checkpoint(
             report.added[f"{decoder}/{name}"] = len(part)
             weights.update({f"{name}.{key}": tensor for key, tensor in part.items()})
     _check(checkpoint, config, weights, report)
+    tokenizer = None if caption_head is None else _tokenizer(folder, caption_head, config.caption_config)
     processor = VLVProcessor.from_components(
-        encoder,
-        decoder,
-        folder if caption_head and (folder / "tokenizer_config.json").is_file() else caption_head,
-        image_size=image_size,
-        crop="center",
+        encoder, decoder, caption_head, image_size=image_size, crop="center", tokenizer=tokenizer
     )
     model = VLVModel.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     if caption_head is not None:
         model.generation_config = _generation_config(caption_head)
-        stop_at_repetition(model, processor)  # the paper's captioner never learnt to end
+        stop_at_repetition(model, processor)  # the paper's captioner never learned to end captions
     return model, processor, report
+
+
+def _published(part, name, weights, report):
+    """The published part of the size that the checkpoint's tensor has."""
+    if name not in weights:
+        raise ValueError(f"The checkpoint lacks a tensor: {name}, which tells the size of its {part}.")
+    report.published[part] = published_part(part, weights[name].shape[1])
+    return report.published[part]
+
+
+def _tokenizer(folder, caption_head, config):
+    """
+    The captions' own, which lies beside some checkpoints, or the LLM's. A config.json beside it is not read: it is of
+    the paper's code, which transformers would ask to run.
+    """
+    source = folder if (folder / "tokenizer_config.json").is_file() else caption_head
+    with reading_part("tokenizer of the caption head", str(source)):
+        return AutoTokenizer.from_pretrained(source, config=config)
 
 
 def _has_unet(decoder):
@@ -373,7 +321,7 @@ def _check(checkpoint, config, weights, report):
     expected = {name: weight for name, weight in model.state_dict().items() if name not in model.all_tied_weights_keys}
     for name, weight in weights.items():
         if name in expected and weight.shape != expected[name].shape:
-            argument = PART_ARGUMENTS.get(name.split(".")[0], "the parts")
+            argument = PART_ARGUMENTS[name.split(".")[0]]
             raise ValueError(
                 f"{checkpoint} does not fit {argument}: {name} is {tuple(weight.shape)} in the checkpoint, but "
                 f"{tuple(expected[name].shape)} by the config. Give the part that it was trained from."

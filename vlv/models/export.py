@@ -1,4 +1,4 @@
-"""A VLV taken apart again: each part in the format of its own library, for `vlv export`."""
+"""Writes each part of a VLV in the format of its own library, for `vlv export`."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from components_vlv import module_weights
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 
-ADAPTERS = ("queries", "projection", "prefix_projection")  # what a VLV has of its own
+ADAPTERS = ("queries", "projection", "prefix_projection")  # the parts that only a VLV has
 
 
 def export_parts(model: VLVModel, processor: VLVProcessor, folder: str | Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a VLV is made of, counted without its weights: for `vlv info`."""
+"""Counts the parameters of a VLV's parts from its config, for `vlv info`."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from modeling_vlv import VLVModel
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model, with `bytes` of its weights in each dtype asked for."""
+    """A part of a model, with the `bytes` of its weights in each of the dtypes."""
 
     name: str
     parameters: int
@@ -19,7 +19,7 @@ class Part:
 
 
 def count_parts(config: VLVConfig, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> list[Part]:
-    """The parts of the model that a config describes, without allocating any; tied weights count once."""
+    """The parts of the model that a config describes. No weights are allocated, and tied weights count once."""
     with torch.device("meta"):
         model = VLVModel(config)
     model.tie_weights()

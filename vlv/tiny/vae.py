@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import TrainingArguments
 
-from vlv.tiny.average import MovingAverage
+from vlv.training.average import MovingAverage
 from vlv.training.examples import Table, in_batches, to_unit_range
 from vlv.training.stage import Settings, Stage
 
@@ -114,7 +114,8 @@ class VAEStage(Stage):
         return super().state() | dict(average)
 
     def callbacks(self) -> list:
-        return [MovingAverage(self.model.vae, self.model.average, self.settings.ema_decay)]
+        trained, average = self.model.vae.parameters(), self.model.average.parameters()
+        return [MovingAverage(trained, average, self.settings.ema_decay)]
 
     def save(self, folder: Path) -> None:
         vae = self.model.average.eval()

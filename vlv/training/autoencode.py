@@ -9,12 +9,14 @@ from PIL.Image import Image
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from layers_vlv import check_encoder_size
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.sheets import Pair, contact_sheet
 from vlv.training.caching import AUTO, parse_switch
 from vlv.training.examples import Table, fixed_noise
-from vlv.training.vlv_stage import VLVSettings, VLVStage
+from vlv.training.vlv_settings import VLVSettings
+from vlv.training.vlv_stage import VLVStage
 
 # Settings that the model's config holds for its loss.
 LOSS_SETTINGS = (
@@ -38,6 +40,17 @@ class AutoencodeSettings(VLVSettings):
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the rebuilt images (default: the teacher's)."}
+    )
+    encoder_image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the images that the encoder reads (default: the encoder's, or that of --model)."},
+    )
+    projection_start: str = field(
+        default="zero",
+        metadata={
+            "help": "Without --model: around what new caption embeddings start, zero or the mean of the teacher's word"
+            " embeddings: zero or mean."
+        },
     )
     crop: str | None = field(
         default=None,
@@ -83,12 +96,20 @@ class AutoencodeStage(VLVStage):
         if settings.model is not None:
             self.model = self.load_model(VLVModel)
             self.processor = VLVProcessor.from_pretrained(self.source)
+            if settings.encoder_image_size is not None:
+                check_encoder_size(settings.encoder_image_size, self.model.config.encoder_config)
+                self.processor.image_height = self.processor.image_width = settings.encoder_image_size
         elif settings.encoder and settings.decoder:
             parts = {name: getattr(settings, name) for name in ("encoder", "decoder", "caption_head", "image_size")}
-            self.model = VLVModel.from_components(
-                **parts, dtype=torch.float32, attn_implementation=settings.attn_implementation
+            self.processor = VLVProcessor.from_components(
+                **parts, encoder_image_size=settings.encoder_image_size, crop=settings.crop
             )
-            self.processor = VLVProcessor.from_components(**parts, crop=settings.crop)
+            self.model = VLVModel.from_components(
+                **parts,
+                dtype=torch.float32,
+                projection_start=settings.projection_start,
+                attn_implementation=settings.attn_implementation,
+            )
         else:
             raise ValueError("There is no model to start from: give --model, or --encoder and --decoder.")
         for name in LOSS_SETTINGS:

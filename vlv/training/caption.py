@@ -20,7 +20,8 @@ from vlv.models.loading import read_config
 from vlv.training.examples import draw_captions, merge
 from vlv.training.lora import LoraSettings, add_adapters, merge_adapters
 from vlv.training.samples import markdown_table
-from vlv.training.vlv_stage import VLVSettings, VLVStage
+from vlv.training.vlv_settings import VLVSettings
+from vlv.training.vlv_stage import VLVStage
 
 
 @dataclass
@@ -124,7 +125,7 @@ class CaptionStage(VLVStage):
         if self.settings.lora_rank is not None:
             return merge_adapters(model, self.model) if self.settings.merge_lora else model
         weights = dict(model.named_parameters())
-        for name, trained in self.state().items():
+        for name, trained in self.trained().items():
             weights[name].copy_(trained)
         return model
 

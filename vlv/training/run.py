@@ -43,6 +43,7 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
     seconds = time.time() - started
     if trainer.state.global_step == 0:
         raise ValueError("No step was trained: the dataset gave no batch.")
+    stage.finish()
 
     metrics = trainer.evaluate()
     with trainer.whole_model():

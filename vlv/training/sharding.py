@@ -14,9 +14,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 
+def asks_for_fsdp(args: TrainingArguments) -> bool:
+    """Whether the arguments, or the configuration of accelerate, ask for FSDP."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def check_fsdp(args: TrainingArguments) -> None:
     """Raises ValueError when accelerate would train with DDP although FSDP was requested."""
-    asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    asked = asks_for_fsdp(args)
     if asked and args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ValueError(
             "FSDP shards a model over several GPUs, and this machine does not have them: use another config of"

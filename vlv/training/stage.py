@@ -194,9 +194,13 @@ class Stage:
         """The parts of the model by name, for the overview at the start."""
         return {type(self.model).__name__: self.model}
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The weights in a training checkpoint, by name: those that train. Frozen weights are in their source."""
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The weights that train, by name."""
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors in a training checkpoint, by name: the weights that train. Frozen ones are in their source."""
+        return dict(self.trained())
 
     def collate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The dataset's batch -> the model's inputs."""
@@ -208,6 +212,9 @@ class Stage:
 
     def callbacks(self) -> list[TrainerCallback]:
         return []
+
+    def finish(self) -> None:
+        """Called when all steps are trained, before the final evaluation."""
 
     def samples(self) -> Samples | None:
         """The model's output for a few evaluation rows, for people to look at after each evaluation."""

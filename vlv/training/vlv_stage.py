@@ -1,7 +1,6 @@
 """What the two stages that train a VLV share: settings, cached inputs, and saving the whole model."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from PIL.Image import Image
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from modeling_vlv import STAGES, VLVModel
 from processing_vlv import VLVProcessor
@@ -20,11 +19,14 @@ from vlv import tiny_checkpoint
 from vlv.data.rows import image_digest, open_image, read_captions, require_column
 from vlv.models.loading import read_config
 from vlv.reading import Reader
+from vlv.training.average import MovingAverage
 from vlv.training.cache import Images, as_tensors, cache_files, compute_blank, free_bytes, missing_bytes
-from vlv.training.caching import AUTO, Cost, choose, parse_switch, times_seen
+from vlv.training.caching import Cost, choose, times_seen
 from vlv.training.checks import require_a_batch
 from vlv.training.examples import Examples, Stream, merge
-from vlv.training.stage import Settings, Stage
+from vlv.training.sharding import asks_for_fsdp
+from vlv.training.stage import Stage
+from vlv.training.vlv_settings import VLVSettings
 
 VISION_PARTS = ("vision_tower", "image_projection")
 FLORENCES_PARTS = (*VISION_PARTS, "language_model", "word_embeddings")
@@ -37,63 +39,6 @@ COMPUTED_FROM = {
     "latent_mean": "decoder_pixel_values",
     "latent_std": "decoder_pixel_values",
 }
-
-
-@dataclass
-class VLVSettings(Settings):
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the VLV to start from; vlv-tiny is the bundled one."}
-    )
-    train_parts: list[str] | None = field(
-        default=None, metadata={"help": "Parts to train instead of the stage's own (see VLVModel.set_stage)."}
-    )
-    encoder_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate of Florence-2's own parts (language_model, ...), if they train. At the new parts'"
-            " learning rate they lose their pretraining (default: learning_rate)."
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ... (default: the best that is installed)."}
-    )
-    gradient_checkpointing_parts: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Parts that save memory with a second forward pass: encoder, unet or transformer (the teacher's),"
-            " caption_head (--gradient_checkpointing: all of them)."
-        },
-    )
-    cache_features: str = field(
-        default=AUTO,
-        metadata={
-            "help": "Run the frozen vision tower (and other frozen parts of the encoder) once on each image, before"
-            " training, and keep the result on disk: true, false, or auto, which does it if each image is used more"
-            " than once and the cache takes at most half of the free disk space. At the published size it takes 1.2 MB"
-            " per image in bf16 training.",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "Read the dataset from its source while training, for datasets that are larger than the disk."
-            " Needs max_steps, because the length is not known. The images to train on are not cached."
-        },
-    )
-    shuffle_buffer_size: int = field(
-        default=1000,
-        metadata={
-            "help": "With streaming: rows to read ahead; the next row is drawn from them. Files are shuffled too."
-        },
-    )
-    save_dtype: str | None = field(
-        default=None, metadata={"help": "Precision of the final weights, e.g. float16 (default: as trained)."}
-    )
-
-    def __post_init__(self):
-        self.cache_features = parse_switch("cache_features", self.cache_features)
 
 
 def process(image: Image, processor: VLVProcessor, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -133,9 +78,12 @@ class VLVStage(Stage):
     eval_rows: Dataset
     model: VLVModel
     processor: VLVProcessor
+    average: MovingAverage | None = None
 
     def __init__(self, settings: VLVSettings, args: TrainingArguments):
         super().__init__(settings, args)
+        if settings.average_decay is not None and asks_for_fsdp(args):
+            raise ValueError("average_decay needs whole weights, which FSDP shards: leave it out, or train with DDP.")
         if settings.save_dtype is not None and not isinstance(getattr(torch, settings.save_dtype, None), torch.dtype):
             raise ValueError(f"save_dtype is {settings.save_dtype!r}: name a torch dtype, e.g. float16.")
         bundled = settings.model == "vlv-tiny" and not Path(settings.model).is_dir()
@@ -151,6 +99,7 @@ class VLVStage(Stage):
     def choose_parts(self) -> None:
         """Sets which parts train and which are frozen. No other code does."""
         settings = self.settings
+        self.model.config.nested_queries = settings.nested_queries
         if settings.train_parts == []:
             raise ValueError("train_parts is empty, so nothing would train: name parts, or leave the setting out.")
         self.train_parts = set(settings.train_parts or STAGES[self.stage])
@@ -171,6 +120,24 @@ class VLVStage(Stage):
                     f"gradient_checkpointing_parts can be {', '.join(known)} in this stage, not {', '.join(unknown)}."
                 )
             self.model.gradient_checkpointing_enable(parts=settings.gradient_checkpointing_parts)
+
+    def callbacks(self) -> list[TrainerCallback]:
+        decay = self.settings.average_decay
+        if decay is None:
+            return super().callbacks()
+        trained = self.trained().values()
+        self.average = MovingAverage(trained, [weight.detach().clone() for weight in trained], decay)
+        return [*super().callbacks(), self.average]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        state = super().state()
+        if self.average is None:
+            return state
+        return state | {f"average.{name}": mean for name, mean in zip(state, self.average.average, strict=True)}
+
+    def finish(self) -> None:
+        if self.average is not None:
+            self.average.take()
 
     def learning_rates(self) -> dict[nn.Parameter, float]:
         rate = self.settings.encoder_learning_rate

@@ -1,0 +1,83 @@
+"""
+Conversations in the form of chat models: `[{"role": "user", "content": [{"type": "image", ...}, ...]}]`.
+
+A VLV follows no instructions. It reads the one image of a conversation, and a last message of the assistant begins the
+caption; system messages, the user's words and earlier answers are read over.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ROLES = ("system", "user", "assistant")
+# Where the image of a part is found, by what other chat models call it.
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+# In Jinja, so that whatever renders conversations itself finds it in the processor: the beginning of the caption.
+CHAT_TEMPLATE = """\
+{%- if messages and messages[-1]['role'] == 'assistant' -%}
+    {%- if messages[-1]['content'] is string -%}
+        {{- messages[-1]['content'] -}}
+    {%- else -%}
+        {%- for part in messages[-1]['content'] if part['type'] == 'text' -%}
+            {{- part['text'] -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endif -%}
+"""
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether it is a list of messages."""
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(it, Mapping) and "role" in it for it in value)
+    )
+
+
+def find_image(conversation: Sequence[Mapping[str, Any]]) -> Any:
+    """
+    The image of a conversation, as `load_image` takes it. Nothing is read or fetched.
+
+    Raises:
+        ValueError: a message or a part is malformed, or there is not exactly one image; the sentence says which.
+    """
+    if not is_conversation(conversation):
+        raise ValueError("A conversation is a list of messages, each with a role and its content.")
+    images = []
+    for message in conversation:
+        role, content = message["role"], message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"There is no role {role!r}: a message is of {', '.join(ROLES[:-1])} or {ROLES[-1]}.")
+        if isinstance(content, str):
+            continue
+        if not isinstance(content, (list, tuple)):
+            raise ValueError(f"The content of a message of {role!r} is a text or a list of parts, not {content!r}.")
+        found = [image for part in content for image in _images(part)]
+        if found and role != "user":
+            raise ValueError(f"An image is in a message of {role!r}: put it into one of 'user'.")
+        images += found
+    if len(images) != 1:
+        raise ValueError(
+            f"This conversation has {len(images) or 'no'} image{'s' * (len(images) != 1)}: a VLV reads exactly one. "
+            'Give it as {"type": "image", "url": ...} in a message of \'user\'.'
+        )
+    return images[0]
+
+
+def _images(part):
+    """The image of a part of a message's content, in a list; none of a text."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return []
+    if kind not in ("image", "image_url"):
+        known = '{"type": "image", "url": ...} and {"type": "text", "text": ...}'
+        raise ValueError(f"A part of a message has the type {kind!r}: this model knows {known}.")
+    image = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
+    if isinstance(image, Mapping) and "url" in image:  # {"image_url": {"url": ...}}, as OpenAI's clients send it
+        image = image["url"]
+    if image is None:
+        raise ValueError(f"An image has none of {', '.join(IMAGE_KEYS)}: say where it is.")
+    return [image]
+
+
+__all__ = ["CHAT_TEMPLATE", "find_image", "is_conversation"]

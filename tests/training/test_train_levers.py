@@ -1,0 +1,106 @@
+"""Settings that teach for less work: what a run with them leaves, and what it refuses."""
+
+import shutil
+
+import pytest
+import torch
+from running_train import arguments, run
+from safetensors.torch import load_file
+
+from modeling_vlv import VLVModel
+from processing_vlv import VLVProcessor
+from vlv.cli import main as vlv
+
+AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
+DECAY = 0.3  # less than the average begins with, so that the formula is simple
+
+
+@pytest.fixture(scope="module")
+def levers(tmp_path_factory, tiny_components, scenes):
+    """The output folder of a stage 1 with all of them, and a checkpoint of every step."""
+    folder = tmp_path_factory.mktemp("levers") / "stage1"
+    settings = {name: tiny_components / name for name in ("encoder", "decoder", "caption_head")}
+    settings |= {"noise_draws": 3, "nested_queries": True, "encoder_image_size": 16, "projection_start": "mean"}
+    settings |= {"average_decay": DECAY, "save_steps": 1, "save_total_limit": 9, "sample_latents": False}
+    run(AUTOENCODE, folder, dataset=scenes, **settings)
+    return folder, settings
+
+
+def weights(folder, name="model.safetensors"):
+    return load_file(folder / name)
+
+
+def test_the_model_that_is_left_is_the_average_of_the_steps(levers):
+    folder, _ = levers
+    steps = [weights(folder / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
+    final = weights(folder)
+    trained = [name for name in steps[0] if not name.startswith("average.")]
+    assert "queries" in trained and len(steps[0]) == 2 * len(trained)
+    for name in trained:
+        mean = steps[0][f"average.{name}"]
+        for step in steps[1:]:
+            mean = DECAY * mean + (1 - DECAY) * step[name]
+        torch.testing.assert_close(final[name], mean)
+    assert not torch.equal(final["queries"], steps[-1]["queries"])
+
+
+@pytest.mark.slow
+def test_a_resumed_run_continues_the_average(levers, scenes, tmp_path):
+    folder, settings = levers
+    run(AUTOENCODE, tmp_path, dataset=scenes, **settings | {"save_steps": 2})
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    run(AUTOENCODE, tmp_path, dataset=scenes, resume=True, **settings | {"save_steps": 2})
+    found, expected = weights(tmp_path), weights(folder)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def test_what_the_levers_leave_in_the_model(levers):
+    folder, _ = levers
+    config, processor = VLVModel.from_pretrained(folder).config, VLVProcessor.from_pretrained(folder)
+    assert config.noise_draws == 3 and config.nested_queries
+    assert (processor.image_height, processor.image_width, processor.decoder_image_size) == (16, 16, 32)
+
+
+@pytest.mark.slow
+def test_stage_2_learns_nested_queries_and_leaves_an_average(levers, scenes, tmp_path):
+    stage1, _ = levers
+    run(
+        CAPTION, tmp_path, dataset=scenes, model=stage1, nested_queries=True, average_decay=DECAY, save_dtype="float32"
+    )
+    steps = [weights(tmp_path / f"checkpoint-{step}") for step in (2, 4)]
+    name = "prefix_projection.0.weight"
+    final = weights(tmp_path)[name]
+    torch.testing.assert_close(final, steps[1][f"average.{name}"])
+    assert not torch.equal(final, steps[1][name]) and not torch.equal(final, steps[0][f"average.{name}"])
+    assert VLVModel.from_pretrained(tmp_path).config.nested_queries
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"noise_draws": 0}, "noise_draws is 0: draw at least 1 noise level for each image."),
+        ({"average_decay": 1.5}, "average_decay is 1.5: it must be above 0 and below 1."),
+        ({"average_decay": 0}, "average_decay is 0: it must be above 0 and below 1."),
+        (
+            {"encoder_image_size": 20},
+            "encoder_image_size is 20, but the encoder reads multiples of 8 pixels, its strides, up to 64, which its"
+            " positions reach: choose one of them, such as 16.",
+        ),
+        ({"encoder_image_size": 72}, "encoder_image_size is 72, but the encoder reads multiples of 8 pixels"),
+        ({"encoder_image_size": 0}, "encoder_image_size is 0, but the encoder reads multiples of 8 pixels"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_one_sentence(settings, sentence, tiny_repo, scenes, tmp_path, capsys):
+    assert vlv(["train", *arguments(AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo, **settings)]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
+
+
+def test_an_average_of_sharded_weights_is_refused(tiny_repo, scenes, tmp_path, monkeypatch, capsys):
+    from vlv.training import vlv_stage
+
+    monkeypatch.setattr(vlv_stage, "asks_for_fsdp", lambda args: True)
+    argv = arguments(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, average_decay=0.9)
+    assert vlv(["train", *argv]) == 2
+    assert "average_decay needs whole weights, which FSDP shards" in capsys.readouterr().err

@@ -1,0 +1,134 @@
+"""Requests that come at any time, captioned in batches: whatever waits when the model is free becomes the next one."""
+
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor
+
+from vlv.captioning.captioner import Caption, Captioner, largest_batch
+from vlv.captioning.decoding import Spelling
+from vlv.captioning.settings import Decoding
+
+SETTINGS = 32  # different ones whose fitting batch size is remembered
+
+
+@dataclass(eq=False)
+class Request:
+    """An image that waits for its captions."""
+
+    pixel_values: torch.Tensor  # (3, H, W)
+    decoding: Decoding  # only requests of equal settings share a batch
+    seed: str  # of what is drawn
+    # Called in the model's thread, as captions are written: which of them, and its text so far.
+    listener: Callable[[int, str], None] | None = None
+    captions: Future[list[Caption]] = field(default_factory=Future)
+
+
+class Batcher:
+    """
+    Captions requests in one thread. A request that is cancelled before its batch begins costs nothing.
+
+    Args:
+        captioner: whose model, processor and batch size are used.
+    """
+
+    def __init__(self, captioner: Captioner, batch_size: int | None = None):
+        self.largest = batch_size or largest_batch(captioner.device.type)
+        self._captioner = lru_cache(SETTINGS)(
+            lambda decoding: _RequestCaptioner(
+                captioner.model, captioner.processor, decoding, batch_size, captioner.compile
+            )
+        )
+        self._waiting: deque[Request] = deque()
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, request: Request) -> Future[list[Caption]]:
+        """The captions of a request, as soon as there are any."""
+        with self._changed:
+            self._waiting.append(request)
+            self._changed.notify()
+        return request.captions
+
+    def stop(self) -> None:
+        """Ends the thread after the batch that it works on; requests that still wait are cancelled."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
+        for request in self._waiting:
+            request.captions.cancel()
+
+    def _work(self):
+        while (batch := self._next()) is not None:
+            batch = [request for request in batch if request.captions.set_running_or_notify_cancel()]
+            if not batch:
+                continue
+            try:
+                captions = self._captioner(batch[0].decoding).caption_requests(batch)
+            except Exception as error:  # whatever it is, the thread must live on for the other requests
+                if not isinstance(error, ValueError):
+                    traceback.print_exc()
+                for request in batch:
+                    request.captions.set_exception(error)
+            else:
+                for request, written in zip(batch, captions, strict=True):
+                    request.captions.set_result(written)
+
+    def _next(self):
+        """The request that waits longest, and others with its settings; `None` at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._stopped)
+            if self._stopped:
+                return None
+            alike = [it for it in self._waiting if it.decoding == self._waiting[0].decoding][: self.largest]
+            self._waiting = deque(request for request in self._waiting if request not in alike)
+            return alike
+
+
+class _RequestCaptioner(Captioner):
+    """Captions requests, draws from each one's own seed, and tells who listens what is written."""
+
+    def caption_requests(self, requests: Sequence[Request]) -> list[list[Caption]]:
+        self._requests = {str(number): request for number, request in enumerate(requests)}
+        return self(list(self._requests), [request.pixel_values for request in requests])
+
+    def generation_arguments(self, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
+        requests = [self._requests[name] for name in names]
+        arguments = super().generation_arguments([request.seed for request in requests], spelling)
+        # Beams change their text until the search ends, and cleaning may drop what was written.
+        final = self.decoding.num_beams == 1 and self.repetition is None
+        if final and any(request.listener is not None for request in requests):
+            arguments["logits_processor"].append(_Listening(requests, self.decoding.num_captions, spelling))
+        return arguments
+
+
+class _Listening(LogitsProcessor):
+    """Changes nothing. It passes the text so far of each caption to who listens."""
+
+    def __init__(self, requests: Sequence[Request], num_captions: int, spelling: Spelling):
+        self.spelling = spelling
+        self.rows = [(request.listener, number) for request in requests for number in range(num_captions)]
+
+    def keep(self, rows: torch.LongTensor) -> None:
+        self.rows = [self.rows[row] for row in rows.tolist()]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if input_ids.shape[1] > 0:
+            for (listener, number), ids in zip(self.rows, input_ids, strict=True):
+                if listener is not None:
+                    listener(number, self.spelling.text(ids.tolist()))
+        return scores
