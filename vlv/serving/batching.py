@@ -1,6 +1,7 @@
 """Requests that come at any time, captioned in batches: whatever waits when the model is free becomes the next one."""
 
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ from vlv.captioning.captioner import Caption, Captioner, largest_batch
 from vlv.captioning.decoding import Spelling
 from vlv.captioning.settings import Decoding
 
+# Clients that were answered together ask again together. A batch of the first of them alone would cost as many steps
+# as one of all, so the next batch waits for as many as the last one had, for this part of the time that it took.
+PATIENCE = 0.1
 SETTINGS = 32  # different ones whose fitting batch size is remembered
 
 
@@ -49,6 +53,7 @@ class Batcher:
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._stopped = False
+        self._last = (0, 0.0)  # the requests of the last batch, and the seconds that it took
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -77,6 +82,7 @@ class Batcher:
             batch = [request for request in batch if request.captions.set_running_or_notify_cancel()]
             if not batch:
                 continue
+            start = time.monotonic()
             try:
                 captions = self._captioner(batch[0].decoding).caption_requests(batch)
             except Exception as error:  # whatever it is, the thread must live on for the other requests
@@ -87,11 +93,16 @@ class Batcher:
             else:
                 for request, written in zip(batch, captions, strict=True):
                     request.captions.set_result(written)
+            self._last = len(batch), time.monotonic() - start
 
     def _next(self):
         """The request that waits longest, and others with its settings; `None` at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._stopped)
+            size, seconds = self._last
+            self._changed.wait_for(
+                lambda: len(self._waiting) >= min(size, self.largest) or self._stopped, PATIENCE * seconds
+            )
             if self._stopped:
                 return None
             alike = [it for it in self._waiting if it.decoding == self._waiting[0].decoding][: self.largest]
