@@ -42,8 +42,7 @@ class Prompt(NamedTuple):
 
     def repeat(self, times: int) -> "Prompt":
         """Each prompt so many times in a row: B times as many."""
-        pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, 0)
-        return Prompt(self.context.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0), pooled)
+        return Prompt(*(part if part is None else part.repeat_interleave(times, 0) for part in self))
 
 
 class Decoder:
@@ -142,10 +141,10 @@ class Decoder:
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError for a picture that the teacher cannot draw."""
         if height % self.multiple or width % self.multiple or min(height, width) < 1:
+            near = (self.multiple * max(1, round(side / self.multiple)) for side in (height, width))
             raise ValueError(
                 f"The picture is {height}x{width} pixels, but {self.pipeline} draws multiples of {self.multiple}: "
-                f"choose a height and width such as {self.multiple * max(1, round(height / self.multiple))} and "
-                f"{self.multiple * max(1, round(width / self.multiple))}."
+                f"choose a height and width such as {' and '.join(map(str, near))}."
             )
 
     # ---- modules -------------------------------------------------------------------------------------------
@@ -330,10 +329,8 @@ class FlowDecoder(Decoder):
         settings = self.config["scheduler"]
         self.num_timesteps = settings.get("num_train_timesteps", 1000)
         # A shift that depends on the picture's size is for sampling: the official training scripts leave it out.
-        fixed = not settings.get("use_dynamic_shifting", False)
-        schedule = diffusers.FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=self.num_timesteps, shift=self.shift(settings) if fixed else 1.0
-        )
+        shift = 1.0 if settings.get("use_dynamic_shifting") else self.shift(settings)
+        schedule = diffusers.FlowMatchEulerDiscreteScheduler(self.num_timesteps, shift)
         self.sigmas = schedule.sigmas.flip(0)  # its table runs from noise to image
 
     def shift(self, settings):

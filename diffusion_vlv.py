@@ -87,13 +87,13 @@ class VLVDiffusionMixin:
         expects them. `sample` draws them from the posterior instead of taking its mean; by default
         `config.sample_latents` decides.
         """
-        sample = self.config.sample_latents if sample is None else sample
         pixels = self._check_decoder_pixels(decoder_pixel_values)
-        return self.teacher.encode_latents(self.vae, pixels, sample)
+        return self.teacher.encode_latents(self.vae, pixels, self.config.sample_latents if sample is None else sample)
 
     def latent_distribution(self, decoder_pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As [`encode_latents`]: mean and standard deviation of the latents, (B, C, h/f, w/f) each."""
-        return self.teacher.latent_distribution(self.vae, self._check_decoder_pixels(decoder_pixel_values))
+        pixels = self._check_decoder_pixels(decoder_pixel_values)
+        return self.teacher.latent_distribution(self.vae, pixels)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """`latents` (B, C, h/f, w/f), as [`encode_latents`] returns them -> images (B, 3, h, w), about -1..1."""
@@ -125,8 +125,9 @@ class VLVDiffusionMixin:
         """
         latents = latents.to(device_of(self.denoiser))
         prompt = context if isinstance(context, Prompt) else self._as_prompt(context)
-        if self.training and noise is None and timesteps is None:
-            draws = self.config.noise_draws
+        draws = self.config.noise_draws
+        # Repeating once would change how the latents lie in memory, and so the noise that a seed draws for them.
+        if draws > 1 and self.training and noise is None and timesteps is None:
             latents, prompt = latents.repeat_interleave(draws, 0), prompt.repeat(draws)
         if noise is None:
             noise = torch.randn_like(latents)

@@ -1,13 +1,13 @@
 """
 Floating-point operations of training and use, by part, at a size that no machine here has to hold.
 
-    python -m benchmarks.flops [--caption_head 3B] [--model FOLDER] [--tokens 90] [--utilisation 0.4] [--price 2.5]
-        [--peak 989] [--output benchmarks/results/flops.json]
+    python -m benchmarks.flops [--caption_head 3B] [--model FOLDER --encoder_image_size 768] [--tokens 90]
+        [--utilisation 0.4] [--price 2.5] [--peak 989] [--output benchmarks/results/flops.json]
 
-Without --model, the paper's size: Florence-2-large, Stable Diffusion 2.1-base and a Qwen2.5. With it, the config of any
-VLV. The model is built on the meta device, where a tensor has a shape and no numbers. Its own code runs there, forward
-and backward, and torch's FlopCounterMode counts matrix products, convolutions and attention: two operations for a
-multiplication with its addition. Attention is counted whole, also where a mask hides half of it. The cost is that of a
+Without --model, the paper's size: Florence-2-large, Stable Diffusion 2.1-base and a Qwen2.5. With it, the config of
+any VLV. The model is built on the meta device, where a tensor has a shape and no numbers. Its own code runs there,
+also backward, and torch's FlopCounterMode counts matrix products, convolutions and attention: two operations for a
+multiplication with its addition. Attention is counted whole, even if a mask hides half of it. The cost is that of a
 GPU of --peak TFLOP/s (dense, bf16; 989 is an H100's) at a --utilisation, for --price dollars an hour: 200,000 batches
 of 512 images in stage 1, 100,000 batches of 64 captions in stage 2.
 """
@@ -36,6 +36,8 @@ STAGE_1_SAMPLES, STAGE_2_CAPTIONS = 200_000 * 512, 100_000 * 64
 LONGEST = 300  # tokens, to which the paper pads its captions
 BYTES = 2  # of a weight or a cached key, in bf16
 META = torch.device("meta")
+# Arguments that the record repeats.
+COUNTED = ("model", "caption_head", "encoder_image_size", "tokens", "utilisation", "price", "peak")
 
 Parts = dict[str, float]  # operations by part
 
@@ -146,7 +148,8 @@ def stage_1(config: VLVConfig, how: Stage1) -> Parts:
     if not how.cached:
         counter.frozen("vision tower", lambda: model.get_image_features(pixels(how.encoder_size)))
         counter.frozen("VAE", lambda: model.encode_latents(pixels(image_size(model))))
-    embeds = counter.trained("Florence's language model", lambda: model.encode(image_features=features))
+    asked = {"image_features": features, "num_queries": how.num_queries}
+    embeds = counter.trained("Florence's language model", lambda: model.encode(**asked))
     if model.text_encoder is not None:
         embeds = counter.trained("text encoder", lambda: model.encode_context(embeds))
     counter.trained("denoiser", lambda: model.compute_denoising_loss(latents, embeds))
@@ -190,7 +193,7 @@ def captioning(config: VLVConfig, encoder_size: int, tokens: int, num_queries: i
     config = copy.deepcopy(config)
     config.decoder_config = None
     model, counter = build(config).eval(), Counter()
-    embeds = encoded(model, counter, encoder_size)[:, :num_queries]
+    embeds = encoded(model, counter, encoder_size, num_queries)
     prefix = counter.frozen("prefix projection", lambda: model.prefix_projection(embeds))
     written: list = []
     counter.frozen("caption head, prefix", lambda: written.append(head_step(model, prefix)))
@@ -208,12 +211,14 @@ def head_step(model, embeds, cache=None):
 
 
 @torch.no_grad()
-def reconstruction(config: VLVConfig, encoder_size: int, steps: int, guidance: bool) -> Parts:
+def reconstruction(
+    config: VLVConfig, encoder_size: int, steps: int, guidance: bool, num_queries: int | None = None
+) -> Parts:
     """Operations to rebuild one image."""
     config = copy.deepcopy(config)
     config.caption_config = None
     model, counter = build(config).eval(), Counter()
-    embeds = encoded(model, counter, encoder_size)
+    embeds = encoded(model, counter, encoder_size, num_queries)
     _, latents = count(lambda: model.encode_latents(pixels(image_size(model))))
     time = torch.zeros(1, dtype=torch.long, device=META)
     counter.frozen("denoiser", lambda: model.denoise(latents, time, embeds))
@@ -222,10 +227,11 @@ def reconstruction(config: VLVConfig, encoder_size: int, steps: int, guidance: b
     return counter.parts
 
 
-def encoded(model, counter, encoder_size):
+def encoded(model, counter, encoder_size, num_queries):
     """The context of an image, each part counted."""
-    features = counter.frozen("vision tower", lambda: model.get_image_features(pixels(encoder_size)))
-    embeds = counter.frozen("Florence's language model", lambda: model.encode(image_features=features))
+    asked = {"num_queries": num_queries}
+    asked["image_features"] = counter.frozen("vision tower", lambda: model.get_image_features(pixels(encoder_size)))
+    embeds = counter.frozen("Florence's language model", lambda: model.encode(**asked))
     if model.text_encoder is None:
         return embeds
     return counter.frozen("text encoder", lambda: model.encode_context(embeds))
@@ -264,27 +270,32 @@ def weights(module: torch.nn.Module) -> int:
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-# The paper's way first, then what is changed, one thing more in each row.
-STAGE_1 = {
-    "paper": Stage1(checkpointing=True),
-    "without gradient checkpointing": Stage1(),
-    "+ 4 noise draws for each image": Stage1(noise_draws=4),
-    "+ encoder at 384 pixels": Stage1(384, noise_draws=4),
-    "+ 8 noise draws": Stage1(384, noise_draws=8),
-    "paper, encoder at 512 pixels": Stage1(512, checkpointing=True),
-    "paper, encoder at 384 pixels": Stage1(384, checkpointing=True),
-    "paper, features and latents cached": Stage1(cached=True, checkpointing=True),
-}
 
-
-def stage_2_ways(tokens: int) -> dict[str, Stage2]:
+def stage_1_ways(size: int, queries: int) -> dict[str, Stage1]:
+    """The paper's way, then what is changed: one thing more in each row that begins with a plus."""
+    half, two_thirds = size // 2, 2 * size // 3
     return {
-        "paper": Stage2(trains_encoder=True),
-        "captions without padding": Stage2(tokens=tokens, trains_encoder=True),
-        "+ encoder frozen": Stage2(tokens=tokens),
-        "+ encoder at 384 pixels": Stage2(384, tokens),
-        "+ LoRA": Stage2(384, tokens, lora=True),
-        "+ embeddings cached, without LoRA": Stage2(384, tokens, cached=True),
+        "paper": Stage1(size, checkpointing=True),
+        f"paper, encoder at {two_thirds} pixels": Stage1(two_thirds, checkpointing=True),
+        f"paper, encoder at {half} pixels": Stage1(half, checkpointing=True),
+        "paper, features and latents cached": Stage1(size, cached=True, checkpointing=True),
+        "without gradient checkpointing": Stage1(size),
+        "+ 4 noise draws for each image": Stage1(size, noise_draws=4),
+        f"+ encoder at {half} pixels": Stage1(half, noise_draws=4),
+        "+ 8 noise draws": Stage1(half, noise_draws=8),
+        f"+ {queries // 4} queries of {queries}": Stage1(half, noise_draws=8, num_queries=queries // 4),
+    }
+
+
+def stage_2_ways(size: int, tokens: int) -> dict[str, Stage2]:
+    half = size // 2
+    return {
+        "paper": Stage2(size, trains_encoder=True),
+        "captions without padding": Stage2(size, tokens, trains_encoder=True),
+        "+ encoder frozen": Stage2(size, tokens),
+        f"+ encoder at {half} pixels": Stage2(half, tokens),
+        "+ LoRA": Stage2(half, tokens, lora=True),
+        "embeddings cached, without LoRA": Stage2(half, tokens, cached=True),
     }
 
 
@@ -313,30 +324,32 @@ def rows(ways: dict, measure: Callable, units: int, per_hour: float, price: floa
 def record(config: VLVConfig, arguments: argparse.Namespace) -> dict:
     per_hour = arguments.utilisation * arguments.peak * 1e12 * 3600
     shared = {"per_hour": per_hour, "price": arguments.price}
-    tokens, side = arguments.tokens, 384
+    tokens, size, queries = arguments.tokens, arguments.encoder_image_size, config.num_queries
+    half, few = size // 2, queries // 4
     found = {
-        "stage 1": rows(STAGE_1, lambda how: stage_1(config, how), STAGE_1_SAMPLES, **shared),
-        "stage 2": rows(stage_2_ways(tokens), lambda how: stage_2(config, how), STAGE_2_CAPTIONS, **shared),
+        "stage 1": rows(stage_1_ways(size, queries), lambda how: stage_1(config, how), STAGE_1_SAMPLES, **shared),
+        "stage 2": rows(stage_2_ways(size, tokens), lambda how: stage_2(config, how), STAGE_2_CAPTIONS, **shared),
         "captioning": [
-            {"way": f"{size} pixels, {queries} queries", "parts": captioning(config, size, tokens, queries)}
-            for size, queries in ((768, 77), (side, 77), (side, 19))
+            {"way": f"{side} pixels, {number} queries", "parts": captioning(config, side, tokens, number)}
+            for side, number in ((size, queries), (half, queries), (half, few))
         ],
         "traffic": [
-            {"way": f"batch {batch}, {queries} queries", "parts": caption_traffic(config, tokens, batch, queries)}
-            for batch, queries in ((1, 77), (64, 77), (64, 19))
+            {"way": f"batch {batch}, {number} queries", "parts": caption_traffic(config, tokens, batch, number)}
+            for batch, number in ((1, queries), (64, queries), (64, few))
         ],
         "reconstruction": [
-            {"way": name, "parts": reconstruction(config, size, steps, guidance)}
-            for name, size, steps, guidance in (
-                ("paper: 50 steps, guidance", 768, 50, True),
-                ("8 steps, guidance", 768, 8, True),
-                ("8 steps, no guidance", side, 8, False),
+            {"way": name, "parts": reconstruction(config, size, steps, guidance, number)}
+            for name, steps, guidance, number in (
+                ("paper: 50 steps, guidance", 50, True, queries),
+                ("8 steps, guidance", 8, True, queries),
+                ("8 steps, no guidance", 8, False, queries),
+                (f"8 steps, no guidance, {few} queries", 8, False, few),
             )
         ],
     }
     return {
         "benchmark": "flops",
-        **{name: getattr(arguments, name) for name in ("tokens", "utilisation", "price", "peak", "caption_head")},
+        **{name: getattr(arguments, name) for name in COUNTED},
         "operations": found,
         "versions": {name: version(name) for name in ("torch", "transformers", "diffusers")},
         "commit": git_commit(),
@@ -347,6 +360,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--caption_head", choices=CAPTION_HEADS, default="3B")
     parser.add_argument("--model", help="folder or Hub id of a VLV, whose config is counted in place of the paper's")
+    parser.add_argument("--encoder_image_size", type=int, default=768, help="pixels of a side that the encoder reads")
     parser.add_argument("--tokens", type=int, default=90, help="of a caption")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that a training reaches")
     parser.add_argument("--price", type=float, default=2.5, help="dollars for an hour of one device")
@@ -354,6 +368,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     config = read_config(arguments.model) if arguments.model else published_config(arguments.caption_head)
+    if config.caption_config is None or config.decoder_config is None:
+        raise SystemExit(f"{arguments.model} lacks a caption head or a decoder: count a model that has both.")
     found = record(config, arguments)
     for stage, ways in found["operations"].items():
         print(f"\n{stage}")

@@ -83,9 +83,28 @@ def levers(record: dict) -> str:
     return as_table([*header, *(["MiB without", "MiB with"] if memory else [])], rows)
 
 
+def operations(record: dict) -> str:
+    """Operations, and bytes, by part: a column for each part that any way of doing something has."""
+    units = {"stage 1": "denoising sample", "stage 2": "caption"}
+    tables = []
+    for work, ways in record["operations"].items():
+        parts = list(dict.fromkeys(name for way in ways for name in way["parts"]))
+        scale, unit = (1e9, "GB") if work == "traffic" else (1e12, "TFLOP")
+        costed = work in units
+        header = [f"{work}, {unit}", *parts, f"for each {units[work]}" if costed else "in all"]
+        rows = []
+        for way in ways:
+            cells = [f"{way['parts'][name] / scale:.3f}" if name in way["parts"] else "" for name in parts]
+            total = way["each"] if costed else sum(way["parts"].values())
+            cost = [f"{way['hours']:,.0f}", f"{way['dollars']:,.0f}"] if costed else []
+            rows.append([way["way"], *cells, f"{total / scale:.3f}", *cost])
+        tables.append(as_table([*header, *(["hours", "dollars"] if costed else [])], rows))
+    return "\n".join(tables)
+
+
 def table(record: dict) -> str:
     """The tables of a record."""
-    kinds = {"growing": growing, "levers": levers}
+    kinds = {"growing": growing, "levers": levers, "operations": operations}
     return next((draw for kind, draw in kinds.items() if kind in record), sides)(record)
 
 

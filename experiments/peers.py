@@ -42,8 +42,10 @@ class Peer:
             batch = np.stack([np.array(image) for image in images[start : start + BATCH]])
             pixel_values = normalise(torch.from_numpy(batch).permute(0, 3, 1, 2))
             ids = self.generate(pixel_values, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
-            ended = (ids == self.tokenizer.eos_token_id).any(1).tolist()
-            yield from map(Caption, self.tokenizer.batch_decode(ids, skip_special_tokens=True), ended)
+            ends = ids == self.tokenizer.eos_token_id
+            num_tokens = torch.where(ends.any(1), ends.int().argmax(1) + 1, ids.shape[1])
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            yield from map(Caption, texts, ends.any(1).tolist(), num_tokens.tolist())
 
 
 def load_llava(folder: Path) -> Peer:

@@ -30,7 +30,8 @@ def rebuild(model: VLVModel, caption_embeds: torch.Tensor, seed: int = 0, **samp
     for start in tqdm(range(0, len(caption_embeds), BATCH), unit="batch", leave=False):
         embeds = caption_embeds[start : start + BATCH]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(embeds))]
-        pictures += model.reconstruct(caption_embeds=embeds, generator=generators, **sampling)
+        each = {name: value[start : start + BATCH] for name, value in sampling.items() if name == "text"}
+        pictures += model.reconstruct(caption_embeds=embeds, generator=generators, **sampling | each)
     return pictures
 
 

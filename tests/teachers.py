@@ -3,6 +3,7 @@
 import inspect
 
 import diffusers
+import pytest
 import tiny
 import torch
 import transformers
@@ -351,6 +352,13 @@ def pipelines_prediction(vlv, latents, times, arguments, **call):
 def available(family):
     """Whether the installed diffusers has the family."""
     return hasattr(diffusers, TEACHERS[family].get("_class_name", "StableDiffusionPipeline"))
+
+
+FAMILIES = [
+    pytest.param(name, marks=pytest.mark.skipif(not available(name), reason="the installed diffusers lacks it"))
+    for name in TEACHERS
+]
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 # ---- pipelines in folders --------------------------------------------------------------------------------------

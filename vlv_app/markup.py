@@ -59,7 +59,3 @@ def captions(texts: Sequence[str]) -> str:
         for text in texts
     )
     return f'<ol class="captions">{rows}</ol>'
-
-
-def note(sentence: str) -> str:
-    return f'<p class="note">{escape(sentence)}</p>'

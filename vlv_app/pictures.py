@@ -133,8 +133,3 @@ class PictureFiles:
 def _file_name(name: str) -> str:
     """A name that every file system takes."""
     return re.sub(r"[^\w.-]+", "_", name)[:80] or "picture"
-
-
-def stem(path: str) -> str:
-    """The name of a picture without its suffix, as its visitor knows it."""
-    return Path(path).stem or "picture"

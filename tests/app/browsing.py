@@ -8,10 +8,18 @@ from PIL import Image
 from running_app import pixels
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 180_000  # milliseconds
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
+
+
+def new_page(browser, **settings):
+    """A page that waits as long as a busy machine needs."""
+    page = browser.new_page(**settings)
+    page.set_default_timeout(PATIENCE)
+    return page
 
 
 def open_tab(page, name):

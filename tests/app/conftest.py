@@ -9,7 +9,7 @@ from transformers import Qwen2Tokenizer, pipeline
 pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
 
-from browsing import CHROMIUM, FLAGS  # noqa: E402
+from browsing import CHROMIUM, FLAGS, new_page  # noqa: E402
 from running_app import App  # noqa: E402
 
 
@@ -70,7 +70,7 @@ def browser():
 @pytest.fixture
 def page(browser, app):
     """The open app; the test fails when the page has asked any other host for anything, or logged an error."""
-    page = browser.new_page(viewport={"width": 1200, "height": 1000})
+    page = new_page(browser, viewport={"width": 1200, "height": 1000})
     hosts, errors = set(), []
     page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
     page.on("pageerror", lambda error: errors.append(str(error)))

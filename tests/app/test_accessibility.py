@@ -3,7 +3,7 @@
 from importlib.resources import files
 
 import pytest
-from browsing import choose_file, open_tab, press, set_number, wait_until_done
+from browsing import choose_file, new_page, open_tab, press, set_number, wait_until_done
 
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
 
@@ -17,7 +17,7 @@ def violations(page):
 
 @pytest.fixture(params=["light", "dark"])
 def themed(browser, app, request):
-    page = browser.new_page(viewport={"width": 1200, "height": 1000})
+    page = new_page(browser, viewport={"width": 1200, "height": 1000})
     page.goto(f"{app.url}/?__theme={request.param}")
     page.get_by_role("tab", name="Caption").wait_for()
     yield page

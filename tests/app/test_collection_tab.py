@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import tiny
+from browsing import PATIENCE, new_page
 from running_app import NEW_TOKENS, App
 from test_accessibility import violations
 
@@ -27,6 +28,7 @@ def app_of_collections(tmp_path_factory, repo):
 def window(browser, app_of_collections):
     context = browser.new_context(viewport={"width": 1200, "height": 1000}, accept_downloads=True)
     page = context.new_page()
+    page.set_default_timeout(PATIENCE)
     hosts, errors = set(), []
     page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -142,6 +144,7 @@ def test_nothing_is_lost_on_reload_or_in_a_second_window(window, folder):
     window.reload()
     wait_for_box(window, 0, "kept by the server")
     second = window.context.new_page()
+    second.set_default_timeout(PATIENCE)
     second.goto(window.url)
     wait_for_box(second, 0, "kept by the server")
     # Both change the same caption. The one who comes later is told, and loses nothing.
@@ -240,7 +243,7 @@ def test_a_page_for_other_machines_opens_no_folders(tmp_path, tiny_repo, browser
     """On another address, such as that of a server."""
     place = {"GRADIO_SERVER_NAME": "127.0.0.2", "XDG_DATA_HOME": str(tmp_path)}
     with App(tmp_path / "log.txt", "--model", tiny_repo, **place) as app:
-        page = browser.new_page()
+        page = new_page(browser)
         page.goto(f"{app.url}/?tab=Collection")
         open_tab_of_collections(page)
         assert page.locator("#c-path").count() == 0

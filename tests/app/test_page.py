@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tiny
 from browsing import (
+    PATIENCE,
     choose_file,
+    new_page,
     open_tab,
     picture,
     pixels_of,
@@ -335,6 +337,7 @@ def test_an_edited_caption_is_downloaded_and_a_link_opens_the_result(page, brows
     assert download.value.path().read_text() == "my own words\n"
 
     visitor = browser.new_context().new_page()
+    visitor.set_default_timeout(PATIENCE)
     visitor.goto(address)
     expected = caption_of(captioner, str(pictures[1]))
     visitor.wait_for_function("text => document.querySelector('#caption-text textarea')?.value === text", arg=expected)
@@ -361,7 +364,7 @@ def test_another_visitors_files_are_out_of_reach(page, app):
 
 
 def test_on_a_phone_the_result_comes_into_view(browser, app, pictures):
-    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page = new_page(browser, viewport={"width": 390, "height": 800})
     page.goto(app.url)
     open_tab(page, "Reconstruct")
     choose_file(page, pictures[0])

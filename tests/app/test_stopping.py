@@ -6,7 +6,7 @@ import time
 import gradio_client
 import httpx
 import pytest
-from browsing import choose_file, open_tab, press, set_number, status
+from browsing import choose_file, new_page, open_tab, press, set_number, status
 from running_app import App, upload
 
 # The app as it is, with a model whose every step takes a while and is counted in the log.
@@ -90,7 +90,7 @@ def test_abandoned_runs_keep_nobody_waiting(slow_app, pictures, leave):
 
 @pytest.mark.slow
 def test_stop_in_the_page_ends_the_run(slow_app, browser, pictures):
-    page = browser.new_page()
+    page = new_page(browser)
     page.goto(slow_app.url)
     tab = open_tab(page, "Reconstruct")
     choose_file(page, pictures[0])
@@ -111,7 +111,7 @@ def test_stop_in_the_page_ends_the_run(slow_app, browser, pictures):
 @pytest.mark.slow
 def test_progress_tells_which_half_is_running(slow_app, browser, pictures):
     """Also while a beam search runs, which has no text until its end."""
-    page = browser.new_page()
+    page = new_page(browser)
     page.goto(slow_app.url)
     tab = open_tab(page, "Reconstruct")
     choose_file(page, pictures[0])
@@ -132,7 +132,7 @@ def test_progress_tells_which_half_is_running(slow_app, browser, pictures):
 def test_a_visitor_who_closes_the_page_keeps_nobody_waiting(slow_app, browser, pictures):
     before = steps(slow_app)
     for picture in pictures[:2]:
-        page = browser.new_page()
+        page = new_page(browser)
         page.goto(slow_app.url)
         tab = open_tab(page, "Reconstruct")
         choose_file(page, picture)

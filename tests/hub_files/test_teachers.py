@@ -9,16 +9,10 @@ import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from teachers import every_family
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 
-FAMILIES = [
-    pytest.param(
-        name, marks=pytest.mark.skipif(not teachers.available(name), reason="the installed diffusers lacks it")
-    )
-    for name in teachers.TEACHERS
-]
-every_family = pytest.mark.parametrize("family", FAMILIES)
 SIZE = 32  # pixels of a side
 
 

@@ -10,7 +10,7 @@ import teachers
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_teachers import every_family
+from teachers import every_family
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor

@@ -12,8 +12,8 @@ class ConvertArguments:
     encoder: str | None = field(
         default=None,
         metadata={
-            "help": "Id or folder of the Florence-2 that it started from: config, tokenizer, image settings (default: "
-            "the published one of the checkpoint's size; likewise below)."
+            "help": "Id or folder of the Florence-2 that it started from: config, tokenizer, image settings. The "
+            "default of each part is the published one of the checkpoint's size."
         },
     )
     decoder: str | None = field(
