@@ -162,6 +162,7 @@ class VLVDiffusionMixin:
         callback_on_step_end: Callable | None = None,
         text: str | Sequence[str] | None = None,
         tokenizer=None,
+        num_queries: int | None = None,
     ):
         """
         Rebuilds images from their caption embeddings by classifier-free-guided sampling, in diffusers' own pipeline.
@@ -181,6 +182,7 @@ class VLVDiffusionMixin:
             callback_on_step_end: called as `(model, step, timestep, {"latents": latents})` after each step, as in
                 diffusers' pipelines. The dictionary that it returns may hold new latents.
             text, tokenizer: words to add to each image, and the tokenizer that reads them (see [`prompt`]).
+            num_queries (`int`, *optional*): read only so many of the leading caption embeddings (see [`encode`]).
 
         Returns:
             A list of B `PIL.Image` (or an array or tensor in 0..1).
@@ -196,7 +198,7 @@ class VLVDiffusionMixin:
         teacher.check_size(height, width)
         if scheduler is not None:
             teacher.check_scheduler(type(scheduler).__name__, scheduler.config)
-        prompt, empty = self._prompts(pixel_values, caption_embeds, guidance_scale > 1, text, tokenizer)
+        prompt, empty = self._prompts(pixel_values, caption_embeds, guidance_scale > 1, text, tokenizer, num_queries)
         pipeline = self.to_pipeline(scheduler)
         pipeline.set_progress_bar_config(disable=True)
         _run_on(pipeline, prompt.context.device)
@@ -221,6 +223,7 @@ class VLVDiffusionMixin:
         guidance: bool = True,
         text: str | Sequence[str] | None = None,
         tokenizer=None,
+        num_queries: int | None = None,
     ) -> dict:
         """
         Images as the arguments of the teacher's own pipeline ([`to_pipeline`]): `prompt_embeds`, and what else its
@@ -234,16 +237,19 @@ class VLVDiffusionMixin:
                 text encoder (arXiv 2412.06774). Of the caption embeddings the first are kept, as many as there are
                 positions left; give fewer to leave the words more say.
             tokenizer (*optional*): the text encoder's, `processor.decoder_tokenizer`; needed for `text`.
+            num_queries (`int`, *optional*): read only so many of the leading caption embeddings (see [`encode`]).
 
         Raises:
             ValueError: the checkpoint has no decoder, or no text encoder for `text`; or `text` is too long.
         """
         self._require_decoder("make prompts")
-        return self.teacher.prompt(*self._prompts(pixel_values, caption_embeds, guidance, text, tokenizer))
+        return self.teacher.prompt(
+            *self._prompts(pixel_values, caption_embeds, guidance, text, tokenizer, num_queries)
+        )
 
-    def _prompts(self, pixel_values, caption_embeds, guidance, text, tokenizer):
+    def _prompts(self, pixel_values, caption_embeds, guidance, text, tokenizer, num_queries):
         """The images' prompt, and the unconditional one or `None`."""
-        caption_embeds = self._caption_embeds(pixel_values, caption_embeds)
+        caption_embeds = self._caption_embeds(pixel_values, caption_embeds, num_queries)
         if text is not None:
             words = self._embed_words(text, tokenizer, len(caption_embeds))
             room = self.config.positions - words.shape[1]

@@ -18,7 +18,10 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 RUN = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": ["python", "-c"]}
 PAGES = [
     "README",
-    *(f"docs/{name}" for name in ("training", "captioning", "evaluation", "publish", "convert", "extending")),
+    *(
+        f"docs/{name}"
+        for name in ("training", "captioning", "evaluation", "publish", "convert", "extending", "teachers")
+    ),
 ]
 
 
@@ -86,6 +89,13 @@ def test_notebook(tmp_path):
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "view: a " in printed
     assert (tmp_path / "my_captioner" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_teachers(follow, tmp_path):
+    follow("docs/teachers")
+    rebuilt, changed = ((tmp_path / f"{name}.png").read_bytes() for name in ("rebuilt", "with_lora"))
+    assert rebuilt != changed and (tmp_path / "with_words" / "contact_sheet.png").is_file()
 
 
 def test_notebook_is_committed_without_outputs():

@@ -55,6 +55,7 @@ def decoder_tokenizer(processor: VLVProcessor):
     if processor.decoder_tokenizer is None:
         raise ValueError(
             "The checkpoint lacks its decoder's tokenizer (folder decoder_tokenizer), so its decoder cannot draw "
-            "captions."
+            "captions. Only Stable Diffusion 1 and 2 have one here: name another text-to-image model with "
+            "--text_to_image."
         )
     return processor.decoder_tokenizer

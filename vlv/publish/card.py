@@ -22,6 +22,12 @@ LICENSES = {
     "microsoft/Florence-2-base": "MIT",
     "microsoft/Florence-2-large": "MIT",
     "stabilityai/stable-diffusion-2-1-base": "CreativeML Open RAIL++-M",
+    "stabilityai/stable-diffusion-xl-base-1.0": "CreativeML Open RAIL++-M",
+    "stabilityai/stable-diffusion-3.5-medium": "Stability AI Community License",
+    "Efficient-Large-Model/Sana_1600M_512px_diffusers": "NSCL v2 and Gemma terms; see its page",
+    "Alpha-VLLM/Lumina-Image-2.0": "Apache-2.0",
+    "Tongyi-MAI/Z-Image": "Apache-2.0",
+    "black-forest-labs/FLUX.2-klein-base-4B": "Apache-2.0",
     "Qwen/Qwen2.5-0.5B": "Apache-2.0",
     "Qwen/Qwen2.5-1.5B": "Apache-2.0",
     "Qwen/Qwen2.5-3B": "Qwen Research License (non-commercial)",
@@ -30,12 +36,13 @@ LICENSES = {
 
 def pretrained_parts(config: VLVConfig) -> dict[str, str | None]:
     """The Hub model that each part was made from, as the config records it; `None` if it records none."""
-    decoder = config.decoder_config or {"unet": {}, "vae": {}}
+    decoder = config.decoder_config or {}
+    denoiser = "transformer" if "transformer" in decoder else "unet"
     origins = {
         "encoder": config.encoder_config._name_or_path,
-        "text_encoder": config.text_encoder_config._name_or_path,
-        "unet": decoder["unet"].get("_name_or_path"),
-        "vae": decoder["vae"].get("_name_or_path"),
+        "text_encoder": config.text_encoder_config and config.text_encoder_config._name_or_path,
+        denoiser: decoder.get(denoiser, {}).get("_name_or_path"),
+        "vae": decoder.get("vae", {}).get("_name_or_path"),
         "caption_head": config.caption_config and config.caption_config._name_or_path,
     }
     return {part: origin if _is_hub_id(origin) else None for part, origin in origins.items()}
@@ -86,8 +93,8 @@ def model_card(folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sa
     )
     config = model.config
     size = config.image_size
-    if model.unet is not None and size is None:
-        size = model.unet.config.sample_size * 2 ** (len(model.vae.config.block_out_channels) - 1)
+    if model.teacher is not None and size is None:
+        size = model.teacher.image_size
     processor = _read(folder / "processor_config.json")
     return ModelCard.from_template(
         data,
@@ -95,7 +102,7 @@ def model_card(folder: Path, repo_id: str, model: VLVModel, samples: Sequence[Sa
         name=name,
         repo_id=repo_id,
         config=config,
-        rebuilds=model.unet is not None,
+        rebuilds=model.teacher is not None,
         base_models=base_models,
         license=license,
         samples=samples,
@@ -122,18 +129,27 @@ def _parts(model):
     origins = pretrained_parts(model.config)
     parts = [
         ("encoder", "Florence-2", [model.encoder], origins["encoder"]),
-        ("queries and projections", "MLPs", [model.projection, model.prefix_projection], None),
+        (
+            "queries and projections",
+            "MLPs",
+            [model.projection, model.pooled_projection, model.prefix_projection],
+            None,
+        ),
         ("text encoder", "CLIP", [model.text_encoder], origins["text_encoder"]),
         ("caption head", model.config.caption_config.model_type, [model.caption_head], origins["caption_head"]),
     ]
-    if model.unet is not None:
-        parts.insert(3, ("decoder", "UNet", [model.unet], origins["unet"]))
-        parts.insert(4, ("decoder", "VAE", [model.vae], origins["vae"]))
+    if model.teacher is not None:
+        denoiser = ("decoder", type(model.denoiser).__name__, [model.denoiser], origins[model.teacher.denoiser])
+        parts[3:3] = [denoiser, ("decoder", type(model.vae).__name__, [model.vae], origins["vae"])]
+    if model.text_encoder is None:
+        del parts[2]
     return [
         {
             "role": role,
             "architecture": architecture,
-            "parameters": sum(parameter.numel() for module in modules for parameter in module.parameters())
+            "parameters": sum(
+                parameter.numel() for module in modules if module is not None for parameter in module.parameters()
+            )
             + (model.queries.numel() if role.startswith("queries") else 0),
             "origin": origin,
             "link": origin and f"[{origin}](https://huggingface.co/{origin})",

@@ -37,7 +37,7 @@ def build_model_repo(
     model_class = VLVForConditionalGeneration if captioner_only else VLVModel
     model = model_class.from_pretrained(source, dtype="auto")
     for part in (model.config.encoder_config, model.config.text_encoder_config, model.config.caption_config):
-        if Path(part._name_or_path).exists():  # a folder of this machine means nothing to other users
+        if part is not None and Path(part._name_or_path).exists():  # it means nothing on other machines
             part._name_or_path = ""
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     VLVProcessor.from_pretrained(source).save_pretrained(folder)

@@ -76,20 +76,20 @@ class SceneScorer:
 
     def ceilings(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
         """Ceilings that no reconstruction is expected to exceed: the reader alone, the VAE alone, and the teacher."""
+        ceilings = {
+            **self.drawings(pictures, name),
+            **self._read(pictures, f"VAE alone/{name}", self._through_vae(pictures)),
+        }
+        if self.model.text_encoder is None:  # the teacher reads no captions here
+            return ceilings
         taught = self._draw(
             lambda batch: embed_captions(self.model, self.processor, [truth.caption for _, truth in batch]), pictures
         )
-        return {
-            **self.drawings(pictures, name),
-            **self._read(pictures, f"VAE alone/{name}", self._through_vae(pictures)),
-            **self._read(pictures, f"teacher from true captions/{name}", taught),
-        }
+        return ceilings | self._read(pictures, f"teacher from true captions/{name}", taught)
 
     def floors(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
         """Floors, which are right only by chance: pictures from the empty prompt, and from another image."""
-        from_nothing = self._draw(
-            lambda batch: embed_captions(self.model, self.processor, [""] * len(batch)), pictures
-        )
+        from_nothing = self._draw(self._nothing, pictures)
         from_another = self._draw(
             lambda batch: self._encode([image for image, _ in batch]), [*pictures[1:], pictures[0]]
         )
@@ -128,6 +128,11 @@ class SceneScorer:
         scenes = reader.read(list(_progress(painted, name, pictures)))
         counts = [compare(scene, truth) for scene, (_, truth) in zip(scenes, pictures, strict=True)]
         return _shares(counts, name, scores)
+
+    def _nothing(self, batch):
+        if self.model.text_encoder is None:
+            return self.model.empty_context().expand(len(batch), -1, -1)
+        return embed_captions(self.model, self.processor, [""] * len(batch))
 
     def _encode(self, images):
         return encode_images(self.model, self.processor, images)
