@@ -4,10 +4,10 @@ Floating-point operations of training and use, by part, at a size that no machin
     python -m benchmarks.flops [--caption_head 3B] [--model FOLDER --encoder_image_size 768] [--tokens 90]
         [--utilisation 0.4] [--price 2.5] [--peak 989] [--output benchmarks/results/flops.json]
 
-Without --model, the paper's size: Florence-2-large, Stable Diffusion 2.1-base and a Qwen2.5. With it, the config of any
-VLV. The model is built on the meta device, where a tensor has a shape and no numbers. Its own code runs there, forward
-and backward, and torch's FlopCounterMode counts matrix products, convolutions and attention: two operations for a
-multiplication with its addition. Attention is counted whole, also where a mask hides half of it. The cost is that of a
+Without --model, the paper's size: Florence-2-large, Stable Diffusion 2.1-base and a Qwen2.5. With it, the config of
+any VLV. The model is built on the meta device, where a tensor has a shape and no numbers. Its own code runs there,
+also backward, and torch's FlopCounterMode counts matrix products, convolutions and attention: two operations for a
+multiplication with its addition. Attention is counted whole, even if a mask hides half of it. The cost is that of a
 GPU of --peak TFLOP/s (dense, bf16; 989 is an H100's) at a --utilisation, for --price dollars an hour: 200,000 batches
 of 512 images in stage 1, 100,000 batches of 64 captions in stage 2.
 """

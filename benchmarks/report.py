@@ -22,6 +22,8 @@ EXTRA = {
     "difference_to_papers": ("difference to the paper's images, of 255", "{:.2f}"),
     "tokens": ("tokens an image", "{:.0f}"),
     "most_tokens": ("at most", "{}"),
+    "sentences_true": ("sentences true of the scene", "{:.3f}"),
+    "beginnings_of_papers": ("beginnings of the paper's", "{:.3f}"),
     "parameters": ("parameters", "{:,}"),
     "peak_bytes": ("peak memory, MiB", "{:.0f}"),
     "peak_device_bytes": ("peak GPU memory, MiB", "{:.0f}"),

@@ -9,4 +9,4 @@ measurement is a `vlv.evaluation.results.Measurement` as a dict. The other exper
 see experiments/trained.py.
 """
 
-MEASURED = ("sampling", "spatial", "composition", "words")
+MEASURED = ("sampling", "spatial", "composition", "words", "lengths")

@@ -127,7 +127,7 @@ class Assembled:
     """A VLV assembled from pretrained parts, without a caption head. Its queries and its projection are new."""
 
     seed: int
-    settings: dict[str, Any] = field(default_factory=dict)  # of its config
+    settings: dict[str, Any] = field(default_factory=dict)  # of its config, and `projection_start`
     decoder: TinysPart | Training = TinysPart()
 
     def make(self, work: Path) -> Path:
@@ -138,7 +138,8 @@ class Assembled:
         parts = {"encoder": ENCODER, "decoder": str(self.decoder.make(work))}
         config = dict(self.settings)
         set_seed(self.seed)
-        model = VLVModel.from_components(**parts, num_queries=config.pop("num_queries", None), dtype="float32")
+        new = {name: config.pop(name) for name in ("num_queries", "projection_start") if name in config}
+        model = VLVModel.from_components(**parts, **new, dtype="float32")
         model.config.update(config)
         _save(folder, model, VLVProcessor.from_components(**parts))
 

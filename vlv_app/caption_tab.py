@@ -11,7 +11,9 @@ from vlv_app.markup import done
 from vlv_app.parts import (
     Fields,
     Page,
+    caption_box,
     connect,
+    copy_button,
     markup_output,
     read_picture,
     result_status,
@@ -30,9 +32,10 @@ def caption_tab(page: Page) -> Fields:
         button, stop = run_buttons("Caption")
     settings = settings_inputs(*NUMBERS)
     status = result_status("caption")
-    text = gr.Textbox(label="Caption", info="You can edit it.", lines=5, buttons=["copy"], elem_id="caption-text")
+    text = caption_box("caption-text", "You can edit it.", lines=5)
     others = markup_output("captions")
     with gr.Row():
+        copy_button(text)
         save = gr.Button("Download as text", size="sm")
         link = gr.Button("Link to this result", size="sm")
     address = markup_output("link")

@@ -199,6 +199,17 @@ window.vlv = (() => {
     box.focus();
   });
 
+  async function copy(text, id) {
+    const box = document.querySelector(`#${id} textarea`);
+    try {
+      await navigator.clipboard.writeText(text);
+      announcer.textContent = "Copied.";
+    } catch {  // not over plain http to another machine: the visitor copies what is selected
+      box.focus();
+      box.select();
+    }
+  }
+
   function saveText(picture, text) {
     const name = (picture?.name ?? "caption").replace(/\.[^.]*$/, "");
     const url = URL.createObjectURL(new Blob([`${text}\n`], { type: "text/plain" }));
@@ -258,5 +269,5 @@ window.vlv = (() => {
     }
   }
 
-  return { picture, started, stopped, failed, saveText, link, restore, keep, tabSelected, loaded, element };
+  return { picture, started, stopped, failed, copy, saveText, link, restore, keep, tabSelected, loaded, element };
 })();

@@ -114,6 +114,17 @@ def markup_output(name: str) -> gr.HTML:
     return gr.HTML("", elem_id=name, elem_classes=["result"], apply_default_css=False)
 
 
+def caption_box(name: str, info: str, lines: int) -> gr.Textbox:
+    """A box of words. (With Gradio's own copy button in it, the label would name that button in place of the box.)"""
+    return gr.Textbox(label="Caption", info=info or None, lines=lines, buttons=[], elem_id=name)
+
+
+def copy_button(box: gr.Textbox) -> None:
+    """A button that copies what is in a box."""
+    button = gr.Button("Copy", size="sm")
+    button.click(None, [box], None, js=f"text => vlv.copy(text, {json.dumps(box.elem_id)})")
+
+
 def run_buttons(*labels: str) -> list[gr.Button]:
     """The buttons that run something, the first of them as the tab's main one, and Stop."""
     with gr.Row():

@@ -11,7 +11,9 @@ from vlv_app.parts import (
     SAMPLING,
     Fields,
     Page,
+    caption_box,
     connect,
+    copy_button,
     markup_output,
     read_picture,
     result_status,
@@ -29,7 +31,8 @@ def rebuild_tab(page: Page) -> Fields:
     settings = settings_inputs(*SAMPLING, "num_pictures")
     status = result_status("reconstruct")
     compared, pictures = markup_output("comparison"), markup_output("rebuilt")
-    text = gr.Textbox(label="Caption", lines=3, buttons=["copy"], elem_id="rebuilt-caption", visible=studio.writes)
+    text = caption_box("rebuilt-caption", "", lines=3)
+    copy_button(text)
     if studio.draws_words:
         gr.Markdown("Edit the caption, and let the decoder draw the words in place of the embeddings.")
         draw = gr.Button("Draw these words", elem_classes=["run"])

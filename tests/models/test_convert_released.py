@@ -204,6 +204,7 @@ COMMANDS = {
     ],
     "demo": ["demo", "--model", "MODEL", "--output", "OUT"],
     "app": ["app", "--model", "MODEL"],
+    "serve": ["serve", "--model", "MODEL"],
 }
 
 

@@ -1,5 +1,6 @@
 """`vlv export`: each part loads with its own library and gives the same results as in the VLV."""
 
+import onnxruntime
 import pytest
 import tiny
 import torch
@@ -100,6 +101,35 @@ def test_a_captioner_alone(tiny_model, tiny_processor, tmp_path):
     llm = AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "caption_head")
     assert llm.dtype == torch.bfloat16
     assert torch.equal(llm.lm_head.weight, model.caption_head.lm_head.weight)
+
+
+@pytest.mark.slow
+def test_onnx(tiny_repo, tiny_model, tiny_processor, tmp_path, capsys):
+    """ONNX Runtime makes the prefix of any number of images, and the caption head continues it."""
+    assert main(["export", str(tiny_repo), "--output", str(tmp_path / "parts"), "--onnx"]) == 0
+    assert capsys.readouterr().out.endswith("encoder, onnx.\n")
+    encoder = onnxruntime.InferenceSession(tmp_path / "parts" / "onnx" / "encoder.onnx")
+    llm = AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "caption_head")
+    for count in (1, 2, 7):
+        pixel_values = tiny_processor(images=tiny.images(count, seed=count))["pixel_values"]
+        (prefix,) = encoder.run(["prefix"], {"pixel_values": pixel_values.numpy()})
+        prefix = torch.from_numpy(prefix)
+        with torch.no_grad():
+            context = tiny_model.encode_context(tiny_model.encode(pixel_values))
+            expected = tiny_model.prefix_projection(context)
+        torch.testing.assert_close(prefix, expected, atol=1e-5, rtol=1e-5)
+        mask = torch.ones(prefix.shape[:2], dtype=torch.long)
+        ids = llm.generate(inputs_embeds=prefix, attention_mask=mask, max_new_tokens=8, do_sample=False)
+        assert torch.equal(ids, tiny_model.generate(pixel_values, max_new_tokens=8))
+
+
+def test_onnx_needs_a_caption_head(tiny_processor, tmp_path, capsys):
+    tiny.model(caption_config=None).save_pretrained(tmp_path / "vlv")
+    tiny_processor.save_pretrained(tmp_path / "vlv")
+    assert main(["export", str(tmp_path / "vlv"), "--output", str(tmp_path / "parts"), "--onnx"]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.endswith("has no caption head, and so no prefix to export: leave out --onnx.")
+    assert not (tmp_path / "parts").exists()
 
 
 def test_bad_input(tmp_path, tiny_repo, capsys):

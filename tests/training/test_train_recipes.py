@@ -60,6 +60,31 @@ def test_paper_stage_2_is_the_published_recipe():
     assert args.bf16
 
 
+def test_our_recipes_draw_as_many_samples_as_the_papers_for_the_operations_that_are_counted():
+    """Each is a row of the table in docs/speed.md, and both together cost less than 250 dollars by it."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "flops.json").read_text())
+    assert (record["caption_head"], record["price"], record["utilisation"]) == ("3B", 2.5, 0.4)
+    first, args = read("stage1.yaml")
+    assert (first.image_size, first.encoder_learning_rate) == (384, 5e-5) and args.bf16
+    batch = 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    assert batch * first.noise_draws * args.max_steps == 512 * 200_000
+    ways = record["operations"]["stage 1"]
+    counted = ("encoder_size", "noise_draws", "cached", "checkpointing")
+    settings = (first.encoder_image_size, first.noise_draws, False, bool(first.gradient_checkpointing_parts))
+    (one,) = (way for way in ways if [way[name] for name in counted] == [*settings] and way["num_queries"] is None)
+
+    second, args = read("stage2.yaml", "--model", "stage1")
+    assert 8 * args.per_device_train_batch_size * args.max_steps == 64 * 100_000
+    assert set(second.train_parts) == {"prefix_projection", "caption_head"} and second.lora_rank is None
+    assert args.train_sampling_strategy == "group_by_length"
+    counted = ("encoder_size", "trains_encoder", "cached", "lora", "tokens")
+    settings = [first.encoder_image_size, False, False, False, record["tokens"]]
+    (two,) = (way for way in record["operations"]["stage 2"] if [way[name] for name in counted] == settings)
+    assert one["dollars"] + two["dollars"] < 250
+    papers = sum(record["operations"][stage][0]["dollars"] for stage in ("stage 1", "stage 2"))
+    assert papers > 3 * (one["dollars"] + two["dollars"])
+
+
 def test_fine_tuning_starts_from_the_bundled_checkpoint_wherever_it_is_run(tmp_path, monkeypatch, scenes):
     monkeypatch.chdir(tmp_path)
     argv = [str(RECIPES / "finetune-caption.yaml"), "--output_dir", "out", "--dataset", str(scenes)]

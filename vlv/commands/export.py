@@ -9,6 +9,13 @@ from vlv.files import atomic_folder, check_source
 @dataclass
 class ExportArguments:
     output: str = field(metadata={"help": "Folder to write; it must not exist yet."})
+    onnx: bool = field(
+        default=False,
+        metadata={
+            "help": "Also write onnx/encoder.onnx: from pixels to the prefix that the caption head continues, in "
+            "float32 and for any batch (needs vlv[onnx])."
+        },
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -26,6 +33,13 @@ def main(argv: list[str]) -> None:
         # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
         from vlv.models.export import export_parts
         from vlv.models.loading import load_whole
+        from vlv.models.onnx_export import check_onnx, export_onnx
 
-        parts = export_parts(*load_whole(inputs.model), folder)
+        model, processor = load_whole(inputs.model)
+        if arguments.onnx:
+            check_onnx(model, inputs.model)
+        parts = export_parts(model, processor, folder)
+        if arguments.onnx:
+            export_onnx(model, processor.image_height, processor.image_width, folder / "onnx")
+            parts.append("onnx")
     print(f"In {arguments.output}: {', '.join(parts)}.")

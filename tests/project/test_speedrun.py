@@ -1,0 +1,54 @@
+"""The speed run, with a few steps on a few scenes."""
+
+import json
+import sys
+
+import pytest
+from paths import ROOT
+
+from benchmarks import flops, speedrun
+from benchmarks.speedrun import RUNS, Run
+from vlv.training.recipe import read_recipe
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_is_one_that_can_be_trained(name):
+    run = RUNS[name]
+    argv = [run.file, "--output_dir", "out"]
+    for setting, value in run.settings.items():
+        argv += [f"--{setting}", str(value)]
+    stage, settings, args = read_recipe(argv)
+    assert stage is speedrun.MeasuredStage
+    samples = run.steps * args.per_device_train_batch_size * settings.noise_draws
+    assert samples == (speedrun.PAPER_STEPS * 32 if run.recipe == "paper" else speedrun.OUR_STEPS * 128)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_curve_and_its_operations(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sizes = {"IMAGES": 64, "EVALUATION": 4, "MEASURED_STEPS": 2, "MEASURED_SCENES": 3, "TARGET": 0.0}
+    for name, value in sizes.items():
+        monkeypatch.setattr(speedrun, name, value)
+    small = {"per_device_train_batch_size": 4, "warmup_steps": 0, "save_steps": 2}
+    runs = {
+        "paper": Run("paper", 4, small),
+        "ours": Run("ours", 4, small | {"average_decay": 0.5}, {"num_queries": 8, "projection_start": "mean"}),
+    }
+    monkeypatch.setattr(speedrun, "RUNS", runs)
+    output, picture = tmp_path / "speedrun.json", tmp_path / "curves.png"
+    argv = ["speedrun", "--seeds", "0", "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", [*argv, "--output", str(output), "--picture", str(picture)])
+    speedrun.main()
+    paper, ours = json.loads(output.read_text())["speedrun"]
+    assert [line["step"] for line in ours["curve"]] == [2, 4]
+    assert {f"objects right, {number} queries" for number in (2, 4, 8)} <= ours["evaluation"].keys()
+    assert ours["curve"][-1]["objects right"]["value"] == ours["evaluation"]["objects right, 8 queries"]
+    # At four noise levels an image costs more, but less than four times as much.
+    each = paper["operations_of_an_image"]
+    assert each < ours["operations_of_an_image"] < 4 * each
+    assert ours["operations_to_target"] == 2 * 4 * ours["operations_of_an_image"]
+    assert picture.stat().st_size > 0
+    before = output.read_bytes()
+    monkeypatch.setattr(flops, "stage_1", None)  # a second command measures nothing again
+    speedrun.main()
+    assert output.read_bytes() == before
