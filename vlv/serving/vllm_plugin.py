@@ -18,10 +18,9 @@ def register() -> None:
     from configuration_vlv import VLVConfig
     from processing_vlv import VLVProcessor
 
-    known = ModelRegistry.get_supported_archs()
-    for architecture in ARCHITECTURES:
-        if architecture not in known:  # by name: the module is imported only where the model is built
+    if not set(ARCHITECTURES) & set(ModelRegistry.get_supported_archs()):
+        for architecture in ARCHITECTURES:  # by name: the module is imported only where the model is built
             ModelRegistry.register_model(architecture, "vlv.serving.vllm_model:VLVForVllm")
-            register_chat_template_fallback_path(VLVConfig.model_type, TEMPLATE)
+        register_chat_template_fallback_path(VLVConfig.model_type, TEMPLATE)
     AutoConfig.register(VLVConfig.model_type, VLVConfig, exist_ok=True)
     AutoProcessor.register(VLVConfig, VLVProcessor, exist_ok=True)
