@@ -1,7 +1,7 @@
 """From a chat request to its captions: the image is fetched and decoded, waits for its batch, and is captioned."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -89,7 +89,7 @@ class Service:
         captions = await _written(asyncio.wrap_future(self.batcher.submit(job.request)))
         return job.completion.whole(captions, [job.content(caption.text) for caption in captions])
 
-    async def stream(self, job: Job, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, job: Job, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
         """The answer in chunks, as the captions are written; raises NotWritten."""
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
