@@ -157,7 +157,7 @@ def test_parts_that_cannot_be_trained_are_refused(model):
     with pytest.raises(ValueError, match="no part 'encoder' to train: choose among vision_tower, .*, caption_head"):
         model.set_stage("autoencode", train=["encoder"])
     captioner = tiny.model(VLVForConditionalGeneration)
-    with pytest.raises(ValueError, match="'autoencode' needs the part unet, which this checkpoint does not have"):
+    with pytest.raises(ValueError, match="'autoencode' needs the part vae, which this checkpoint does not have"):
         captioner.set_stage("autoencode")
     headless = tiny.model(caption_config=None)
     with pytest.raises(ValueError, match="'caption' trains prefix_projection, which this checkpoint does not have"):
