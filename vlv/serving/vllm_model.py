@@ -71,7 +71,7 @@ class _DummyInputs(BaseDummyInputsBuilder[_Info]):
 
 
 class _Processor(BaseMultiModalProcessor[_Info]):
-    def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
+    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         images = hf_data.get("images") or []
         if images and all(isinstance(image, torch.Tensor) for image in images):  # `vlv caption` has prepared them
             return BatchFeature({"pixel_values": torch.stack(images)})
