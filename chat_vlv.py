@@ -8,7 +8,7 @@ caption; system messages, the user's words and earlier answers are read over.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant")
 # Where the image of a part is found, by what other chat models call it.
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 # In Jinja, so that whatever renders conversations itself finds it in the processor: the beginning of the caption.

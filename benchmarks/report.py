@@ -1,5 +1,5 @@
 """
-Redraws the tables of docs/speed.md and docs/training.md from the JSON in benchmarks/results.
+Redraws the tables of docs/speed.md, training.md, serving.md and convert.md from the JSON in benchmarks/results.
 
     python -m benchmarks.report
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments.report import fill
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "docs" / "speed.md", ROOT / "docs" / "training.md")
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("speed", "training", "serving", "convert"))
 RESULTS = ROOT / "benchmarks" / "results"
 # The column and the format of each number beside the speed, if a side has it.
 EXTRA = {
@@ -24,6 +24,9 @@ EXTRA = {
     "most_tokens": ("at most", "{}"),
     "sentences_true": ("sentences true of the scene", "{:.3f}"),
     "beginnings_of_papers": ("beginnings of the paper's", "{:.3f}"),
+    "p50_seconds": ("half of the answers within, s", "{:.2f}"),
+    "p95_seconds": ("95% within, s", "{:.2f}"),
+    "answers_equal": ("answers equal to the engine's", "{:.3f}"),
     "parameters": ("parameters", "{:,}"),
     "peak_bytes": ("peak memory, MiB", "{:.0f}"),
     "peak_device_bytes": ("peak GPU memory, MiB", "{:.0f}"),

@@ -1,6 +1,7 @@
 """A running server, and the requests that tests send to it."""
 
 import base64
+import json
 import os
 import re
 import subprocess
@@ -8,9 +9,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import httpx
+
+from vlv.cli import main
 
 COMPLETIONS = "/v1/chat/completions"
 
@@ -68,3 +72,10 @@ def complaint(response: httpx.Response) -> str:
     assert error["code"] == response.status_code and "Traceback" not in response.text
     (sentence,) = error["message"].splitlines()
     return sentence
+
+
+def captions_of(folder: Path, output: Path, *options: str) -> dict[str, str]:
+    """By file, what `vlv caption` writes."""
+    assert main(["caption", str(folder), "--output", str(output), "--num_workers", "0", *options]) == 0
+    rows = map(json.loads, output.read_text(encoding="utf-8").splitlines())
+    return {row["file_name"]: row["text"] for row in rows}

@@ -68,8 +68,9 @@ def test_cost_of_the_recipe(tmp_path, monkeypatch, capsys):
 
 
 def test_the_pages_show_what_was_measured():
-    speed, training = (page.read_text(encoding="utf-8") for page in report.PAGES)
-    for page in (speed, training):
+    pages = [page.read_text(encoding="utf-8") for page in report.PAGES]
+    speed, training, *_ = pages
+    for page in pages:
         assert report.filled(page) == page
     assert "<!-- training_levers-tiny -->" in training
     # The table of targets: a row for each subject, the ratio of the mid size and then that of vlv-tiny.

@@ -20,7 +20,7 @@ PAGES = [
     "README",
     *(
         f"docs/{name}"
-        for name in ("training", "captioning", "evaluation", "publish", "convert", "extending", "teachers")
+        for name in ("training", "captioning", "evaluation", "publish", "convert", "extending", "teachers", "serving")
     ),
 ]
 

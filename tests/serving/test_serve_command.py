@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
-from served import COMPLETIONS, asking, complaint, contents, data_url, running_server
+from served import COMPLETIONS, asking, captions_of, complaint, contents, data_url, running_server
 
 from vlv.cli import main
 from vlv.scenes import write_scenes
@@ -42,13 +42,6 @@ def server():
 def client(server):
     with httpx.Client(base_url=server.address, timeout=300) as client:
         yield client
-
-
-def captions_of(folder, output, *options):
-    """By file, what `vlv caption` writes."""
-    assert main(["caption", str(folder), "--output", str(output), "--num_workers", "0", *options]) == 0
-    rows = map(json.loads, output.read_text(encoding="utf-8").splitlines())
-    return {row["file_name"]: row["text"] for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +139,10 @@ def test_draws(client, images):
 @pytest.mark.parametrize(
     "change, status, sentence",
     [
-        ({"messages": []}, 400, "messages must be a list that holds a user message with an image."),
-        ({"messages": [{"role": "user", "content": "hello"}]}, 400, "The conversation shows no image: give exactly"),
-        ({"messages": [{"role": "king", "content": "hello"}]}, 400, "messages[0].role is 'king': choose system"),
+        ({"messages": []}, 400, "A conversation is a list of messages, each with a role and its content."),
+        ({"messages": [{"role": "user", "content": "hello"}]}, 400, "This conversation has no images: a VLV reads"),
+        ({"messages": [{"role": "king", "content": "hello"}]}, 400, "There is no role 'king': a message is of system"),
+        ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, 400, "A part of a message has the type "),
         ({"model": "gpt"}, 404, "There is no model 'gpt' here: this server has 'vlv-tiny'."),
         ({"n": 2}, 400, "n is 2: give a temperature above 0, which draws different captions."),
         ({"max_tokens": 0}, 400, "max_tokens is wrong: Input should be greater than or equal to 1."),
@@ -166,6 +160,7 @@ def test_wrong_fields(client, images, change, status, sentence):
 @pytest.mark.parametrize(
     "url, status, sentence",
     [
+        (5, 400, "The image's url must begin with data:, https:// or http://; no files of the server are read."),
         (data_url(b"no image"), 400, "image: this is not an image that PIL can read."),
         (data_url(b""), 400, "image: "),
         ("http://127.0.0.1:1/a.png", 400, "127.0.0.1 is not a public host: send the image in a data: URL."),
@@ -173,7 +168,7 @@ def test_wrong_fields(client, images, change, status, sentence):
         (data_url(bytes(5_000_000)), 413, "The request's body is larger than 1.7 MB: an image may have 0.5 MB."),
     ],
 )
-def test_images_that_cannot_be_had(client, url, status, sentence):
+def test_images_that_are_refused(client, url, status, sentence):
     response = client.post(COMPLETIONS, json=asking(url))
     assert response.status_code == status
     assert complaint(response).startswith(sentence)
@@ -183,7 +178,7 @@ def test_two_images_and_a_beginning_that_is_too_long(client, images):
     first, second, *_ = images.values()
     body = asking(first)
     body["messages"][0]["content"].append({"type": "image_url", "image_url": {"url": second}})
-    assert complaint(client.post(COMPLETIONS, json=body)).startswith("The conversation shows 2 images")
+    assert complaint(client.post(COMPLETIONS, json=body)).startswith("This conversation has 2 images: ")
     response = client.post(COMPLETIONS, json=asking(first, "a small " * 500))
     assert complaint(response).startswith("The assistant's message is too long: image, message and caption would have")
 

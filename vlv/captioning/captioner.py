@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
+from transformers import GenerationConfig
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
@@ -32,6 +33,25 @@ class Caption(NamedTuple):
     text: str
     ended: bool  # with its end-of-text token; not at the longest length allowed, and not because it repeated itself
     num_tokens: int  # written by the model, including the end-of-text token
+
+
+class CaptionReader:
+    """Reads captions out of token ids, as this checkpoint ends them."""
+
+    def __init__(self, generation_config: GenerationConfig, processor: VLVProcessor):
+        eos = generation_config.eos_token_id
+        self.eos_token_ids: list[int] = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        self.repetition = RepeatedSentence.of(generation_config)  # `None` where captions end by themselves
+        self.processor = processor
+
+    def __call__(self, ids: Sequence[int], spelling: Spelling) -> Caption:
+        """The caption of new token ids, as `model.generate` returns them: what comes after its end is ignored."""
+        repeated = None if self.repetition is None else self.repetition.find(ids)
+        ids = ids[:repeated]
+        end = next((place for place, token in enumerate(ids) if token in self.eos_token_ids), None)
+        prefix, text = spelling.text(()), spelling.text(ids)
+        text = prefix + self.processor.finish_caption(text.removeprefix(prefix))
+        return Caption(text.strip(), end is not None, len(ids) if end is None else end + 1)
 
 
 class Captioner:
@@ -62,9 +82,8 @@ class Captioner:
         self.device = next(model.parameters()).device
         self.largest = batch_size or largest_batch(self.device.type)
         self.batch_size = batch_size or FIRST_BATCH
-        eos = model.generation_config.eos_token_id
-        self.eos_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        self.repetition = RepeatedSentence.of(model.generation_config)  # `None` where captions end by themselves
+        self.reading = CaptionReader(model.generation_config, processor)
+        self.eos_token_ids, self.repetition = self.reading.eos_token_ids, self.reading.repetition
 
     def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[Caption]]:
         """
@@ -113,18 +132,9 @@ class Captioner:
             # transformers warns that the image is not counted as repeated text, which is intended here.
             warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
             ids = self.model.generate(caption_embeds=caption_embeds, input_ids=prefix_ids, **arguments).tolist()
-        captions = [self.read(row, spelling) for row in ids]
+        captions = [self.reading(row, spelling) for row in ids]
         each = self.decoding.num_captions
         return [captions[start : start + each] for start in range(0, len(captions), each)]
-
-    def read(self, ids: Sequence[int], spelling: Spelling) -> Caption:
-        """The caption of new token ids, as `model.generate` returns them: what comes after its end is ignored."""
-        repeated = None if self.repetition is None else self.repetition.find(ids)
-        ids = ids[:repeated]
-        end = next((place for place, token in enumerate(ids) if token in self.eos_token_ids), None)
-        prefix, text = spelling.text(()), spelling.text(ids)
-        text = prefix + self.processor.finish_caption(text.removeprefix(prefix))
-        return Caption(text.strip(), end is not None, len(ids) if end is None else end + 1)
 
     def generation_arguments(self, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
         """The arguments of `model.generate` for the images with these names."""

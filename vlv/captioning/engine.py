@@ -4,12 +4,12 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from processing_vlv import VLVProcessor, load_image
-from vlv.captioning.captioner import Captioner
+from vlv.captioning.captioner import Caption, Captioner
 from vlv.captioning.settings import Decoding, ModelOptions
 from vlv.captioning.sink import Row
 from vlv.captioning.sources import Picture, Source
@@ -31,6 +31,17 @@ class Prepared(NamedTuple):
     error: str | None
 
 
+class Writer(Protocol):
+    """What writes the captions of prepared pictures: a `Captioner`, or an engine of somebody else's."""
+
+    decoding: Decoding
+    processor: VLVProcessor
+    batch_size: int  # pictures that are captioned at once
+    largest: int  # what that may grow to
+
+    def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[Caption]]: ...
+
+
 def make_captioner(options: ModelOptions, decoding: Decoding, batch_size: int | None) -> Captioner:
     """The captioner for the options of the command."""
     loading = {"device_map": options.device_map, "attn_implementation": options.attn_implementation}
@@ -42,7 +53,7 @@ def make_captioner(options: ModelOptions, decoding: Decoding, batch_size: int | 
 def caption_locally(
     source: Source,
     done: Collection[str],
-    captioner: Captioner,
+    captioner: Writer,
     num_workers: int | None = None,
     part: int = 0,
     parts: int = 1,
@@ -88,7 +99,7 @@ def read_pixels(processor: VLVProcessor, source: Any) -> torch.Tensor:
     return processor(images=image)["pixel_values"][0]
 
 
-def caption_batch(captioner: Captioner, batch: Sequence[Prepared]) -> list[Row]:
+def caption_batch(captioner: Writer, batch: Sequence[Prepared]) -> list[Row]:
     """The rows of a batch: captions, or errors."""
     readable = [prepared for prepared in batch if prepared.error is None]
     captions = iter(

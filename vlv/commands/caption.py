@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -60,8 +60,9 @@ class CaptionArguments:
     )
     engine: str = option(
         "local",
-        "ray: caption on a whole Ray cluster, or on all of this machine (needs vlv[ray]).",
-        choices=["local", "ray"],
+        "ray: caption on a whole Ray cluster, or on all of this machine (needs vlv[ray]). vllm: caption with vLLM "
+        "(needs vlv[vllm], in an environment of its own).",
+        choices=["local", "ray", "vllm"],
     )
 
     def __post_init__(self):
@@ -110,13 +111,15 @@ def main(argv: list[str]) -> int | None:
 
 def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions) -> None:
     # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
-    from vlv.captioning.engine import caption_locally, make_captioner
+    from vlv.captioning.engine import Writer, caption_locally, make_captioner
     from vlv.models.loading import find_captioner
     from vlv.processes import join_processes
 
     processes = join_processes(model.device)  # each captions a part
-    if arguments.engine == "ray" and processes.num_processes > 1:
-        raise ValueError("--engine ray starts its own processes: run it without torchrun or accelerate launch.")
+    if arguments.engine != "local" and processes.num_processes > 1:
+        raise ValueError(
+            f"--engine {arguments.engine} starts its own processes: run it without torchrun or accelerate launch."
+        )
     find_captioner(model.model)
     output = _open_output(source, arguments, decoding)
     with locked(output.path) if output is not None and processes.is_main_process else nullcontext():
@@ -124,7 +127,11 @@ def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, mo
         sink = _open_sink(output, arguments, decoding, model)
         processes.wait_for_everyone()  # until all have seen what was done before
         batch_size = None if arguments.batch_size == "auto" else int(arguments.batch_size)
-        make = partial(make_captioner, model, decoding, batch_size)
+        make: Callable[[], Writer] = partial(make_captioner, model, decoding, batch_size)
+        if arguments.engine == "vllm":
+            from vlv.captioning.vllm_engine import VllmCaptioner
+
+            make = partial(VllmCaptioner, model, decoding, batch_size)
         if arguments.engine == "ray":
             from vlv.captioning.ray_engine import caption_with_ray
 

@@ -173,7 +173,8 @@ def _event(data: str) -> str:
     return f"data: {data}\n\n"
 
 
-async def _answer_error(request: Request, error: HTTPException) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # Starlette asks it for nothing else
     sentence = error.detail
     if error.status_code == 404 and request.url.path not in ROUTES:
         sentence = f"There is nothing at {request.url.path[:100]}: this server has {', '.join(ROUTES)}."

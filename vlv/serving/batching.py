@@ -27,7 +27,7 @@ class Request:
     decoding: Decoding  # only requests of equal settings share a batch
     seed: str  # of what is drawn
     # Called in the model's thread, as captions are written: which of them, and its text so far.
-    listener: Callable[[int, str], None] | None = None
+    listener: Callable[[int, str], object] | None = None
     captions: Future[list[Caption]] = field(default_factory=Future)
 
 

@@ -44,7 +44,7 @@ class ChatRequest(BaseModel, extra="allow"):
         Raises:
             ValueError: the settings contradict each other.
         """
-        asked = {
+        asked: dict[str, Any] = {
             "max_new_tokens": self.max_completion_tokens or self.max_tokens,
             "min_new_tokens": self.min_tokens,
             "temperature": self.temperature,

@@ -5,6 +5,7 @@ import base64
 import binascii
 import ipaddress
 import socket
+from typing import Any
 
 import httpx
 from safehttpx import AsyncSecureTransport
@@ -16,7 +17,7 @@ class TooLarge(ValueError):
     """An image over the limit."""
 
 
-async def fetch(url: str, largest: int) -> bytes:
+async def fetch(url: Any, largest: int) -> bytes:
     """
     The bytes of an image.
 
@@ -27,9 +28,9 @@ async def fetch(url: str, largest: int) -> bytes:
 
     Raises:
         TooLarge: it has more.
-        ValueError: it cannot be had; the sentence says why.
+        ValueError: it is refused, or cannot be fetched; the sentence says why.
     """
-    scheme = url[:5].lower()
+    scheme = url[:5].lower() if isinstance(url, str) else ""
     if scheme == "data:":
         return _decode(url, largest)
     if scheme.startswith("http"):

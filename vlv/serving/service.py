@@ -1,11 +1,12 @@
 """From a chat request to its captions: the image is fetched and decoded, waits for its batch, and is captioned."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
+from chat_vlv import find_image
 from vlv.captioning.captioner import Caption, Captioner
 from vlv.captioning.decoding import Spelling
 from vlv.captioning.engine import read_pixels
@@ -13,7 +14,6 @@ from vlv.reading import Readers
 from vlv.serving.batching import Batcher, Request
 from vlv.serving.chat import ChatRequest
 from vlv.serving.completion import Completion
-from vlv.serving.messages import read_conversation
 from vlv.serving.pictures import fetch
 
 PART_OF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what the first of its bytes decode to
@@ -69,24 +69,27 @@ class Service:
         Raises:
             ValueError: the request is wrong, or its image cannot be read; the sentence says what to change.
         """
-        conversation = read_conversation(chat.messages)
-        decoding = chat.decoding(self.captioner.decoding, conversation.prefix)
-        spelling = Spelling(decoding, self.captioner.processor.tokenizer, ())
-        num_prompt_tokens = self.captioner.model.config.num_queries + len(spelling.prefix_ids)
+        processor, default = self.captioner.processor, self.captioner.decoding
+        url = find_image(chat.messages)
+        begun = processor.apply_chat_template(chat.messages)
+        decoding = chat.decoding(default, begun or None)
+        spelling = Spelling(decoding, processor.tokenizer, ())
+        num_queries = decoding.num_queries or self.captioner.model.config.num_queries
+        num_prompt_tokens = num_queries + len(spelling.prefix_ids)
         self._check_length(num_prompt_tokens + decoding.max_new_tokens)
-        image = await fetch(conversation.image, self.largest_image)
+        image = await fetch(url, self.largest_image)
         loop = asyncio.get_running_loop()
         pixel_values = await loop.run_in_executor(self.threads, self.readers, {"bytes": image})
-        request = Request(pixel_values, decoding, chat.draw(self.captioner.decoding))
+        request = Request(pixel_values, decoding, chat.draw(default))
         completion = Completion(self.name, num_prompt_tokens, decoding.max_new_tokens)
-        return Job(request, completion, conversation.prefix or "")
+        return Job(request, completion, begun)
 
     async def answer(self, job: Job) -> dict[str, Any]:
         """The whole answer; raises NotWritten."""
         captions = await _written(asyncio.wrap_future(self.batcher.submit(job.request)))
         return job.completion.whole(captions, [job.content(caption.text) for caption in captions])
 
-    async def stream(self, job: Job, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, job: Job, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
         """The answer in chunks, as the captions are written; raises NotWritten."""
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()

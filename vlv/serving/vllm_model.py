@@ -71,6 +71,12 @@ class _DummyInputs(BaseDummyInputsBuilder[_Info]):
 
 
 class _Processor(BaseMultiModalProcessor[_Info]):
+    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        images = hf_data.get("images") or []
+        if images and all(isinstance(image, torch.Tensor) for image in images):  # `vlv caption` has prepared them
+            return BatchFeature({"pixel_values": torch.stack(images)})
+        return super()._call_hf_processor(hf_data, hf_kwargs)
+
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:

@@ -3,25 +3,19 @@ Makes VLV known to vLLM, which calls [`register`] in each of its processes (entr
 Nothing here imports vLLM before that, so that the entry point does nothing where vLLM is not installed.
 """
 
-from pathlib import Path
-
 ARCHITECTURES = ("VLVForConditionalGeneration", "VLVModel")  # what checkpoints call themselves
-TEMPLATE = Path(__file__).parent / "vllm_chat_template.jinja"
 
 
 def register() -> None:
-    """Registers model, config, processor and chat template. May be called more than once."""
+    """Registers model, config and processor, which has the chat template. May be called more than once."""
     from transformers import AutoConfig, AutoProcessor
     from vllm import ModelRegistry
-    from vllm.transformers_utils.chat_templates.registry import register_chat_template_fallback_path
 
     from configuration_vlv import VLVConfig
     from processing_vlv import VLVProcessor
 
-    known = ModelRegistry.get_supported_archs()
-    for architecture in ARCHITECTURES:
-        if architecture not in known:  # by name: the module is imported only where the model is built
+    if not set(ARCHITECTURES) & set(ModelRegistry.get_supported_archs()):
+        for architecture in ARCHITECTURES:  # by name: the module is imported only where the model is built
             ModelRegistry.register_model(architecture, "vlv.serving.vllm_model:VLVForVllm")
-            register_chat_template_fallback_path(VLVConfig.model_type, TEMPLATE)
     AutoConfig.register(VLVConfig.model_type, VLVConfig, exist_ok=True)
     AutoProcessor.register(VLVConfig, VLVProcessor, exist_ok=True)
