@@ -259,7 +259,7 @@ class Decoder:
 
     # ---- diffusers' own pipeline ---------------------------------------------------------------------------
 
-    def make_pipeline(self, scheduler: Any = None, **components: Any) -> diffusers.DiffusionPipeline:
+    def make_pipeline(self, scheduler: Any = None, **components: Any) -> "diffusers.DiffusionPipeline":
         """diffusers' pipeline of these components; those that are not given are `None`."""
         pipeline_class = getattr(diffusers, self.pipeline)
         signature = inspect.signature(pipeline_class.__init__).parameters
@@ -281,7 +281,7 @@ class Decoder:
         """The arguments of the pipeline's call for a guidance scale, of which 1 is none."""
         return {"guidance_scale": scale}
 
-    def encode_empty_prompt(self, pipeline: diffusers.DiffusionPipeline) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def encode_empty_prompt(self, pipeline: "diffusers.DiffusionPipeline") -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         The empty prompt through the pipeline's text encoders: embeddings (1, L, E) without padding, and the pooled
         vector (1, P) or `None`. The pipeline's denoiser and VAE are on the meta device.
