@@ -231,7 +231,6 @@ class Decoder:
         from diffusers.training_utils import compute_density_for_timestep_sampling
 
         share = compute_density_for_timestep_sampling(density, count, logit_mean=0.0, logit_std=1.0, mode_scale=1.29)
-        # The scripts count from the noisy end.
         return (self.num_timesteps - 1 - (share * self.num_timesteps).long()).clamp(min=0).to(device)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -260,7 +259,7 @@ class Decoder:
 
     # ---- diffusers' own pipeline ---------------------------------------------------------------------------
 
-    def make_pipeline(self, scheduler: Any = None, **components: Any) -> diffusers.DiffusionPipeline:
+    def make_pipeline(self, scheduler: Any = None, **components: Any) -> "diffusers.DiffusionPipeline":
         """diffusers' pipeline of these components; those that are not given are `None`."""
         pipeline_class = getattr(diffusers, self.pipeline)
         signature = inspect.signature(pipeline_class.__init__).parameters
@@ -282,7 +281,7 @@ class Decoder:
         """The arguments of the pipeline's call for a guidance scale, of which 1 is none."""
         return {"guidance_scale": scale}
 
-    def encode_empty_prompt(self, pipeline: diffusers.DiffusionPipeline) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def encode_empty_prompt(self, pipeline: "diffusers.DiffusionPipeline") -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         The empty prompt through the pipeline's text encoders: embeddings (1, L, E) without padding, and the pooled
         vector (1, P) or `None`. The pipeline's denoiser and VAE are on the meta device.
@@ -330,8 +329,8 @@ class FlowDecoder(Decoder):
         self.num_timesteps = settings.get("num_train_timesteps", 1000)
         # A shift that depends on the picture's size is for sampling: the official training scripts leave it out.
         shift = 1.0 if settings.get("use_dynamic_shifting") else self.shift(settings)
-        schedule = diffusers.FlowMatchEulerDiscreteScheduler(self.num_timesteps, shift)
-        self.sigmas = schedule.sigmas.flip(0)  # its table runs from noise to image
+        sigmas = diffusers.FlowMatchEulerDiscreteScheduler(self.num_timesteps, shift).sigmas
+        self.sigmas = sigmas.flip(0)  # its table runs from noise to image
 
     def shift(self, settings):
         return settings.get("shift", 1.0)

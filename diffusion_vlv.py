@@ -7,11 +7,11 @@ them (see `decoders_vlv.py`).
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 
 try:
@@ -23,6 +23,9 @@ except ImportError:
     from configuration_vlv import VLVConfig
     from decoders_vlv import Decoder, Prompt
     from layers_vlv import cast_for, check_images, device_of
+
+if TYPE_CHECKING:  # it imports encoders and image processors that captioning does not need
+    from diffusers import DiffusionPipeline
 
 
 class VLVDiffusionMixin:
@@ -281,7 +284,7 @@ class VLVDiffusionMixin:
             return self.text_encoder(input_ids=ids)
         return self.text_encoder.embeddings.token_embedding(ids)
 
-    def to_pipeline(self, scheduler: SchedulerMixin | None = None, **components) -> DiffusionPipeline:
+    def to_pipeline(self, scheduler: SchedulerMixin | None = None, **components) -> "DiffusionPipeline":
         """
         diffusers' own pipeline around this model's denoiser and VAE, which it shares: LoRA, ControlNet and every
         scheduler of diffusers work on it. Call it with [`prompt`]. `components`: others that it should hold, such as

@@ -238,8 +238,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
                 raise ValueError(f"There is no part {name!r} to train: choose among {', '.join(parts)}.")
             if parts[name] is None:
                 raise ValueError(f"Stage {stage!r} trains {name}, which this checkpoint does not have.")
-        denoiser = "unet" if self.teacher is None else self.teacher.denoiser
-        needed = {"autoencode": denoiser, "caption": "caption_head"}.get(stage)
+        needed = {"autoencode": "vae", "caption": "caption_head"}.get(stage)
         if needed and parts[needed] is None:
             raise ValueError(f"Stage {stage!r} needs the part {needed}, which this checkpoint does not have.")
         self.requires_grad_(False)

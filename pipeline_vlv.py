@@ -1,6 +1,6 @@
 """The pipelines of a VLV repo: image-to-text, image-text-to-text and image-to-image."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -120,9 +120,12 @@ class VLVImageTextToTextPipeline(_ProcessorReadsImages, ImageTextToTextPipeline)
     def __call__(self, images=None, text=None, **kwargs):
         """
         Args:
-            images: an image or a list of them, each anything that `load_image` reads; or conversations.
+            images: an image or a list of them, each anything that `load_image` reads; or conversations; or a generator
+                or torch dataset of `{"images": ..., "text": ...}`, which gives an iterator.
             text (*optional*): the beginning of the caption, one for each image; or conversations.
         """
+        if text is None and isinstance(images, (Iterator, Dataset)):
+            return super().__call__(images, **kwargs)
         several = isinstance(images, (list, tuple))
         chats = images if text is None else text
         if is_conversation(chats) or (isinstance(chats, (list, tuple)) and chats and all(map(is_conversation, chats))):

@@ -299,26 +299,30 @@ class VLVProcessor(ProcessorMixin):
         """
         # Imported only now: it brings the models along, which preparing images and captions does not need.
         try:
-            from .components_vlv import load_florence_config, read_decoder_config, read_index
+            from .components_vlv import load_florence_config, read_decoder_config, read_index, reading_part
             from .decoders_vlv import Decoder  # noqa: F401  (as above)
             from .families_vlv import build_decoder, family_of
             from .layers_vlv import check_encoder_size
         except ImportError:
-            from components_vlv import load_florence_config, read_decoder_config, read_index
+            from components_vlv import load_florence_config, read_decoder_config, read_index, reading_part
             from families_vlv import build_decoder, family_of
             from layers_vlv import check_encoder_size
-        images, _ = ImageProcessingMixin.get_image_processor_dict(encoder, **hub_kwargs)
+        with reading_part("encoder", encoder):
+            images, _ = ImageProcessingMixin.get_image_processor_dict(encoder, **hub_kwargs)
+            encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **hub_kwargs)
         if encoder_image_size is not None:
             check_encoder_size(encoder_image_size, load_florence_config(encoder, **hub_kwargs))
             images["size"] = {"height": encoder_image_size, "width": encoder_image_size}
-        if image_size is None:
-            image_size = build_decoder(read_decoder_config(decoder, **hub_kwargs)).image_size
-        encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **hub_kwargs)
         decoder_tokenizer = None
-        if decoder is not None and family_of(read_index(decoder, **hub_kwargs)).reads_text_encoder:
-            decoder_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
+        if decoder is not None:
+            with reading_part("decoder", decoder):
+                if image_size is None:
+                    image_size = build_decoder(read_decoder_config(decoder, **hub_kwargs)).image_size
+                if family_of(read_index(decoder, **hub_kwargs)).reads_text_encoder:
+                    decoder_tokenizer = AutoTokenizer.from_pretrained(decoder, subfolder="tokenizer", **hub_kwargs)
         if tokenizer is None and caption_head is not None:
-            tokenizer = AutoTokenizer.from_pretrained(caption_head, **hub_kwargs)
+            with reading_part("caption head", caption_head):
+                tokenizer = AutoTokenizer.from_pretrained(caption_head, **hub_kwargs)
         tokenizer = tokenizer or decoder_tokenizer or encoder_tokenizer
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

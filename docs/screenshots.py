@@ -105,7 +105,8 @@ def collection(page: Page, folder: Path) -> None:
     page.get_by_role("button", name="Open", exact=True).click()
     page.locator("#c-rows li").first.wait_for()
     page.wait_for_function("[...document.querySelectorAll('#c-rows img')].every(image => image.naturalWidth)")
-    # The folder is a temporary one, and its name says nothing.
+    # The folder is a temporary one, and its name says nothing. Nothing may write it again.
+    page.evaluate("for (let timer = 0; timer < 10_000; timer++) clearInterval(timer)")
     page.locator("#c-path").fill("~/pictures/scenes")
     page.evaluate(
         "document.querySelector('#c-about').textContent = '~/pictures/scenes: 24 images, 24 with a caption.'"

@@ -252,7 +252,8 @@ window.vlv = (() => {
     history.replaceState(null, "", `?${words}`);
   }
 
-  const tabButton = (name) => [...document.querySelectorAll("[role=tab]")].find((tab) => tab.textContent.trim() === name);
+  const tabButton = (name) => [...document.querySelectorAll("[role=tab], .overflow-dropdown button")]
+    .find((tab) => tab.textContent.trim() === name);
 
   function loaded() {
     document.documentElement.lang = "en";

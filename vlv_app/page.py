@@ -83,7 +83,7 @@ def build_app(
                     f"The model is **{studio.name}**. {studio.purpose or 'Its card does not say what it is for.'}"
                 )
             page = Page(studio, picture, on_gpu, examples)
-            with gr.Column(scale=3, elem_id="work"), gr.Tabs():
+            with gr.Column(scale=3, elem_id="work"), gr.Tabs(overflow_behavior="wrap"):
                 for each in (*tabs, *more):
                     with gr.Tab(each.name) as tab:
                         kept = each.build(page)

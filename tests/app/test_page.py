@@ -373,7 +373,7 @@ def test_on_a_phone_the_result_comes_into_view(browser, app, pictures):
     wait_until_done(page)
     page.wait_for_function(
         "(() => { const box = document.querySelector('#comparison').getBoundingClientRect();"
-        " return box.top >= 0 && box.top < innerHeight * 0.8; })()"
+        " return box.width > 250 && box.top >= 0 && box.top < innerHeight * 0.8; })()"
     )
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.close()

@@ -139,7 +139,7 @@ def batches(model, monkeypatch):
     sizes = Batches()
     encode = model.encode
 
-    def limited(pixel_values):
+    def limited(pixel_values, num_queries=None):
         sizes.append(len(pixel_values))
         if len(pixel_values) > sizes.limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
@@ -165,7 +165,7 @@ def test_not_even_one_image_fits(model, pixel_values, batches):
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(model, pixel_values, monkeypatch):
-    monkeypatch.setattr(model, "encode", lambda pixel_values: torch.zeros(2, 3) @ torch.zeros(2, 3))
+    monkeypatch.setattr(model, "encode", lambda pixel_values, num_queries=None: torch.zeros(2, 3) @ torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         _captioner(model)(NAMES, pixel_values)
 

@@ -146,6 +146,8 @@ def test_there_are_no_warnings(answers):
     alarming = ("Warning", "warning", "UNEXPECTED", "MISSING", "newly initialized", "not supported", "deprecated")
     lines = [line for line in answers.stderr.splitlines() if any(word in line for word in alarming)]
     lines = [line for line in lines if "/site-packages/diffusers/" not in line]  # about its own code, on import
+    # Rebuilding imports a pipeline of diffusers, which names image processors that it does not use here.
+    lines = [line for line in lines if "requires torchvision (not installed); falling back" not in line]
     assert not lines
     assert "broken.png: the image is damaged or cut short" in answers.stderr
 

@@ -382,7 +382,7 @@ def test_missing_parts(tmp_path, capsys):
     refused(
         capsys, tmp_path, STAGE2, "caption head is 96 wide, and the published one 896 or 1536 or 2048: name the one"
     )
-    refused(capsys, tmp_path, STAGE2, "text encoder is 64 wide", decoder=None, caption_head=QWEN)
+    refused(capsys, tmp_path, STAGE2, "decoder is 64 wide", decoder=None, caption_head=QWEN)
     refused(capsys, tmp_path, tmp_path, "holds no checkpoint")
 
 

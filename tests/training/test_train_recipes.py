@@ -94,9 +94,9 @@ def test_fine_tuning_starts_from_the_bundled_checkpoint_wherever_it_is_run(tmp_p
     assert settings.model == "another"
 
 
-@pytest.mark.parametrize("recipe", sorted((RECIPES / "tiny").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", ["vae", "teacher", "encoder", "language", "autoencode", "caption"])
 def test_the_bundled_checkpoint_records_these_recipes(recipe):
-    folder = Path(vlv.tiny_checkpoint()) / "training" / recipe.stem
+    folder, recipe = Path(vlv.tiny_checkpoint()) / "training" / recipe, RECIPES / "tiny" / f"{recipe}.yaml"
     settings_now = yaml.safe_load(recipe.read_text())
     settings_now.pop("world", None)  # there was one drawn world when it was trained
     assert yaml.safe_load((folder / "recipe.yaml").read_text()) == settings_now

@@ -101,7 +101,7 @@ def read_config(source: str) -> VLVConfig:
 
 def _config_dict(source):
     folder = Path(source)
-    if folder.is_file():
+    if folder.is_file() and folder.suffix != ".json":
         raise FileNotFoundError(f"{source} is a file: give the folder of a VLV checkpoint.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{source} is not a model: there is no config.json in it.")

@@ -64,13 +64,16 @@ def recipe_config(settings: dict[str, Any]) -> VLVConfig:
     )
 
 
-def stage1_memory(config: VLVConfig, train: Sequence[str] | None, batch_size: int, half: bool) -> list[Held]:
+def stage1_memory(
+    config: VLVConfig, train: Sequence[str] | None, batch_size: int, half: bool, image_tokens: int = 577
+) -> list[Held]:
     """
     What a step of stage 1 holds on one device, without gradient checkpointing or sharding.
 
     Args:
         train: the parts that train; the stage's own by default.
         half: under bf16 autocast, as with `--bf16 true`.
+        image_tokens: of one image; a Florence-2 makes 577 of 768x768 pixels.
     """
     with torch.device("meta"):
         model = VLVModel(config)
@@ -88,10 +91,11 @@ def stage1_memory(config: VLVConfig, train: Sequence[str] | None, batch_size: in
         outside = sum(parameter.numel() for part in unused if part is not None for parameter in part.parameters())
         held.append(Held("bf16 copies of the weights that autograd keeps", 2 * (weights - outside)))
     name = f"activations of {batch_size} images, an estimate"
-    return [*held, Held(name, _activations(model, config, batch_size, torch.bfloat16 if half else torch.float32))]
+    dtype = torch.bfloat16 if half else torch.float32
+    return [*held, Held(name, _activations(model, config, batch_size, image_tokens, dtype))]
 
 
-def _activations(model, config, batch_size, dtype):
+def _activations(model, config, batch_size, image_tokens, dtype):
     """
     Bytes that autograd keeps of one forward pass in `dtype`, besides weights; `None` where the pass depends on the
     data. No tensor is allocated.
@@ -113,7 +117,7 @@ def _activations(model, config, batch_size, dtype):
     with FakeTensorMode(allow_non_fake_inputs=True):
         _pretend(model, dtype)
         own |= {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-        features = torch.empty(batch_size, 577, vision.projection_dim, dtype=dtype)  # of 768x768 pixels
+        features = torch.empty(batch_size, image_tokens, vision.projection_dim, dtype=dtype)
         latents = torch.empty(batch_size, teacher.channels[1], side, side)
         timesteps = torch.zeros(batch_size, dtype=torch.long)
         try:
