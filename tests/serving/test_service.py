@@ -1,6 +1,7 @@
 """The endpoint's limits, and what becomes of requests when something goes wrong behind it."""
 
 import asyncio
+import copy
 import threading
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -135,3 +136,26 @@ def test_waiting_requests_become_one_batch(captioner, monkeypatch):
         others[0].result()
     batcher.stop()
     assert not batcher.is_running
+
+
+@pytest.mark.parametrize("num_captions", [1, 2])
+def test_a_caption_is_answered_when_it_has_ended(tiny_model, tiny_processor, num_captions):
+    """The shorter a caption, the sooner, though all are of one batch. The captions are those of the batch alone."""
+    model = copy.deepcopy(tiny_model)
+    model.generation_config.eos_token_id = tiny.caption_tokenizer()("et").input_ids  # captions end at these letters
+    drawn = {"temperature": 1.0, "num_captions": num_captions} if num_captions > 1 else {}
+    captioner = Captioner(model, tiny_processor, Decoding(max_new_tokens=16, **drawn), 8)
+    pixel_values = captioner.processor(images=tiny.images(8))["pixel_values"]
+    names = [str(number) for number in range(8)]
+    expected = captioner(names, list(pixel_values))
+    batcher, order = Batcher(captioner, batch_size=8), []
+    batcher._last = (8, 600.0)  # so that the batch waits for all of them
+    futures = []
+    for name, pixels in zip(names, pixel_values, strict=True):
+        request = Request(pixels, captioner.decoding, seed=name)
+        request.captions.add_done_callback(order.append)
+        futures.append(batcher.submit(request))
+    assert [future.result(60) for future in futures] == expected
+    batcher.stop()
+    lengths = [max(caption.num_tokens for caption in future.result()) for future in order]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 2

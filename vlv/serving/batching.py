@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from vlv.captioning.captioner import Caption, Captioner, largest_batch
+from vlv.captioning.captioner import Caption, Captioner, CaptionReader, largest_batch
 from vlv.captioning.decoding import Spelling
 from vlv.captioning.settings import Decoding
 
@@ -33,6 +33,11 @@ class Request:
     # Called in the model's thread, as captions are written: which of them, and its text so far.
     listener: Callable[[int, str], object] | None = None
     captions: Future[list[Caption]] = field(default_factory=Future)
+
+    def finish(self, captions: list[Caption]) -> None:
+        """Answers the request, unless it has been."""
+        if not self.captions.done():
+            self.captions.set_result(captions)
 
 
 class Batcher:
@@ -89,10 +94,11 @@ class Batcher:
                 if not isinstance(error, ValueError):
                     traceback.print_exc()
                 for request in batch:
-                    request.captions.set_exception(error)
+                    if not request.captions.done():
+                        request.captions.set_exception(error)
             else:
                 for request, written in zip(batch, captions, strict=True):
-                    request.captions.set_result(written)
+                    request.finish(written)
             self._last = len(batch), time.monotonic() - start
 
     def _next(self):
@@ -111,7 +117,7 @@ class Batcher:
 
 
 class _RequestCaptioner(Captioner):
-    """Captions requests, draws from each one's own seed, and tells who listens what is written."""
+    """Captions requests, draws from each one's own seed, and answers those that end before the others."""
 
     def caption_requests(self, requests: Sequence[Request]) -> list[list[Caption]]:
         self._requests = {str(number): request for number, request in enumerate(requests)}
@@ -121,25 +127,40 @@ class _RequestCaptioner(Captioner):
         requests = [self._requests[name] for name in names]
         arguments = super().generation_arguments([request.seed for request in requests], spelling)
         # Beams change their text until the search ends, and cleaning may drop what was written.
-        final = self.decoding.num_beams == 1 and self.repetition is None
-        if final and any(request.listener is not None for request in requests):
-            arguments["logits_processor"].append(_Listening(requests, self.decoding.num_captions, spelling))
+        if self.decoding.num_beams == 1 and self.repetition is None:
+            progress = _Progress(requests, self.decoding.num_captions, self.reading, spelling)
+            arguments["logits_processor"].append(progress)
         return arguments
 
 
-class _Listening(LogitsProcessor):
-    """Changes nothing. It passes the text so far of each caption to who listens."""
+class _Progress(LogitsProcessor):
+    """
+    Changes nothing. It passes the text so far to who listens, and captions that have ended to who waits for them, as
+    others of the batch may take much longer.
+    """
 
-    def __init__(self, requests: Sequence[Request], num_captions: int, spelling: Spelling):
-        self.spelling = spelling
-        self.rows = [(request.listener, number) for request in requests for number in range(num_captions)]
-
-    def keep(self, rows: torch.LongTensor) -> None:
-        self.rows = [self.rows[row] for row in rows.tolist()]
+    def __init__(self, requests: Sequence[Request], num_captions: int, reading: CaptionReader, spelling: Spelling):
+        self.reading, self.spelling = reading, spelling
+        self.rows = [(request, number) for request in requests for number in range(num_captions)]
+        self.ended: dict[Request, dict[int, Caption]] = {request: {} for request in requests}
+        self.num_captions = num_captions
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.input_ids = input_ids
         if input_ids.shape[1] > 0:
-            for (listener, number), ids in zip(self.rows, input_ids, strict=True):
-                if listener is not None:
-                    listener(number, self.spelling.text(ids.tolist()))
+            for (request, number), ids in zip(self.rows, input_ids, strict=True):
+                if request.listener is not None:
+                    request.listener(number, self.spelling.text(ids.tolist()))
         return scores
+
+    def keep(self, rows: torch.LongTensor) -> None:
+        """The other rows ended with the token chosen since `__call__`. Before the last step, it can only be an end."""
+        kept = rows.tolist()
+        for row in set(range(len(self.rows))).difference(kept):
+            request, number = self.rows[row]
+            ids = [*self.input_ids[row].tolist(), self.reading.eos_token_ids[0]]
+            ended = self.ended[request]
+            ended[number] = self.reading(ids, self.spelling)
+            if len(ended) == self.num_captions:
+                request.finish([ended[number] for number in range(self.num_captions)])
+        self.rows = [self.rows[row] for row in kept]
