@@ -52,7 +52,14 @@ def sides(record: dict) -> str:
     rows = []
     for name, side in found.items():
         value = 1 / side["images_per_second"] if speed == "seconds" else side["images_per_second"]
-        rows.append([name, f"{value:.2f}", f"{side['ratio']:.2f}", *(shown(it, side[it]) for it in extra)])
+        rows.append(
+            [
+                name,
+                f"{value:.2f}",
+                f"{side['ratio']:.2f}",
+                *(shown(it, side[it]) if it in side else "" for it in extra),
+            ]
+        )
     text = f"{record['machine']['device']}, {record['machine']['threads']} threads; commit {record['commit'][:7]}\n\n"
     text += as_table(["side", speed, "ratio", *(EXTRA[name][0] for name in extra)], rows)
     if "cache_seconds_per_image" in record:

@@ -98,6 +98,14 @@ def test_teachers(follow, tmp_path):
     assert rebuilt != changed and (tmp_path / "with_words" / "contact_sheet.png").is_file()
 
 
+@pytest.mark.slow
+def test_convert(follow, tmp_path):
+    """ONNX Runtime and the exported caption head describe the scene as it is."""
+    *_, caption = follow("docs/convert").splitlines()
+    (first, _) = rows(tmp_path / "scenes" / "metadata.jsonl")
+    assert caption == first["text"]
+
+
 def test_notebook_is_committed_without_outputs():
     for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None
