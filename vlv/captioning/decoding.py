@@ -87,6 +87,11 @@ def generation_arguments(decoding: Decoding, names: Sequence[str], spelling: Spe
     return {name: value for name, value in arguments.items() if value is not None}
 
 
+def seed_of(*parts: int | str) -> int:
+    """The seed of what is drawn for one image: equal parts give equal seeds, in every process."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
+
+
 def _spellings(word: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of a word inside a sentence and at its beginning, capitalised and not capitalised."""
     spellings = {space + form for form in (word, word.capitalize()) for space in ("", " ")}
@@ -105,8 +110,7 @@ class SeededSampling(LogitsProcessor):
         draws = []
         for name in names:
             for number in range(decoding.num_captions):
-                digest = hashlib.blake2b(f"{decoding.seed}/{number}/{name}".encode(), digest_size=7).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+                generator = torch.Generator().manual_seed(seed_of(decoding.seed, number, name))
                 draws.append(torch.rand(decoding.max_new_tokens, generator=generator))
         self.draws = torch.stack(draws)  # (rows, max_new_tokens), in 0..1
 

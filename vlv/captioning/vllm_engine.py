@@ -1,6 +1,5 @@
 """The engine that is vLLM: our readers prepare the pixels, and vLLM schedules and writes the captions."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -11,7 +10,7 @@ from transformers import GenerationConfig
 
 from processing_vlv import VLVProcessor
 from vlv.captioning.captioner import Caption, CaptionReader
-from vlv.captioning.decoding import Spelling
+from vlv.captioning.decoding import Spelling, seed_of
 from vlv.captioning.settings import Decoding, ModelOptions
 from vlv.models.loading import find_captioner, read_config
 
@@ -96,17 +95,13 @@ class VllmCaptioner:
             n=decoding.num_captions,
             temperature=decoding.temperature,
             top_p=decoding.top_p,
-            seed=_seed(decoding.seed, name) if decoding.temperature > 0 else None,
+            # As in our own engine, what is drawn for an image does not depend on the images beside it.
+            seed=seed_of(decoding.seed, name) if decoding.temperature > 0 else None,
             max_tokens=decoding.max_new_tokens,
             min_tokens=decoding.min_new_tokens,
             repetition_penalty=self.penalty,
             detokenize=False,
         )
-
-
-def _seed(seed: int, name: str) -> int:
-    """As in our own engine, what is drawn for an image does not depend on the images beside it."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "big")
 
 
 def _check(options: ModelOptions | Decoding, followed: set[str]) -> None:
