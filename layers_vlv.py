@@ -127,6 +127,15 @@ def check_batch(context: torch.Tensor, **inputs: torch.Tensor | None) -> None:
             )
 
 
+def check_length(num_queries: int | None, available: int, owner: str) -> int:
+    """How many leading queries to read, all of them by default; raises ValueError where there are not so many."""
+    if num_queries is None:
+        return available
+    if not 1 <= num_queries <= available:
+        raise ValueError(f"num_queries is {num_queries}, but {owner}: choose between 1 and {available}.")
+    return num_queries
+
+
 # ---- tables: what a checkpoint does not hold of diffusers' modules -------------------------------------------
 
 

@@ -30,7 +30,7 @@ try:
     from .diffusion_vlv import VLVDiffusionMixin
     from .families_vlv import build_decoder
     from .images_vlv import load_image  # noqa: F401
-    from .layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_pixels, device_of
+    from .layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_length, check_pixels, device_of
     from .pipeline_vlv import VLVImageToTextPipeline  # noqa: F401
     from .processing_vlv import VLVProcessor  # noqa: F401
     from .stopping_vlv import stopping_criteria
@@ -39,7 +39,7 @@ except ImportError:
     from configuration_vlv import VLVConfig
     from diffusion_vlv import VLVDiffusionMixin
     from families_vlv import build_decoder
-    from layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_pixels, device_of
+    from layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_length, check_pixels, device_of
     from stopping_vlv import stopping_criteria
 
 # The files of a Hub repo's code. `save_pretrained` writes them beside the weights.
@@ -581,14 +581,8 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
 
     def check_num_queries(self, num_queries: int | None) -> int:
         """How many leading queries to read, all of them by default; raises ValueError where there are not so many."""
-        if num_queries is None:
-            return self.config.num_queries
-        if not 1 <= num_queries <= self.config.num_queries:
-            raise ValueError(
-                f"num_queries is {num_queries}, but this checkpoint has {self.config.num_queries} queries: choose "
-                f"between 1 and {self.config.num_queries}."
-            )
-        return num_queries
+        length = self.config.num_queries
+        return check_length(num_queries, length, f"this checkpoint has {length} queries")
 
     def _draw_num_queries(self):
         """A number of leading queries for a step: all of them in every other step, any number in the rest."""
@@ -603,14 +597,10 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
             raise ValueError("Give either pixel_values or caption_embeds.")
         if caption_embeds is None:
             return self.encode(pixel_values, num_queries=num_queries)
-        if num_queries is None:
-            return caption_embeds
-        if not 1 <= num_queries <= caption_embeds.shape[1]:
-            raise ValueError(
-                f"num_queries is {num_queries}, but there are {caption_embeds.shape[1]} caption_embeds for each "
-                f"image: choose between 1 and {caption_embeds.shape[1]}."
-            )
-        return caption_embeds[:, :num_queries]
+        length = caption_embeds.shape[1]
+        return caption_embeds[
+            :, : check_length(num_queries, length, f"there are {length} caption_embeds for each image")
+        ]
 
     def _require_caption_head(self, purpose):
         if self.caption_head is None:
