@@ -21,6 +21,7 @@ from vlv_app.parts import (
     settings_inputs,
 )
 from vlv_app.studio import Caption, Step
+from vlv_app.work import each_as
 
 NUMBERS = ("max_new_tokens", "num_beams", "temperature", "num_captions")
 
@@ -62,12 +63,7 @@ def caption_tab(page: Page) -> Fields:
 
 def streamed(computation: Generator[Step, None, Any]) -> Generator[Any, None, Any]:
     """As `steps_of`, with the caption so far in the first output."""
-    while True:
-        try:
-            step = next(computation)
-        except StopIteration as ended:
-            return ended.value
-        yield [step.text, "", ""] if step.text else None, step
+    return (yield from each_as(computation, lambda step: ([step.text, "", ""] if step.text else None, step)))
 
 
 def lengths(captions: list[Caption]) -> str:

@@ -10,6 +10,7 @@ import gradio as gr
 from vlv_app.parts import CONCURRENCY, SAMPLING, Wrapper, said
 from vlv_app.settings import SETTINGS, refusal
 from vlv_app.studio import Step, Studio
+from vlv_app.work import each_as
 
 MOST_FILES = 1000  # of one request
 
@@ -137,14 +138,13 @@ class Endpoints:
 
 def _told(steps: Any, progress: gr.Progress | None, answer: Callable[[Step], Any]) -> Any:
     """Yields an answer at each step, so that Gradio can end the request there. The result is the computation's."""
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as ended:
-            return ended.value
+
+    def tell(step: Step) -> Any:
         if progress is not None and step.total:
             progress((step.done, step.total), desc=step.sentence.partition(":")[0], unit="steps")
-        yield answer(step)
+        return answer(step)
+
+    return (yield from each_as(steps, tell))
 
 
 def add_endpoints(studio: Studio, on_gpu: Wrapper) -> None:

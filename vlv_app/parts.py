@@ -16,6 +16,7 @@ from vlv_app.markup import progress
 from vlv_app.pictures import MEGABYTES, PictureFiles, formats
 from vlv_app.settings import SETTINGS
 from vlv_app.studio import Step, Studio
+from vlv_app.work import each_as
 
 CONCURRENCY = 2  # one request's file is read and its answer sent while another one's is computed
 EXAMPLE_PIXELS = 96
@@ -193,12 +194,7 @@ def steps_of(computation: Generator[Step, None, Any], part: str = "") -> Generat
     Args:
         part: of what this is one part, such as "picture 2 of 4".
     """
-    while True:
-        try:
-            step = next(computation)
-        except StopIteration as ended:
-            return ended.value
-        yield None, step.within(part) if part else step
+    return (yield from each_as(computation, lambda step: (None, step.within(part) if part else step)))
 
 
 def said(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:

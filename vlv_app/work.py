@@ -63,6 +63,16 @@ def _newest(news: SimpleQueue, done: object) -> Any:
     return news.get() if item is None else item
 
 
+def each_as(computation: Generator[Any, None, Result], form: Callable[[Any], Any]) -> Generator[Any, None, Result]:
+    """Passes on what a computation yields, in another form. Its result stays the generator's return value."""
+    while True:
+        try:
+            item = next(computation)
+        except StopIteration as ended:
+            return ended.value
+        yield form(item)
+
+
 class ReportTokens(StoppingCriteria):
     """Reports the token ids (B, T) after each token of `generate`. It ends nothing by itself."""
 
