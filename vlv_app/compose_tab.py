@@ -31,6 +31,7 @@ def compose_tab(page: Page) -> Fields:
         with gr.Column(scale=2):
             share = SETTINGS["share"].component()
             words = gr.Textbox(
+                "",  # a field that is never shown would hand on None
                 label="Words",
                 info="What else the picture should show. They may be left out.",
                 visible=studio.draws_words,

@@ -18,7 +18,7 @@ from browsing import (
     wait_until_done,
 )
 from PIL import Image
-from running_app import EXAMPLE, caption_of, pixels, upload
+from running_app import EXAMPLE, App, caption_of, pixels, upload
 from test_odd_files import UNREADABLE
 
 RESULTS = "#caption-text textarea, #captions, #comparison, #rebuilt, #rebuilt-caption textarea, #composed"
@@ -393,3 +393,28 @@ def test_on_a_phone_the_result_comes_into_view(browser, app, pictures):
     )
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.close()
+
+
+# The app with a model whose teacher keeps no text encoder.
+WITHOUT_WORDS = """
+import spaces_app
+from vlv_app.studio import Studio
+
+Studio.draws_words = property(lambda self: False)
+spaces_app.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_reads_no_words_composes_without_them(browser, repo, pictures, tmp_path):
+    (tmp_path / "app.py").write_text(WITHOUT_WORDS)
+    with App(tmp_path / "log.txt", "--model", repo, script=tmp_path / "app.py") as app:
+        page = new_page(browser)
+        page.goto(app.url)
+        tab = open_tab(page, "Compose")
+        choose_file(page, pictures[0])
+        choose_file(page, pictures[1], "second")
+        press(page, "Compose")
+        wait_until_done(page, "The picture is composed.")
+        assert tab.get_by_label("Words").count() == 0
+        page.close()
