@@ -265,7 +265,11 @@ class VLVDiffusionMixin:
         """
         Words as caption embeddings (B, T, E): what the decoder's own text encoder makes of `input_ids` (B, T), which
         are its tokenizer's.
+
+        Raises:
+            ValueError: the checkpoint keeps no text encoder.
         """
+        self._require_text_encoder("words")
         input_ids = input_ids.to(device_of(self.text_encoder))
         if self.config.bypass_text_encoder:  # caption embeddings then enter behind the text encoder, and so must words
             return self.text_encoder(input_ids=input_ids)
@@ -273,11 +277,7 @@ class VLVDiffusionMixin:
 
     def _embed_text(self, text, tokenizer, count):
         """The embeddings (B, T, E) of words, which are shorter than the text encoder's positions."""
-        if self.text_encoder is None:
-            raise ValueError(
-                f"This checkpoint keeps no text encoder and cannot read text={text!r}: its teacher, "
-                f"{self.teacher.pipeline}, reads caption embeddings alone."
-            )
+        self._require_text_encoder(f"text={text!r}")
         if tokenizer is None:
             raise ValueError("text needs the text encoder's tokenizer: give tokenizer=processor.decoder_tokenizer.")
         texts = [text] * count if isinstance(text, str) else list(text)
@@ -309,6 +309,14 @@ class VLVDiffusionMixin:
         if not torch.compiler.is_compiling() and not decoder_pixel_values.abs().amax() <= 1.01:
             raise ValueError(f"decoder_pixel_values are not {source}.")
         return cast_for(self.vae, decoder_pixel_values)
+
+    def _require_text_encoder(self, what):
+        self._require_decoder(f"read {what}")
+        if self.text_encoder is None:
+            raise ValueError(
+                f"This checkpoint keeps no text encoder and cannot read {what}: its teacher, "
+                f"{self.teacher.pipeline}, reads caption embeddings alone."
+            )
 
     def _require_decoder(self, purpose):
         if self.teacher is None:
