@@ -7,12 +7,16 @@ from urllib.request import urlopen
 from PIL import Image
 from running_app import pixels
 
+from vlv_app.settings import SETTINGS
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 180_000  # milliseconds
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
+# What the page keeps of a field, by its tab and its name.
+KEPT = "([tab, name]) => JSON.parse(sessionStorage.getItem(`vlv.fields.${tab}`) ?? '{}')[name]"
 
 
 def new_page(browser, **settings):
@@ -51,8 +55,13 @@ def set_number(tab, label, value):
     field = tab.get_by_role("spinbutton", name=re.compile(label))
     if not field.is_visible():
         tab.get_by_role("button", name="Settings").click()
-    field.fill(str(value))
-    field.press("Tab")
+    (name,) = (name for name, setting in SETTINGS.items() if re.search(label, setting.label))
+    place = [tab.page.locator("[role=tab][aria-selected=true]").inner_text().strip(), name]
+    # A field that has just been unfolded may not listen yet: it is filled until the page has taken the number.
+    while tab.page.evaluate(KEPT, place) != value:
+        field.fill(str(value))
+        field.press("Tab")
+        tab.page.wait_for_timeout(100)
 
 
 def status(page):
