@@ -45,8 +45,11 @@ def check_launch(processes: PartialState) -> None:
 
 
 @contextmanager
-def said_when_lost() -> Iterator[None]:
-    """Turns the libraries' errors about a lost process into one OSError that says so."""
+def working_together() -> Iterator[None]:
+    """
+    The work of all processes. They leave their group at its end. The libraries' errors about a lost process become one
+    OSError that says so.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -56,3 +59,5 @@ def said_when_lost() -> Iterator[None]:
             "Another process of this run ended before its work was done. Files that were saved before are complete,"
             f" and --resume continues from there. The library says: {error}"
         ) from error
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # a thread of it that outlives the interpreter ends in an abort

@@ -99,10 +99,10 @@ def main(argv: list[str]) -> int | None:
         "each line), .parquet files, WebDataset archives (.tar), and ids of datasets on the Hub (user/name).",
     )
     arguments, decoding, model, rows, inputs = parser.parse(argv)
-    from vlv.processes import said_when_lost  # imported only now: see below
+    from vlv.processes import working_together  # imported only now: see below
 
     try:
-        with said_when_lost():
+        with working_together():
             _caption(open_source(inputs.paths, rows), arguments, decoding, model)
     except KeyboardInterrupt:
         hint = ("the same command with --resume continues from here",) if arguments.output else ()

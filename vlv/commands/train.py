@@ -13,7 +13,7 @@ def main(argv: list[str]) -> None:
 
     # Imported only now, because importing torch would delay the --help of other commands.
     from vlv.files import locked
-    from vlv.processes import check_launch, said_when_lost
+    from vlv.processes import check_launch, working_together
     from vlv.training.checks import require_arguments, require_output_folder
     from vlv.training.recipe import overview_of_recipes, read_recipe
     from vlv.training.run import run
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     check_launch(args.distributed_state)
     check_fsdp(args)
     try:
-        with said_when_lost(), locked(args.output_dir) if args.process_index == 0 else nullcontext():
+        with working_together(), locked(args.output_dir) if args.process_index == 0 else nullcontext():
             run(stage_type, settings, args)
     except ImportError as error:  # peft, flash_attn, ...: the library's sentence says how to install it
         raise ValueError(str(error)) from error
