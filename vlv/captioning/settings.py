@@ -1,7 +1,11 @@
 """The options of `vlv caption`, in groups. This module does not import torch."""
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from vlv import tiny_checkpoint
 
 
 def option(default: Any, help_text: str, **argparse: Any) -> Any:
@@ -103,6 +107,13 @@ class ModelOptions:
     def __post_init__(self):
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype {self.dtype} is unknown: choose auto, float32, bfloat16 or float16.")
+
+
+def model_name(model: str | None) -> str:
+    """A model's name that is the same wherever a command is run."""
+    if model is None:
+        return Path(tiny_checkpoint()).name
+    return os.path.realpath(model) if os.path.isdir(model) else model
 
 
 @dataclass(frozen=True)
