@@ -33,6 +33,13 @@ class Decoding:
         "Captions per image: the best ones of --num_beams, or as many draws. The image is encoded once. "
         "With more than 1, text is a list.",
     )
+    best_of: str | None = option(
+        None,
+        "Keep the best of --num_captions. explained: the one that explains most of the image to the decoder; "
+        "likelihood: the likeliest one; both: by the mean of the two (vlv score --help says what they are). Without "
+        "--num_beams and --temperature the captions are drawn at temperature 1.",
+        choices=["explained", "likelihood", "both"],
+    )
     prefix: str | None = option(
         None, 'Beginning of every caption, which the model continues, such as "A watercolour of".'
     )
@@ -68,12 +75,22 @@ class Decoding:
             raise ValueError(f"--repetition_penalty is {self.repetition_penalty}; it must be above 0.")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"--min_new_tokens {self.min_new_tokens} is more than --max_new_tokens.")
+        if self.best_of is not None:
+            if self.num_captions == 1:
+                raise ValueError(f"--best_of {self.best_of} needs several captions to choose from: --num_captions 8.")
+            if self.temperature == 0 and self.num_beams == 1:
+                object.__setattr__(self, "temperature", 1.0)
         if self.temperature > 0 and self.num_beams > 1:
             raise ValueError("--temperature draws captions and --num_beams searches for the likeliest: choose one.")
         if self.temperature == 0 and self.num_captions > self.num_beams:
             raise ValueError(
                 f"--num_captions {self.num_captions} needs as many --num_beams, or a --temperature above 0."
             )
+
+    @property
+    def writes_several(self) -> bool:
+        """Whether an image ends up with several captions."""
+        return self.num_captions > 1 and self.best_of is None
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,22 @@
 """`vlv caption`: write a caption for each image."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlv.arguments import CommandParser
+from vlv.captioning.journal import Row
 from vlv.captioning.outputs import EXISTING, FORMATS, Output, is_suffix, open_output
 from vlv.captioning.settings import Decoding, ModelOptions, RowOptions, model_name, option
 from vlv.captioning.sink import Printer, Sink
 from vlv.captioning.sources import Source, open_source
 from vlv.files import locked
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,10 @@ def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, mo
             f"--engine {arguments.engine} starts its own processes: run it without torchrun or accelerate launch."
         )
     find_captioner(model.model)
+    if decoding.best_of is not None and arguments.engine != "local":
+        raise ValueError(
+            f"--engine {arguments.engine} does not follow --best_of: leave it out, or take --engine local."
+        )
     output = _open_output(source, arguments, decoding)
     with locked(output.path) if output is not None and processes.is_main_process else nullcontext():
         processes.wait_for_everyone()  # the first process has checked that no other run writes to this output
@@ -122,7 +131,9 @@ def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, mo
             from vlv.captioning.vllm_engine import VllmCaptioner
 
             make = partial(VllmCaptioner, model, decoding, batch_size)
-        if arguments.engine == "ray":
+        if decoding.best_of is not None:
+            batches = _choose(source, sink.done, arguments, decoding, model, batch_size, processes)
+        elif arguments.engine == "ray":
             from vlv.captioning.ray_engine import caption_with_ray
 
             batches = caption_with_ray(source, sink.done, make, model.model, batch_size)
@@ -132,11 +143,36 @@ def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, mo
         fill(sink, batches, source.total, processes, Words("vlv caption", "Captioning", "captioned", "read"))
 
 
+def _choose(
+    source: Source,
+    done: Collection[str],
+    arguments: CaptionArguments,
+    decoding: Decoding,
+    model: ModelOptions,
+    batch_size: int | None,
+    processes: "PartialState",
+) -> Iterator[list[Row]]:
+    """Captions by --best_of."""
+    from vlv.judging.best_of import BestOf, choose_locally
+    from vlv.judging.loading import check_scores, load_judge
+
+    for name in ("quantization", "device_map", "attn_implementation", "compile"):
+        if getattr(model, name):
+            raise ValueError(f"--best_of does not follow --{name}: leave it out.")
+    names = ("explained", "likelihood") if decoding.best_of == "both" else (str(decoding.best_of),)
+    check_scores(model.model, names)
+    judge = load_judge(model.model, names, model.device, model.dtype, batch_size=batch_size, captions=True)
+    best_of = BestOf(judge, decoding, batch_size)
+    return choose_locally(
+        source, done, best_of, arguments.num_workers, processes.process_index, processes.num_processes
+    )
+
+
 def _open_output(source: Source, arguments: CaptionArguments, decoding: Decoding) -> Output | None:
     if arguments.output is None:
         return None
     existing = "overwrite" if arguments.overwrite else arguments.existing
-    return open_output(arguments.output, source.files, decoding.num_captions > 1, existing)
+    return open_output(arguments.output, source.files, decoding.writes_several, existing)
 
 
 def _open_sink(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vlv.arguments import CommandParser
 from vlv.captioning.settings import model_name, option
 from vlv.files import check_source, locked
-from vlv.judging.scores import CHOICES, NUM_DRAWS, SCORES, missing_parts, value_of
+from vlv.judging.scores import CHOICES, NUM_DRAWS, SCORES, value_of
 
 if TYPE_CHECKING:
     from vlv.captioning.engine import Prepared
@@ -181,28 +181,19 @@ def _score(dataset: str, arguments: ScoreArguments) -> None:
 
 def _names(arguments: ScoreArguments) -> tuple[str, ...]:
     """The scores to compute: those asked for, or all that the checkpoint can give."""
-    from processing_vlv import VLVProcessor
-    from vlv import tiny_checkpoint
-    from vlv.models.loading import read_config
+    from vlv.images import say
+    from vlv.judging.loading import check_scores, scores_missing
 
-    path = arguments.model or tiny_checkpoint()
-    config = read_config(path)
-    missing = missing_parts(config, VLVProcessor.from_pretrained(path), path)
     if arguments.scores is not None:
-        for name in arguments.scores:
-            if name in missing:
-                raise ValueError(
-                    f"{missing[name]}, so it cannot compute {name}: leave that score out, or take another --model."
-                )
+        check_scores(arguments.model, arguments.scores)
         return tuple(name for name in SCORES if name in arguments.scores)
     wanted = SCORES if arguments.feature_extractor is not None else SCORES[:2]
+    missing = scores_missing(arguments.model)
     names = tuple(name for name in wanted if name not in missing)
     if not names:
         raise ValueError(f"{', and '.join(dict.fromkeys(missing.values()))}: take another --model.")
     for name in wanted:
         if name in missing:
-            from vlv.images import say
-
             say(f"{missing[name]}, so the scores have no {name}.")
     return names
 

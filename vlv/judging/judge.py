@@ -114,18 +114,21 @@ def likelihood(
         `(P,)` float32.
     """
     tokens = processor(text=list(captions), return_labels=True)
-    lengths = tokens["attention_mask"].sum(1)
+    lengths = tokens["attention_mask"].sum(1)  # all padding is on the right
     order = lengths.argsort()  # captions of similar length share a batch
     vocabulary = model.get_output_embeddings().weight.shape[0]
     size = max(1, min(batch_size, LOGITS_AT_ONCE // (vocabulary * int(lengths.max()))))
     means = torch.empty(len(captions), device=owners.device)
     for some in order.split(size):
         length = int(lengths[some].max())
-        ids, mask = (tokens[name][some, :length].to(owners.device) for name in ("input_ids", "attention_mask"))
+        ids, mask, labels = (
+            tokens[name][some, :length].to(owners.device) for name in ("input_ids", "attention_mask", "labels")
+        )
         some = some.to(owners.device)
         logits = model(caption_embeds=caption_embeds[owners[some]], input_ids=ids, attention_mask=mask).logits
         chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[..., None].to(logits.device))[..., 0]
-        means[some] = ((chosen.to(mask.device) * mask).sum(1) / mask.sum(1)).to(means)
+        counts = labels != -100
+        means[some] = ((chosen.to(counts.device) * counts).sum(1) / counts.sum(1)).to(means)
     return means
 
 

@@ -30,8 +30,8 @@ class DatasetPairs:
         require_column(rows, image_column, "--image_column")
         if caption_column not in rows.column_names:
             raise ValueError(
-                f"{dataset} has no captions: no column '{caption_column}', only {', '.join(rows.column_names)}. Choose "
-                "one with --caption_column, or name a file of captions with --captions."
+                f"{dataset} has no captions: no column '{caption_column}', only {', '.join(rows.column_names)}. "
+                "Choose one with --caption_column, or name a file of captions with --captions."
             )
         require_text(rows, caption_column)
         self.rows, self.total = rows, len(rows)

@@ -29,7 +29,7 @@ def split(ids: Sequence[int], ends: Sequence[bool], room: int) -> list[list[int]
 def window_ids(tokenizer: PreTrainedTokenizerBase, caption: str, positions: int) -> list[list[int]]:
     """The token ids of a caption's windows, each as long as the text encoder: begin, caption, end, padding."""
     begin, end = _around(tokenizer)
-    ids = tokenizer(caption, add_special_tokens=False).input_ids
+    ids = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids  # verbose warns of long texts
     room = positions - len(begin) - len(end)
     ends = [token.endswith(STOPS) for token in map(tokenizer.decode, ids)] if len(ids) > room else []
     windows = [[*begin, *window, *end] for window in split(ids, ends, room)]
