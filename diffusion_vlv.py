@@ -254,14 +254,24 @@ class VLVDiffusionMixin:
         """The images' prompt, and the unconditional one or `None`."""
         caption_embeds = self._caption_embeds(pixel_values, caption_embeds, num_queries)
         if text is not None:
-            words = self._embed_words(text, tokenizer, len(caption_embeds))
+            words = self._embed_text(text, tokenizer, len(caption_embeds))
             room = self.config.positions - words.shape[1]
             caption_embeds = torch.cat([caption_embeds[:, :room].to(words), words], dim=1)
         context = self.encode_context(caption_embeds)
         empty = self.empty_prompt(context.shape[1], len(context)) if guidance else None
         return self._as_prompt(context), empty
 
-    def _embed_words(self, text, tokenizer, count):
+    def embed_words(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """
+        Words as caption embeddings (B, T, E): what the decoder's own text encoder makes of `input_ids` (B, T), which
+        are its tokenizer's.
+        """
+        input_ids = input_ids.to(device_of(self.text_encoder))
+        if self.config.bypass_text_encoder:  # caption embeddings then enter behind the text encoder, and so must words
+            return self.text_encoder(input_ids=input_ids)
+        return self.text_encoder.embeddings.token_embedding(input_ids)
+
+    def _embed_text(self, text, tokenizer, count):
         """The embeddings (B, T, E) of words, which are shorter than the text encoder's positions."""
         if self.text_encoder is None:
             raise ValueError(
@@ -279,10 +289,7 @@ class VLVDiffusionMixin:
                 f"text has {ids.shape[1]} tokens, but the text encoder has {self.config.positions} positions, one of "
                 "which is for the image: shorten it."
             )
-        ids = ids.to(device_of(self.text_encoder))
-        if self.config.bypass_text_encoder:
-            return self.text_encoder(input_ids=ids)
-        return self.text_encoder.embeddings.token_embedding(ids)
+        return self.embed_words(ids)
 
     def to_pipeline(self, scheduler: SchedulerMixin | None = None, **components) -> "DiffusionPipeline":
         """

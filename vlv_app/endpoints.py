@@ -116,6 +116,7 @@ class Endpoints:
         num_inference_steps: int = 8,
         guidance_scale: float = 2.0,
         seed: int = 0,
+        text: str = "",
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[str | None]:
         """Join the caption embeddings of two images, a share of each, and rebuild them into one picture.
@@ -127,11 +128,14 @@ class Endpoints:
             num_inference_steps: sampling steps; more are slower and finer.
             guidance_scale: how closely the decoder follows the embeddings; 1 switches guidance off.
             seed: another seed starts from other noise.
+            text: words for the picture, where the decoder has a text encoder that reads them.
         """
         yield None
         first_values, _ = self.files.read(first, "first")
         second_values, _ = self.files.read(second, "second")
-        steps = self.studio.compose(first_values, second_values, share, num_inference_steps, guidance_scale, seed)
+        steps = self.studio.compose(
+            first_values, second_values, share, num_inference_steps, guidance_scale, seed, text or ""
+        )
         composed, _ = yield from _told(steps, progress, lambda step: None)
         yield self.files.show(composed, f"{Path(first).stem}-{Path(second).stem}").path
 
@@ -154,15 +158,18 @@ def add_endpoints(studio: Studio, on_gpu: Wrapper) -> None:
         search = ("max_new_tokens", "num_beams")
         if studio.writes:
             _add(
-                on_gpu, endpoints.caption, [_image("image"), *_numbers(search), _prefix()], gr.Textbox(label="Caption")
+                on_gpu,
+                endpoints.caption,
+                [_image("image"), *_numbers(search), _text("prefix")],
+                gr.Textbox(label="Caption"),
             )
             files = gr.File(file_count="multiple", label="images")
-            _add(on_gpu, endpoints.caption_many, [files, *_numbers(search), _prefix()], gr.JSON(label="Rows"))
+            _add(on_gpu, endpoints.caption_many, [files, *_numbers(search), _text("prefix")], gr.JSON(label="Rows"))
         if studio.rebuilds:
             pictures = [gr.Image(label=label, format="png") for label in ("Original", "Reconstruction")]
             outputs = [*pictures, gr.Textbox(label="Caption")]
             _add(on_gpu, endpoints.reconstruct, [_image("image"), *_numbers(SAMPLING)], outputs)
-            inputs = [_image("first"), _image("second"), *_numbers(("share", *SAMPLING))]
+            inputs = [_image("first"), _image("second"), *_numbers(("share", *SAMPLING)), _text("text")]
             _add(on_gpu, endpoints.compose, inputs, gr.Image(label="Composition", format="png"))
 
 
@@ -174,8 +181,8 @@ def _image(label: str) -> gr.Image:
     return image
 
 
-def _prefix() -> gr.Textbox:
-    return gr.Textbox("", label="prefix")
+def _text(label: str) -> gr.Textbox:
+    return gr.Textbox("", label=label)
 
 
 def _numbers(names: Sequence[str]) -> list[gr.components.Component]:

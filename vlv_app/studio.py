@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, StoppingCriteriaList
 
 from vlv_app.pictures import PictureFiles
-from vlv_app.settings import check_search, check_settings
+from vlv_app.settings import check_search, check_settings, refusal
 from vlv_app.work import Report, ReportTokens, watch
 
 # A paragraph of a model card, as `vlv publish` writes it.
@@ -116,6 +116,7 @@ class Studio:
         num_inference_steps: int = 8,
         guidance_scale: float = 2,
         seed: int = 0,
+        text: str = "",
         with_caption: bool = False,
     ) -> Generator[Step, None, tuple[Image.Image, str]]:
         """
@@ -124,6 +125,7 @@ class Studio:
         Args:
             first, second: `pixel_values` of the images, `(1, 3, H, W)`.
             share: how much of the embeddings is the first image's, 0 to 1.
+            text: words for the picture, which take the place of the last embeddings.
             with_caption: also write the caption of the joined embeddings; else it is empty.
         """
         (share,) = check_settings(share=share).values()
@@ -134,7 +136,7 @@ class Studio:
             length = embeds[0].shape[1]
             kept = round(share * length)
             joined = torch.cat([embeds[0][:, :kept], embeds[1][:, : length - kept]], dim=1)
-            picture = self._sample(joined, report, **sampling)
+            picture = self._sample(joined, report, text.strip(), **sampling)
             caption = self._write(joined, report)[0].text if with_caption and self.writes else ""
             return picture, caption
 
@@ -159,12 +161,8 @@ class Studio:
         positions = self.model.config.text_encoder_config.max_position_embeddings
         ids = self.processor.decoder_tokenizer(
             words, padding="max_length", max_length=positions, truncation=True, return_tensors="pt"
-        ).input_ids.to(self.model.device)
-        text_encoder = self.model.text_encoder
-        # With this option the decoder reads caption embeddings without its text encoder, which words still need.
-        if self.model.config.bypass_text_encoder:
-            return text_encoder(input_ids=ids)
-        return text_encoder.embeddings.token_embedding(ids)
+        ).input_ids
+        return self.model.embed_words(ids)
 
     def _write(
         self,
@@ -214,7 +212,14 @@ class Studio:
         return captions
 
     def _sample(
-        self, caption_embeds: torch.Tensor, report: Report, num_inference_steps: int, guidance_scale: float, seed: int
+        self,
+        caption_embeds: torch.Tensor,
+        report: Report,
+        text: str = "",
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
     ) -> Image.Image:
         def report_step(model: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
             sentence = f"Rebuilding: step {step + 1} of {num_inference_steps}"
@@ -222,13 +227,20 @@ class Studio:
             return tensors
 
         report(Step("Rebuilding", 0, num_inference_steps))
-        return self.model.reconstruct(
-            caption_embeds=caption_embeds,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=torch.Generator().manual_seed(seed),
-            callback_on_step_end=report_step,
-        )[0]
+        try:
+            return self.model.reconstruct(
+                caption_embeds=caption_embeds,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=torch.Generator().manual_seed(seed),
+                callback_on_step_end=report_step,
+                text=text or None,
+                tokenizer=self.processor.decoder_tokenizer,
+            )[0]
+        except ValueError as error:  # words that the text encoder has no room for
+            if text:
+                raise refusal(f"Words: {error}") from None
+            raise
 
 
 def _find_device() -> torch.device:

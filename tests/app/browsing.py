@@ -41,6 +41,8 @@ def choose_file(page, file, key="image"):
 
 
 def press(page, name):
+    """Press a button of the tab. What an earlier run has left is then no sign that this one is done."""
+    page.evaluate("document.querySelectorAll('[data-done]').forEach(each => each.removeAttribute('data-done'))")
     page.locator("[role=tabpanel]:visible").get_by_role("button", name=name, exact=True).click()
 
 

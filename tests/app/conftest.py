@@ -56,8 +56,9 @@ def pictures(tmp_path_factory):
     return files
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    """Its event loop runs in this thread, so it must end before another module calls `asyncio.run`."""
     if CHROMIUM is None:
         pytest.skip("NOT SEEN IN A BROWSER: there is no Chromium here (apt-get install chromium, as .ci/run does)")
     playwright = pytest.importorskip("playwright.sync_api")

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import gradio_client
 import numpy as np
 import pytest
 import torch
@@ -75,6 +76,25 @@ def test_compose_joins_a_share_of_each(client, pictures, tiny_model, tiny_proces
     assert np.array_equal(pixels(all_first), pixels(alone))
 
 
+def test_compose_adds_words(client, pictures, tiny_model, tiny_processor):
+    images = [upload(pictures[0]), upload(pictures[1])]
+    composed = client.predict(*images, 1, 3, text="a red circle", api_name="/compose")
+    (expected,) = tiny_model.reconstruct(
+        tiny_processor(images=str(pictures[0]))["pixel_values"],
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(0),
+        text="a red circle",
+        tokenizer=tiny_processor.decoder_tokenizer,
+    )
+    assert np.array_equal(pixels(composed), pixels(expected))
+    without = client.predict(*images, 1, 3, api_name="/compose")
+    assert not np.array_equal(pixels(composed), pixels(without))
+    with pytest.raises(
+        gradio_client.exceptions.AppError, match="Words: text has .* tokens, but the text encoder has .*: shorten it"
+    ):
+        client.predict(*images, 1, 3, text="a red circle " * 40, api_name="/compose")
+
+
 def test_endpoints_are_described(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert set(endpoints) == {"/caption", "/caption_many", "/reconstruct", "/compose"}
@@ -91,7 +111,13 @@ def test_endpoints_are_described(client):
     assert arguments["/caption"] == [images["image"], *search]
     assert arguments["/caption_many"] == [("images", "list[filepath]", False), *search]
     assert arguments["/reconstruct"] == [images["image"], *sampling]
-    assert arguments["/compose"] == [images["first"], images["second"], ("share", "float", True), *sampling]
+    assert arguments["/compose"] == [
+        images["first"],
+        images["second"],
+        ("share", "float", True),
+        *sampling,
+        ("text", "str", True),
+    ]
     for endpoint in endpoints.values():
         assert endpoint["description"].endswith(".") and "Parameters" not in endpoint["description"]
 

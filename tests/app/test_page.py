@@ -124,6 +124,13 @@ def test_compose_and_several_shares(page, client, pictures):
     composed = client.predict(upload(pictures[0]), upload(pictures[1]), share, api_name="/compose")
     assert np.array_equal(pixels_of(page.locator("#composed img")), pixels(composed))
 
+    tab.get_by_label("Words").fill("a dog")
+    press(page, "Compose")
+    wait_until_done(page, "The picture is composed.")
+    composed = client.predict(upload(pictures[0]), upload(pictures[1]), share, text="a dog", api_name="/compose")
+    assert np.array_equal(pixels_of(page.locator("#composed img")), pixels(composed))
+    tab.get_by_label("Words").fill("")
+
     set_number(tab, "Number of shares", 2)
     set_number(tab, "Steps", 3)
     press(page, "Compose several shares")

@@ -44,7 +44,7 @@ def test_a_missing_caption_column(streaming, tiny_repo, tmp_path, capsys):
     ("recipe", "lacking", "message"),
     [
         (CAPTION, {"caption_config": None}, "has no caption head yet: name a language model with --caption_head."),
-        (AUTOENCODE, {"decoder_config": None}, "needs the part unet, which this checkpoint does not have."),
+        (AUTOENCODE, {"decoder_config": None}, "needs the part vae, which this checkpoint does not have."),
     ],
     ids=["stage2", "stage1"],
 )

@@ -68,6 +68,7 @@ def save_metadata(store: Store, path: Path) -> Saved:
     of all rows; images that are skipped have none.
     """
     captions = {name: text for name, _, text, _ in store.kept()}
+    count = len(captions)
     of_here = {row.name for row in store.rows()[0]}
     rows = []
     if path.exists():
@@ -77,7 +78,6 @@ def save_metadata(store: Store, path: Path) -> Saved:
                 rows.append({**row, "text": captions.pop(name)})
             elif name not in of_here:
                 rows.append(row)
-    count = len({name for name, _, _, _ in store.kept()})
     rows += [{"file_name": name, "text": text} for name, text in captions.items()]
     with writing_to(path.parent), atomic_writer(path) as file:
         file.writelines(json_line(row).decode() for row in rows)

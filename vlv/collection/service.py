@@ -193,7 +193,8 @@ class Service:
     @answering
     def save(self, id: str, kind: str) -> dict[str, Any]:
         """Save as `txt` files beside the images, as `metadata.jsonl`, or as a `zip` to download."""
-        store, path = self._store(id), Path(self._store(id).fact("path") or self._folder(id) / "images")
+        store = self._store(id)
+        path = Path(store.fact("path") or self._folder(id) / "images")
         if not store.kept():
             raise ValueError("There is nothing to save: no image that is kept has a caption.")
         if kind == "txt":
