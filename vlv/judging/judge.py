@@ -1,5 +1,6 @@
 """The scores of captions, as functions of the model, and the judge that computes them in batches."""
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -8,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch.nn.functional import cosine_similarity
+from transformers import DynamicCache
 
+from layers_vlv import cast_for
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.captioning.batches import Batches
@@ -23,6 +26,7 @@ Scores = dict[str, float]
 
 # Noisier latents say where objects are and little else; docs/judging.md measures this on training scenes.
 NOISIEST = 0.5  # of all timesteps
+ALIKE = 32  # captions of about one length: few of their positions are padding
 LOGITS_AT_ONCE = 2**27  # numbers: half a gigabyte in fp32
 
 
@@ -117,7 +121,8 @@ def likelihood(
     lengths = tokens["attention_mask"].sum(1)  # all padding is on the right
     order = lengths.argsort()  # captions of similar length share a batch
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    size = max(1, min(batch_size, LOGITS_AT_ONCE // (vocabulary * int(lengths.max()))))
+    size = max(1, min(batch_size, ALIKE, LOGITS_AT_ONCE // (vocabulary * int(lengths.max()))))
+    prefix = ReadPrefix(model, caption_embeds)
     means = torch.empty(len(captions), device=owners.device)
     for some in order.split(size):
         length = int(lengths[some].max())
@@ -125,11 +130,31 @@ def likelihood(
             tokens[name][some, :length].to(owners.device) for name in ("input_ids", "attention_mask", "labels")
         )
         some = some.to(owners.device)
-        logits = model(caption_embeds=caption_embeds[owners[some]], input_ids=ids, attention_mask=mask).logits
-        chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[..., None].to(logits.device))[..., 0]
+        logits = prefix.logits(owners[some], ids, mask)
+        chosen = logits.float().log_softmax(-1).gather(-1, ids[..., None].to(logits.device))[..., 0]
         counts = labels != -100
         means[some] = ((chosen.to(counts.device) * counts).sum(1) / counts.sum(1)).to(means)
     return means
+
+
+class ReadPrefix:
+    """Images as the caption head has read them: once, for all of their captions. `caption_embeds`: `(B, Q, E)`."""
+
+    def __init__(self, model: VLVModel, caption_embeds: torch.Tensor):
+        self.head = model.caption_head
+        projection, dtype = model.prefix_projection, self.head.get_input_embeddings().weight.dtype
+        inputs = projection(cast_for(projection, model.encode_context(caption_embeds))).to(dtype)
+        cache = DynamicCache(config=self.head.config)
+        self.first = self.head(inputs_embeds=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        self.cache, self.length = cache, inputs.shape[1]
+
+    def logits(self, owners: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What predicts the tokens `ids` (P, T), padded on the right, of captions of the images `owners` (P,)."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_select_indices(owners)
+        mask = torch.cat([mask.new_ones(len(mask), self.length), mask], dim=1)
+        after = self.head(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        return torch.cat([self.first[owners].to(after.device), after[:, :-1]], dim=1)
 
 
 @torch.no_grad()
