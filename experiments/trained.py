@@ -5,7 +5,7 @@ Each run is measured separately and has its own JSON in docs/results. `Plan` say
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,6 @@ class Plan:
         captions: number of captions for stage 2, if the experiment does not change it.
         language: steps of the language models.
         flow_teacher: steps of the second tiny teacher.
-        cleaned: number of captions of which some are wrong.
         seeds: of the experiments that show a spread over seeds; the others use the first one.
     """
 
@@ -137,7 +136,6 @@ class Plan:
     language: int = 500
     flow_teacher: int = 1600
     flow_images: int = 30_000
-    cleaned: int = 1000
     evaluation: int = 100
     save_steps: int = 400
     seeds: Sequence[int] = (0, 1, 2)
@@ -260,20 +258,28 @@ class Plan:
 
     def compare_cleaning(self) -> Experiment:
         """A caption head on captions a fifth of which are wrong, and on what `vlv score --keep` leaves of them."""
-        right, spoilt = Scenes(self.cleaned), Spoilt(Scenes(self.cleaned))
-        datasets = {
-            "all captions right": right,
-            "a fifth wrong": spoilt,
-            **{f"a fifth wrong, {share:.0%} kept": Kept(spoilt, share) for share in (0.9, 0.8, 0.7)},
-        }
-        seed = self.seeds[0]
 
-        def run(name, dataset):
-            training = self.caption(Bundled(), self.cleaned, seed)
-            training = Training(training.recipe, training.settings | {"dataset": dataset})
-            return Run(f"cleaning/{_slug(name.replace('%', ''))}-seed{seed}", training)
+        def runs(name, count, dataset, seeds):
+            trainings = [self.caption(Bundled(), count, seed) for seed in seeds]
+            return [
+                Run(f"cleaning/{name}-{count}-seed{seed}", replace(it, settings=it.settings | {"dataset": dataset}))
+                for seed, it in zip(seeds, trainings, strict=True)
+            ]
 
-        rows = [Row({"training set": name}, [run(name, dataset)]) for name, dataset in datasets.items()]
+        arm = "VLV, vlv-tiny's stage 1"  # of `compare_captioners`, which trains on right captions
+        rows = []
+        for count, seeds in zip(self.few_captions[:2], (self.seeds, self.seeds[:1]), strict=False):
+            spoilt = Spoilt(Scenes(count))
+            right = [
+                Run(f"captioners/{_slug(arm)}-{count}-seed{seed}", self.caption(Bundled(), count, seed))
+                for seed in seeds
+            ]
+            sets = {
+                "all right": right,
+                "a fifth wrong": runs("spoilt", count, spoilt, seeds),
+                "a fifth wrong, best 80% kept": runs("kept-80", count, Kept(spoilt, 0.8), seeds),
+            }
+            rows += [Row({"captions": count, "training set": name}, listed) for name, listed in sets.items()]
         return Experiment("cleaning", rows, x="training set")
 
     # ---- the models ----------------------------------------------------------------------------------------
