@@ -266,16 +266,11 @@ class Plan:
                 for seed, it in zip(seeds, trainings, strict=True)
             ]
 
-        arm = "VLV, vlv-tiny's stage 1"  # of `compare_captioners`, which trains on right captions
         rows = []
         for count, seeds in zip(self.few_captions[:2], (self.seeds, self.seeds[:1]), strict=False):
             spoilt = Spoilt(Scenes(count))
-            right = [
-                Run(f"captioners/{_slug(arm)}-{count}-seed{seed}", self.caption(Bundled(), count, seed))
-                for seed in seeds
-            ]
             sets = {
-                "all right": right,
+                "all right": runs("right", count, Scenes(count), seeds),
                 "a fifth wrong": runs("spoilt", count, spoilt, seeds),
                 "a fifth wrong, best 80% kept": runs("kept-80", count, Kept(spoilt, 0.8), seeds),
             }
