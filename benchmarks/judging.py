@@ -45,7 +45,7 @@ def main() -> None:
         return len(captioner(names, pixels))
 
     def judging(scores: tuple[str, ...], draws: int, each: int) -> Callable[[], int]:
-        judge = Judge(model, processor, scores, draws, batch_size=max(1, BATCH // each))
+        judge = Judge(model, processor, scores, draws, batch_size=BATCH)
         captions = [[texts[(number + offset) % len(texts)] for offset in range(each)] for number in range(len(texts))]
         return lambda: sum(map(len, judge(contents, captions)))
 
