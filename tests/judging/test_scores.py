@@ -121,6 +121,14 @@ def test_a_repeated_window_says_what_one_says():
     torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-6)
 
 
+def test_a_caption_longer_than_the_caption_head_has_scores(model, contents):
+    caption = "a cat, " * 100
+    positions = model.config.caption_config.max_position_embeddings
+    assert len(tiny.caption_tokenizer()(caption).input_ids) > positions
+    ((scores,),) = Judge(model, tiny.processor(), ["explained", "likelihood"])(contents[:1], [[caption]])
+    assert all(map(math.isfinite, scores.values()))
+
+
 # ---- what they are worth -----------------------------------------------------------------------------------
 
 

@@ -107,7 +107,8 @@ def likelihood(
 ) -> torch.Tensor:
     """
     The caption head's mean log-probability of a caption's tokens and of its end, in nats per token: at most 0. It is
-    the caption loss of stage 2 (paper section 3.2) for each caption, with the other sign.
+    the caption loss of stage 2 (paper section 3.2) for each caption, with the other sign. Of a caption that is longer
+    than the caption head, the beginning counts.
 
     Args:
         caption_embeds: `(B, Q, E)`, from `model.encode`.
@@ -117,7 +118,9 @@ def likelihood(
     Returns:
         `(P,)` float32.
     """
-    tokens = processor(text=list(captions), return_labels=True)
+    positions = getattr(model.config.caption_config, "max_position_embeddings", None)
+    longest = None if positions is None else max(1, positions - caption_embeds.shape[1])
+    tokens = processor(text=list(captions), return_labels=True, max_length=longest)
     lengths = tokens["attention_mask"].sum(1)  # all padding is on the right
     order = lengths.argsort()  # captions of similar length share a batch
     vocabulary = model.get_output_embeddings().weight.shape[0]
