@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vlv.captioning.settings import RowOptions
 from vlv.images import SUFFIXES, ImageFile, find_images, name_of
@@ -25,6 +25,15 @@ class Picture(NamedTuple):
     order: tuple[int, int]  # its shard and row in the input
     name: str  # its `file_name`
     source: Any  # a path, or another input of `processing_vlv.load_image`, or the error that takes the image's place
+    captions: tuple[str, ...] = ()  # that it has already, where they are scored
+
+
+class Pictures(Protocol):
+    """Where pictures come from: a `Source`, or one whose pictures have captions."""
+
+    total: int | None
+
+    def pictures(self, part: int = 0, parts: int = 1) -> Iterator[Picture]: ...
 
 
 @dataclass(frozen=True)

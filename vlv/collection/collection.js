@@ -93,7 +93,8 @@ function collection(options, root, server, upload) {
     $("#c-about").textContent = `${answer.path ? `${answer.path}: ` : ""}${parts.join(", ")}.`;
     $("#c-order").closest("label").hidden = false;
     [...$("#c-order").options].forEach((option) => {
-      option.hidden = option.value === "worst score first" && !answer.counts.scored;
+      const score = options.scores.find((name) => option.value === `worst ${name} first`);
+      option.hidden = Boolean(score) && !answer.counts[`with ${score}`];
     });
     const run = answer.run;
     $("#c-run").textContent = run ? run.sentence : "";
@@ -158,8 +159,9 @@ function collection(options, root, server, upload) {
     if (!edited) { it.row = row; it.text.value = row.text; }
     it.drawn = true;
     it.keep.checked = Boolean(row.keep);
-    const score = row.score === null ? "" : `Score ${row.score.toFixed(3)}. `;
-    if (!it.note) it.item.querySelector(".note").textContent = score + (row.error ?? "");
+    const scores = options.scores.filter((name) => row[name] !== null)
+      .map((name) => `${name[0].toUpperCase()}${name.slice(1)} ${row[name].toFixed(3)}. `);
+    if (!it.note) it.item.querySelector(".note").textContent = scores.join("") + (row.error ?? "");
   }
 
   // Four at a time: the page stays fluid, and the server has threads for others.

@@ -20,7 +20,7 @@ from vlv.captioning.settings import Decoding
 from vlv.collection.opening import add_path, add_uploads
 from vlv.collection.runs import Runs
 from vlv.collection.saving import Saved, save_metadata, save_text_files, save_zip
-from vlv.collection.store import ORDERS, SHOWN, Row, Store
+from vlv.collection.store import ORDERS, SCORES, SHOWN, Row, Store
 from vlv.collection.words import adding, replacing
 from vlv_app.pictures import PictureFiles
 from vlv_app.settings import check_settings
@@ -235,7 +235,8 @@ class Service:
 
 
 def _json(row: Row) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in ("number", "name", "text", "error", "score", "keep", "version")}
+    columns = ("number", "name", "text", "error", "keep", "version", *SCORES)
+    return {name: getattr(row, name) for name in columns}
 
 
 def _changed(count: int, what: str = "changed") -> dict[str, Any]:
