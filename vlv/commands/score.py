@@ -133,10 +133,10 @@ def main(argv: list[str]) -> None:
         help="Folder of images with metadata.jsonl or text files, or of parquet or WebDataset files, or Hub id.",
     )
     arguments, inputs = parser.parse(argv)
-    from vlv.processes import said_when_lost  # imported only now, because importing torch would delay --help
+    from vlv.processes import working_together  # imported only now, because importing torch would delay --help
 
     try:
-        with said_when_lost():
+        with working_together():
             _score(inputs.dataset, arguments)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command with --resume continues from here") from None
