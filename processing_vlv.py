@@ -1,8 +1,7 @@
 """Processor of a VLV: images to tensors, captions to token ids and back."""
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,21 @@ from transformers.image_processing_base import ImageProcessingMixin
 try:
     from .chat_vlv import CHAT_TEMPLATE, find_image, is_conversation
     from .configuration_vlv import VLVConfig  # noqa: F401
-    from .images_vlv import load_image
+    from .images_vlv import cut_centre, load_image
+    from .prompts_vlv import PromptsMixin, check_styles, one_for_each
     from .stopping_vlv import clean_caption
 except ImportError:
     from chat_vlv import CHAT_TEMPLATE, find_image, is_conversation
     from configuration_vlv import VLVConfig  # noqa: F401
-    from images_vlv import load_image
+    from images_vlv import cut_centre, load_image
+    from prompts_vlv import PromptsMixin, check_styles, one_for_each
     from stopping_vlv import clean_caption
 
 # The parts' own tokenizers. They are kept so that `vlv export` can write the parts again. A part may come without one.
 PART_TOKENIZERS = ("encoder_tokenizer", "decoder_tokenizer")
-STRIP = 16  # an image that is at least this many times longer than wide is a strip
 
 
-class VLVProcessor(ProcessorMixin):
+class VLVProcessor(PromptsMixin, ProcessorMixin):
     r"""
     Prepares images and captions for [`VLVModel`]. It always uses PIL, so that the pixels do not depend on which other
     libraries are installed.
@@ -44,6 +44,8 @@ class VLVProcessor(ProcessorMixin):
             `"center"` first resizes the shorter side to `decoder_image_size` and cuts out the centre, as in the paper.
         clean_captions (`bool`): captions are cut at their last full stop, and repeated sentences are dropped, for a
             caption head that never learned to end them (see `stopping_vlv.py`).
+        takes_prompts (`bool`): the caption head was trained with prompts (see `prompts_vlv.py`).
+        styles (`dict[str, str]`, *optional*): prompts of this checkpoint that have a name.
         encoder_tokenizer, decoder_tokenizer (*optional*): the Florence-2's and the text-to-image model's own.
     """
 
@@ -57,6 +59,8 @@ class VLVProcessor(ProcessorMixin):
         decoder_image_size: int = 384,
         crop: str | None = None,
         clean_captions: bool = False,
+        takes_prompts: bool = False,
+        styles: Mapping[str, str] | None = None,
         chat_template: str | None = None,
         **parts,
     ):
@@ -66,6 +70,7 @@ class VLVProcessor(ProcessorMixin):
         self.decoder_image_size = decoder_image_size
         self.crop = _check_crop(crop)
         self.clean_captions = clean_captions
+        self.takes_prompts, self.styles = takes_prompts, check_styles(styles)
         self._part_tokenizers = {name: parts[name] for name in PART_TOKENIZERS if parts.get(name) is not None}
 
     @property
@@ -89,13 +94,15 @@ class VLVProcessor(ProcessorMixin):
         return self._crop(load_image(image), crop)
 
     def _crop(self, image, crop):
-        return _centre(image, self.decoder_image_size) if (crop or self.crop) == "center" else image
+        return cut_centre(image, self.decoder_image_size) if (crop or self.crop) == "center" else image
 
     def __call__(
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
         *,
+        prompt: str | Sequence[str | None] | None = None,
+        style: str | None = None,
         crop: str | None = None,
         return_decoder_pixel_values: bool = False,
         return_labels: bool = False,
@@ -108,11 +115,14 @@ class VLVProcessor(ProcessorMixin):
             images: one image or several, each anything that `load_image` reads, or in a list of its own.
             text: one caption or several. Without `return_labels` they are beginnings for the model to continue, padded
                 on the left. With it they are whole captions: the end-of-text token is added, padding is on the right.
+            prompt (*optional*): what the captions are asked to be: one for all, or one for each (`None` for none). Its
+                tokens come before those of the caption.
+            style (`str`, *optional*): the name of a prompt among `styles` instead.
             crop (`str`, *optional*): `"center"` instead of the whole image.
             return_decoder_pixel_values (`bool`): also the images as the decoder rebuilds them.
-            return_labels (`bool`): also `labels`, the captions' ids with -100 on the padding.
+            return_labels (`bool`): also `labels`, the captions' ids with -100 on prompts and padding.
             return_tensors (`str`): only `"pt"` is supported.
-            max_length (`int`, *optional*): cuts longer captions, including their end-of-text token.
+            max_length (`int`, *optional*): cuts longer captions, including their end-of-text token. Prompts are whole.
 
         Returns:
             [`BatchFeature`] with, of shapes and in the order (batch, ...):
@@ -120,6 +130,10 @@ class VLVProcessor(ProcessorMixin):
             - **pixel_values** `(B, 3, H, W)` float32, normalised.
             - **decoder_pixel_values** `(B, 3, h, w)` float32 in -1..1.
             - **input_ids**, **attention_mask**, **labels** `(B, T)` int64.
+
+        Raises:
+            ValueError: an argument is wrong, there is a prompt and the checkpoint takes none, or no such style.
+            OSError: an image is not there or cannot be fetched.
         """
         images = [] if images is None else _as_list(images)
         text = [] if text is None else [text] if isinstance(text, str) else list(text)
@@ -135,8 +149,9 @@ class VLVProcessor(ProcessorMixin):
             data["pixel_values"] = self._normalise(seen)
             if return_decoder_pixel_values:
                 data["decoder_pixel_values"] = self._for_decoder(seen)
-        if text:
-            data.update(self._tokenize(text, return_labels, max_length))
+        prompts = self._prompts(prompt, style, len(text or images), "texts" if text else "images")
+        if text or any(prompts):
+            data.update(self._tokenize(text or [""] * len(prompts), prompts, return_labels, max_length))
         return BatchFeature(data)
 
     def _normalise(self, images):
@@ -154,12 +169,20 @@ class VLVProcessor(ProcessorMixin):
 
     # ---- text ----------------------------------------------------------------------------------------------
 
-    def _tokenize(self, text, return_labels, max_length):
+    def _prompts(self, prompt, style, count, of):
+        if style is not None:
+            prompt = self.find_prompt(prompt if isinstance(prompt, str) else None, style)
+        prompts = one_for_each(prompt, count, of)
+        self.check_prompt(next(filter(None, prompts), None))
+        return prompts
+
+    def _tokenize(self, text, prompts, return_labels, max_length):
         # No special tokens: a caption follows the image's prefix directly, without a begin-of-text token.
         ids = [self.tokenizer(caption, add_special_tokens=False).input_ids for caption in text]
         if return_labels:
             ids = [caption + [self.tokenizer.eos_token_id] for caption in ids]
-        ids = [caption[:max_length] for caption in ids]
+        asked = [self.prompt_ids(prompt) for prompt in prompts]
+        ids = [prompt + caption[:max_length] for prompt, caption in zip(asked, ids, strict=True)]
         length = max(map(len, ids))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         input_ids = torch.full((len(ids), length), pad)
@@ -171,6 +194,8 @@ class VLVProcessor(ProcessorMixin):
         data = {"input_ids": input_ids, "attention_mask": attention_mask}
         if return_labels:
             data["labels"] = input_ids.masked_fill(attention_mask == 0, -100)
+            for row, prompt in enumerate(asked):
+                data["labels"][row, : len(prompt)] = -100
         return data
 
     def apply_chat_template(
@@ -238,6 +263,8 @@ class VLVProcessor(ProcessorMixin):
         output = super().to_dict()
         output.pop("_part_tokenizers", None)
         output["part_tokenizers"] = list(self._part_tokenizers)
+        if not self.takes_prompts:  # as checkpoints were saved before there were prompts
+            del output["takes_prompts"], output["styles"]
         return output
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -337,24 +364,6 @@ class VLVProcessor(ProcessorMixin):
             encoder_tokenizer=encoder_tokenizer,
             decoder_tokenizer=decoder_tokenizer,
         )
-
-
-def _centre(image, size):
-    """The square in the middle, `size` pixels wide, of the image with its shorter side resized to that."""
-    scale = size / min(image.size)
-    resized = [max(size, int(side * scale)) for side in image.size]
-    corner = [round((side - size) / 2) for side in resized]
-    if max(resized) <= STRIP * size:
-        image = image.resize(tuple(resized), Image.Resampling.BILINEAR)
-        return image.crop((*corner, corner[0] + size, corner[1] + size))
-    # A long strip would grow to gigabytes. Only the square and the pixels that the filter reads around it are resized.
-    steps = [before / after for before, after in zip(image.size, resized, strict=True)]
-    box = [place * step for place, step in zip((*corner, corner[0] + size, corner[1] + size), 2 * steps, strict=True)]
-    left, top = (max(0, math.floor(place - step) - 1) for place, step in zip(box[:2], steps, strict=True))
-    right, bottom = (math.ceil(place + step) + 1 for place, step in zip(box[2:], steps, strict=True))
-    around = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
-    inner = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-    return around.resize((size, size), Image.Resampling.BILINEAR, box=inner)
 
 
 def _as_list(images):

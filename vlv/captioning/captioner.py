@@ -83,13 +83,20 @@ class Captioner:
         self.largest = batch_size or largest_batch(self.device.type)
         self.batch_size = batch_size or FIRST_BATCH
         self.reading = CaptionReader(model.generation_config, processor)
+        self.prompt = processor.find_prompt(decoding.prompt, decoding.style, decoding.words)
         self.eos_token_ids, self.repetition = self.reading.eos_token_ids, self.reading.repetition
 
-    def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[Caption]]:
+    def __call__(
+        self,
+        names: Sequence[str],
+        pixel_values: Sequence[torch.Tensor],
+        prompts: Sequence[str | None] | None = None,
+    ) -> list[list[Caption]]:
         """
         Args:
             names: the images' names, which seed the sampling of their captions.
             pixel_values: as many tensors of shape `(3, H, W)`, from the processor.
+            prompts: as many prompts; an image without one gets that of `decoding`.
 
         Returns:
             For each image its captions, best first.
@@ -101,7 +108,7 @@ class Captioner:
         while len(captions) < len(names):
             batch = slice(len(captions), len(captions) + self.batch_size)
             before = memory_in_use(self.device)
-            written = self._try(names[batch], torch.stack(tuple(pixel_values[batch])))
+            written = self._try(names[batch], torch.stack(tuple(pixel_values[batch])), prompts and prompts[batch])
             if written is None:
                 self._shrink(len(names[batch]))
             else:
@@ -118,20 +125,23 @@ class Captioner:
             yield from zip(names, self(names, pixel_values), strict=True)
 
     @torch.no_grad()
-    def write(self, names: Sequence[str], caption_embeds: torch.Tensor) -> list[list[Caption]]:
+    def write(
+        self, names: Sequence[str], caption_embeds: torch.Tensor, prompts: Sequence[str | None] | None = None
+    ) -> list[list[Caption]]:
         """
         Captions for caption embeddings, in one batch.
 
         Args:
             caption_embeds: `(B, Q, E)`, from `model.encode`.
+            prompts: as in `__call__`.
         """
         spelling = Spelling(self.decoding, self.processor.tokenizer, self.eos_token_ids)
-        prefix_ids = torch.tensor(spelling.prefix_ids, dtype=torch.long).expand(len(names), -1)
+        inputs = self._before(spelling, [prompt or self.prompt for prompt in prompts or [None] * len(names)])
         arguments = self.generation_arguments(names, spelling)
         with warnings.catch_warnings():
             # transformers warns that the image is not counted as repeated text, which is intended here.
             warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
-            ids = self.model.generate(caption_embeds=caption_embeds, input_ids=prefix_ids, **arguments).tolist()
+            ids = self.model.generate(caption_embeds=caption_embeds, **inputs, **arguments).tolist()
         captions = [self.reading(row, spelling) for row in ids]
         each = self.decoding.num_captions
         return [captions[start : start + each] for start in range(0, len(captions), each)]
@@ -144,18 +154,29 @@ class Captioner:
             arguments["cache_implementation"] = "static"
         return arguments
 
-    def _try(self, names, pixel_values):
+    def _before(self, spelling, prompts):
+        """The prompts and the beginning of the captions, as inputs of `model.generate`."""
+        ids = [[*self.processor.prompt_ids(prompt), *spelling.prefix_ids] for prompt in prompts]
+        longest = max(map(len, ids))
+        pad = self.processor.tokenizer.pad_token_id or 0
+        padding = [longest - len(row) for row in ids]
+        rows = [[pad] * missing + row for missing, row in zip(padding, ids, strict=True)]
+        mask = [[0] * missing + [1] * (longest - missing) for missing in padding]
+        return {"input_ids": torch.tensor(rows, dtype=torch.long), "attention_mask": torch.tensor(mask)}
+
+    def _try(self, names, pixel_values, prompts):
         """The captions, or `None` when there was not enough memory."""
         try:
-            return self._caption(names, pixel_values)
+            return self._caption(names, pixel_values, prompts)
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                 raise
         return None  # here, outside of `except`, the memory of the failed attempt is free again
 
     @torch.no_grad()
-    def _caption(self, names, pixel_values):
-        return self.write(names, self.model.encode(pixel_values, num_queries=self.decoding.num_queries))
+    def _caption(self, names, pixel_values, prompts):
+        caption_embeds = self.model.encode(pixel_values, num_queries=self.decoding.num_queries)
+        return self.write(names, caption_embeds, prompts)
 
     def _shrink(self, failed):
         clear_device_cache(garbage_collection=True)

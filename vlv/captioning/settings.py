@@ -32,6 +32,18 @@ class Decoding:
     prefix: str | None = option(
         None, 'Beginning of every caption, which the model continues, such as "A watercolour of".'
     )
+    prompt: str | None = option(
+        None,
+        "What the captions are asked to be, in words, such as \"Describe it briefly.\" or a question. It needs a model "
+        "that was trained with prompts.",
+    )
+    style: str | None = option(None, "The name of one of the model's own prompts instead (vlv info MODEL lists them).")
+    words: str | None = option(
+        None,
+        "How many words a caption has, such as 20-40. A model that was taught to is asked for it; any other may not "
+        "end a caption before, and the caption is cut where a sentence ends.",
+        metavar="LEAST-MOST",
+    )
     force_words: list[str] | None = option(
         None,
         "Words that every caption must contain. A missing word is added where the caption would have ended, and the "
