@@ -300,7 +300,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     return transform if np.abs(change).max() > 2 else None
 
 
-def cut_centre(image: Image.Image, size: int) -> Image.Image:
+def cut_centre(image, size):
     """The square in the middle, `size` pixels wide, of the image with its shorter side resized to that."""
     scale = size / min(image.size)
     resized = [max(size, int(side * scale)) for side in image.size]
@@ -318,4 +318,14 @@ def cut_centre(image: Image.Image, size: int) -> Image.Image:
     return around.resize((size, size), Image.Resampling.BILINEAR, box=inner)
 
 
-__all__ = ["cut_centre", "load_image"]
+def list_images(images):
+    """One image or several as a list. What is made for several images in a text gives each in a list of its own."""
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    for image in images:
+        if isinstance(image, (list, tuple)) and len(image) != 1:
+            raise ValueError(f"There are {len(image)} images for one text: a VLV reads exactly one.")
+    return [image[0] if isinstance(image, (list, tuple)) else image for image in images]
+
+
+__all__ = ["cut_centre", "list_images", "load_image"]

@@ -33,8 +33,9 @@ try:
     from .layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_length, check_pixels, device_of
     from .pipeline_vlv import VLVImageToTextPipeline  # noqa: F401
     from .processing_vlv import VLVProcessor  # noqa: F401
-    from .prompts_vlv import PromptsMixin  # noqa: F401
+    from .prompts_vlv import find_prompt  # noqa: F401
     from .stopping_vlv import stopping_criteria
+    from .wording_vlv import Wishes  # noqa: F401
 except ImportError:
     from components_vlv import HUB_KWARGS, TASK_PROMPT, load_components
     from configuration_vlv import VLVConfig
@@ -47,7 +48,7 @@ except ImportError:
 CODE_FILES = (
     *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py", "decoders_vlv.py"),
     *("families_vlv.py", "diffusion_vlv.py", "processing_vlv.py", "images_vlv.py", "pipeline_vlv.py"),
-    *("stopping_vlv.py", "chat_vlv.py", "prompts_vlv.py"),
+    *("stopping_vlv.py", "chat_vlv.py", "prompts_vlv.py", "wording_vlv.py"),
 )
 # Parts and buffers that a checkpoint may hold and a model leave out.
 PARTS_LEFT_OUT = (
@@ -417,8 +418,8 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
             `torch.LongTensor` of shape `(B, new tokens)`: the new tokens only, without `input_ids`.
 
         Raises:
-            ValueError: the checkpoint has no caption head, not exactly one input is given, there are fewer queries than
-                `num_queries`, or prompt and beginning leave no room for a caption.
+            ValueError: the checkpoint has no caption head, not exactly one input is given, there are fewer queries
+                than `num_queries`, or prompt and beginning leave no room for a caption.
         """
         self._require_caption_head("caption")
         context = self._context(pixel_values, caption_embeds, num_queries)
@@ -598,8 +599,8 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         if positions is not None and queries + num_tokens >= positions:
             raise ValueError(
                 f"The prompt and the beginning of the caption have {num_tokens} tokens: beside the image, which takes "
-                f"{queries}, the caption head has {positions} positions, and one must be left for the caption. Shorten "
-                "the prompt."
+                f"{queries}, the caption head has {positions} positions, and one must be left for the caption. "
+                "Shorten the prompt."
             )
 
     def _draw_num_queries(self):

@@ -10,27 +10,32 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import logging
 
 # VLVConfig is imported to register it. AutoTokenizer reads a repo's config.json, and asks the user to trust the repo's
 # code where the class is not registered.
 try:
-    from .chat_vlv import CHAT_TEMPLATE, find_image, is_conversation
+    from .chat_vlv import choose_template, find_image, find_words, is_conversation
     from .configuration_vlv import VLVConfig  # noqa: F401
-    from .images_vlv import cut_centre, load_image
-    from .prompts_vlv import PromptsMixin, check_styles, one_for_each
+    from .images_vlv import cut_centre, list_images, load_image
+    from .prompts_vlv import PROMPT_END, WORDS_READ_OVER, check_styles, prompt_ids, prompts_of
     from .stopping_vlv import clean_caption
+    from .wording_vlv import Wishes
 except ImportError:
-    from chat_vlv import CHAT_TEMPLATE, find_image, is_conversation
+    from chat_vlv import choose_template, find_image, find_words, is_conversation
     from configuration_vlv import VLVConfig  # noqa: F401
-    from images_vlv import cut_centre, load_image
-    from prompts_vlv import PromptsMixin, check_styles, one_for_each
+    from images_vlv import cut_centre, list_images, load_image
+    from prompts_vlv import PROMPT_END, WORDS_READ_OVER, check_styles, prompt_ids, prompts_of
     from stopping_vlv import clean_caption
+    from wording_vlv import Wishes
 
+logger = logging.get_logger(__name__)
 # The parts' own tokenizers. They are kept so that `vlv export` can write the parts again. A part may come without one.
 PART_TOKENIZERS = ("encoder_tokenizer", "decoder_tokenizer")
+HUB_KWARGS = ("revision", "token", "local_files_only", "cache_dir")
 
 
-class VLVProcessor(PromptsMixin, ProcessorMixin):
+class VLVProcessor(ProcessorMixin):
     r"""
     Prepares images and captions for [`VLVModel`]. It always uses PIL, so that the pixels do not depend on which other
     libraries are installed.
@@ -64,7 +69,7 @@ class VLVProcessor(PromptsMixin, ProcessorMixin):
         chat_template: str | None = None,
         **parts,
     ):
-        super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        super().__init__(tokenizer, chat_template=choose_template(chat_template, takes_prompts))
         self.image_height, self.image_width = image_height, image_width
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.decoder_image_size = decoder_image_size
@@ -82,6 +87,11 @@ class VLVProcessor(PromptsMixin, ProcessorMixin):
     def decoder_tokenizer(self):
         """The tokenizer of the diffusion model's text encoder, or `None`."""
         return self._part_tokenizers.get("decoder_tokenizer")
+
+    def learn_prompts(self, styles: Mapping[str, str]) -> None:
+        """Records that the caption head takes prompts, and adds `styles`. A conversation then begins with a prompt."""
+        self.takes_prompts, self.styles = True, {**self.styles, **check_styles(styles)}
+        self.chat_template: str = choose_template(getattr(self, "chat_template", None), True)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -103,6 +113,7 @@ class VLVProcessor(PromptsMixin, ProcessorMixin):
         *,
         prompt: str | Sequence[str | None] | None = None,
         style: str | None = None,
+        words: str | None = None,
         crop: str | None = None,
         return_decoder_pixel_values: bool = False,
         return_labels: bool = False,
@@ -118,6 +129,7 @@ class VLVProcessor(PromptsMixin, ProcessorMixin):
             prompt (*optional*): what the captions are asked to be: one for all, or one for each (`None` for none). Its
                 tokens come before those of the caption.
             style (`str`, *optional*): the name of a prompt among `styles` instead.
+            words (`str`, *optional*): a number of words such as `20-40`, for a style that holds `{words}`.
             crop (`str`, *optional*): `"center"` instead of the whole image.
             return_decoder_pixel_values (`bool`): also the images as the decoder rebuilds them.
             return_labels (`bool`): also `labels`, the captions' ids with -100 on prompts and padding.
@@ -132,10 +144,10 @@ class VLVProcessor(PromptsMixin, ProcessorMixin):
             - **input_ids**, **attention_mask**, **labels** `(B, T)` int64.
 
         Raises:
-            ValueError: an argument is wrong, there is a prompt and the checkpoint takes none, or no such style.
+            ValueError: an argument is wrong, the checkpoint takes no prompts, or it has no such style.
             OSError: an image is not there or cannot be fetched.
         """
-        images = [] if images is None else _as_list(images)
+        images = [] if images is None else list_images(images)
         text = [] if text is None else [text] if isinstance(text, str) else list(text)
         if not images and not text:
             raise ValueError("Nothing to process: give images, text, or both.")
@@ -149,39 +161,30 @@ class VLVProcessor(PromptsMixin, ProcessorMixin):
             data["pixel_values"] = self._normalise(seen)
             if return_decoder_pixel_values:
                 data["decoder_pixel_values"] = self._for_decoder(seen)
-        prompts = self._prompts(prompt, style, len(text or images), "texts" if text else "images")
+        prompts = prompts_of(self, prompt, style, words, len(text or images), "texts" if text else "images")
         if text or any(prompts):
             data.update(self._tokenize(text or [""] * len(prompts), prompts, return_labels, max_length))
         return BatchFeature(data)
 
     def _normalise(self, images):
-        size = (self.image_width, self.image_height)
-        pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
+        pixels = _resize(images, (self.image_width, self.image_height), Image.Resampling.BICUBIC)
         mean, std = np.float32(self.image_mean), np.float32(self.image_std)
         # Florence-2's own image processor also rescales in double precision. The result equals its to the last bit.
         pixels = ((pixels * (1 / 255)).astype(np.float32) - mean) / std  # (B, H, W, 3)
         return torch.from_numpy(pixels.transpose(0, 3, 1, 2)).contiguous()
 
     def _for_decoder(self, images):
-        size = (self.decoder_image_size, self.decoder_image_size)
-        pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images])
+        pixels = _resize(images, 2 * (self.decoder_image_size,), Image.Resampling.BILINEAR)
         return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
     # ---- text ----------------------------------------------------------------------------------------------
-
-    def _prompts(self, prompt, style, count, of):
-        if style is not None:
-            prompt = self.find_prompt(prompt if isinstance(prompt, str) else None, style)
-        prompts = one_for_each(prompt, count, of)
-        self.check_prompt(next(filter(None, prompts), None))
-        return prompts
 
     def _tokenize(self, text, prompts, return_labels, max_length):
         # No special tokens: a caption follows the image's prefix directly, without a begin-of-text token.
         ids = [self.tokenizer(caption, add_special_tokens=False).input_ids for caption in text]
         if return_labels:
             ids = [caption + [self.tokenizer.eos_token_id] for caption in ids]
-        asked = [self.prompt_ids(prompt) for prompt in prompts]
+        asked = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         ids = [prompt + caption[:max_length] for prompt, caption in zip(asked, ids, strict=True)]
         length = max(map(len, ids))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
@@ -210,13 +213,15 @@ class VLVProcessor(PromptsMixin, ProcessorMixin):
     ) -> Any:
         """
         One conversation or several, in the form of chat models (see `chat_vlv.py`). Of each, the model sees the one
-        image, and the text of a last message of the assistant, which begins the caption. It follows no instructions:
-        all other text is read over.
+        image, the user's last words, which are the prompt, and the text of a last message of the assistant, which
+        begins the caption. All other text is read over. So are the user's words where the checkpoint takes no prompts:
+        a warning says so.
 
         Args:
             conversation: messages `{"role": ..., "content": ...}`, or a list of such conversations. The image is a
                 part `{"type": "image"}` with `url`, `path`, `base64` or `image`: anything that `load_image` reads.
-            tokenize (`bool`): without it, the text that begins the caption is returned, for each conversation.
+            tokenize (`bool`): without it, the text before the caption is returned, for each conversation: the prompt,
+                if there is one, a line break, and the beginning of the caption.
             return_dict (`bool`): with `tokenize`, what `__call__` returns for these images and texts, instead of its
                 `input_ids` alone.
             crop, processor_kwargs: as `__call__` takes them.
@@ -229,10 +234,19 @@ class VLVProcessor(PromptsMixin, ProcessorMixin):
         conversations = [conversation] if is_conversation(conversation) else list(conversation)
         images = [find_image(messages) for messages in conversations]
         text: list[str] = [super(VLVProcessor, self).apply_chat_template(it, chat_template) for it in conversations]
+        prompts = [self.find_chat_prompt(messages) for messages in conversations]
         if not tokenize:
             return text[0] if is_conversation(conversation) else text
-        inputs = self(images=images, text=text, **{"crop": crop, **(processor_kwargs or {})})
+        text = [it.removeprefix(prompt + PROMPT_END) for it, prompt in zip(text, prompts, strict=True)]
+        inputs = self(images=images, text=text, prompt=prompts, **{"crop": crop, **(processor_kwargs or {})})
         return inputs if return_dict else inputs["input_ids"]
+
+    def find_chat_prompt(self, conversation: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt in a conversation; "", with a warning, where the checkpoint takes none."""
+        words = find_words(conversation)
+        if words and not self.takes_prompts:
+            logger.warning_once(WORDS_READ_OVER)
+        return words if self.takes_prompts else ""
 
     def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> list[str]:
         """Token ids (B, T) from `model.generate` -> B captions."""
@@ -247,6 +261,10 @@ class VLVProcessor(PromptsMixin, ProcessorMixin):
         text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
         finish = self.finish_caption if skip_special_tokens else str
         return finish(text).strip() if isinstance(text, str) else [finish(caption).strip() for caption in text]
+
+    def wishes(self, **wishes: Any) -> Wishes:
+        """What is asked of captions, checked: the arguments of [`Wishes`]."""
+        return Wishes(self, **wishes)
 
     def finish_caption(self, text: str) -> str:
         """The text of a caption, or of what continues one, cleaned where this checkpoint needs it; else as it is."""
@@ -278,9 +296,7 @@ class VLVProcessor(PromptsMixin, ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As `ProcessorMixin.from_pretrained`, with the parts' tokenizers that the repo has."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        hub_kwargs = {
-            key: kwargs[key] for key in ("revision", "token", "local_files_only", "cache_dir") if key in kwargs
-        }
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
         processor._part_tokenizers = {
             # These folders have no config.json. Without `config=`, AutoTokenizer would look for it, and fail offline.
@@ -366,14 +382,9 @@ class VLVProcessor(PromptsMixin, ProcessorMixin):
         )
 
 
-def _as_list(images):
-    """One image or several as a list. What is made for several images in a text gives each in a list of its own."""
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    for image in images:
-        if isinstance(image, (list, tuple)) and len(image) != 1:
-            raise ValueError(f"There are {len(image)} images for one text: a VLV reads exactly one.")
-    return [image[0] if isinstance(image, (list, tuple)) else image for image in images]
+def _resize(images, size, filter):
+    """PIL images in RGB -> pixels (B, H, W, 3), uint8."""
+    return np.stack([np.asarray(image.resize(size, filter)) for image in images])
 
 
 def _check_crop(crop):

@@ -12,10 +12,12 @@ from transformers import GenerationConfig
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
+from prompts_vlv import prompt_ids
 from stopping_vlv import RepeatedSentence
 from vlv.captioning.decoding import Spelling, generation_arguments
 from vlv.captioning.memory import free_memory, memory_in_use, peak_memory
 from vlv.captioning.settings import Decoding
+from wording_vlv import Wishes, Wording
 
 # An automatic batch starts small and grows up to a largest size, as long as memory allows.
 FIRST_BATCH = 4
@@ -44,14 +46,14 @@ class CaptionReader:
         self.repetition = RepeatedSentence.of(generation_config)  # `None` where captions end by themselves
         self.processor = processor
 
-    def __call__(self, ids: Sequence[int], spelling: Spelling) -> Caption:
+    def __call__(self, ids: Sequence[int], spelling: Spelling, wording: Wording) -> Caption:
         """The caption of new token ids, as `model.generate` returns them: what comes after its end is ignored."""
         repeated = None if self.repetition is None else self.repetition.find(ids)
         ids = ids[:repeated]
         end = next((place for place, token in enumerate(ids) if token in self.eos_token_ids), None)
         prefix, text = spelling.text(()), spelling.text(ids)
         text = prefix + self.processor.finish_caption(text.removeprefix(prefix))
-        return Caption(text.strip(), end is not None, len(ids) if end is None else end + 1)
+        return Caption(wording.finish(text.strip()), end is not None, len(ids) if end is None else end + 1)
 
 
 class Captioner:
@@ -83,7 +85,8 @@ class Captioner:
         self.largest = batch_size or largest_batch(self.device.type)
         self.batch_size = batch_size or FIRST_BATCH
         self.reading = CaptionReader(model.generation_config, processor)
-        self.prompt = processor.find_prompt(decoding.prompt, decoding.style, decoding.words)
+        self.wishes = Wishes(processor, **decoding.wishes)
+        self.check_prompt(self.wishes.prompt)
         self.eos_token_ids, self.repetition = self.reading.eos_token_ids, self.reading.repetition
 
     def __call__(
@@ -136,15 +139,29 @@ class Captioner:
             prompts: as in `__call__`.
         """
         spelling = Spelling(self.decoding, self.processor.tokenizer, self.eos_token_ids)
-        inputs = self._before(spelling, [prompt or self.prompt for prompt in prompts or [None] * len(names)])
+        prompts = list(prompts or [None] * len(names))
+        asked: dict[str, Any] = {}
+        if self.wishes.taken:
+            asked["prompt"] = [self.wishes.prompt_for(prompt) for prompt in prompts]
+        inputs = self.processor(text=[spelling.prefix] * len(names), **asked)
+        wordings = [self.wishes.wording_for(prompt) for prompt in prompts]
         arguments = self.generation_arguments(names, spelling)
+        arguments["logits_processor"][:0] = self.wishes.limits(prompts, spelling.text, self.eos_token_ids)
         with warnings.catch_warnings():
             # transformers warns that the image is not counted as repeated text, which is intended here.
             warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
             ids = self.model.generate(caption_embeds=caption_embeds, **inputs, **arguments).tolist()
-        captions = [self.reading(row, spelling) for row in ids]
         each = self.decoding.num_captions
+        captions = [self.reading(row, spelling, wordings[number // each]) for number, row in enumerate(ids)]
         return [captions[start : start + each] for start in range(0, len(captions), each)]
+
+    def check_prompt(self, prompt: str | None) -> None:
+        """Raises ValueError where the checkpoint takes no prompts, or this one leaves no room for a caption."""
+        self.wishes.check(prompt)
+        if prompt:
+            queries = self.model.check_num_queries(self.decoding.num_queries)
+            prefix = Spelling(self.decoding, self.processor.tokenizer, ()).prefix_ids
+            self.model.check_text_length(len(prompt_ids(self.processor.tokenizer, prompt)) + len(prefix), queries)
 
     def generation_arguments(self, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
         """The arguments of `model.generate` for the images with these names."""
@@ -153,16 +170,6 @@ class Captioner:
             arguments.pop("custom_generate", None)
             arguments["cache_implementation"] = "static"
         return arguments
-
-    def _before(self, spelling, prompts):
-        """The prompts and the beginning of the captions, as inputs of `model.generate`."""
-        ids = [[*self.processor.prompt_ids(prompt), *spelling.prefix_ids] for prompt in prompts]
-        longest = max(map(len, ids))
-        pad = self.processor.tokenizer.pad_token_id or 0
-        padding = [longest - len(row) for row in ids]
-        rows = [[pad] * missing + row for missing, row in zip(padding, ids, strict=True)]
-        mask = [[0] * missing + [1] * (longest - missing) for missing in padding]
-        return {"input_ids": torch.tensor(rows, dtype=torch.long), "attention_mask": torch.tensor(mask)}
 
     def _try(self, names, pixel_values, prompts):
         """The captions, or `None` when there was not enough memory."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from processing_vlv import VLVProcessor, load_image
+from prompts_vlv import takes_prompts
 from vlv.captioning.captioner import Caption, Captioner
 from vlv.captioning.settings import Decoding, ModelOptions
 from vlv.captioning.sink import Row
@@ -29,6 +30,7 @@ class Prepared(NamedTuple):
     name: str
     pixel_values: torch.Tensor | None  # (3, H, W)
     error: str | None
+    prompt: str | None = None  # its own
 
 
 class Writer(Protocol):
@@ -39,7 +41,15 @@ class Writer(Protocol):
     batch_size: int  # pictures that are captioned at once
     largest: int  # what that may grow to
 
-    def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[Caption]]: ...
+    def __call__(
+        self,
+        names: Sequence[str],
+        pixel_values: Sequence[torch.Tensor],
+        prompts: Sequence[str | None] | None = None,
+    ) -> list[list[Caption]]: ...
+
+    def check_prompt(self, prompt: str | None) -> None:
+        """Raises ValueError for a prompt that cannot be followed."""
 
 
 def make_captioner(options: ModelOptions, decoding: Decoding, batch_size: int | None) -> Captioner:
@@ -68,6 +78,7 @@ def caption_locally(
     Yields:
         The rows of a batch, in the order of the input.
     """
+    check_source(source, captioner.processor)
     if num_workers is None:
         few = source.total is not None and source.total - len(done) <= FEW
         num_workers = 1 if few else max(1, min(_processors() - 1, MOST_READERS))
@@ -82,13 +93,22 @@ def caption_locally(
         yield caption_batch(captioner, batch)
 
 
+def check_source(source: Source, processor: VLVProcessor) -> None:
+    """Raises ValueError when the pictures have prompts and the checkpoint takes none."""
+    if source.has_prompts and not takes_prompts(processor):
+        raise ValueError(
+            "This checkpoint takes no prompts, and the images have some: leave out --prompt_file and --prompt_column, "
+            "or take a model that was trained with prompts."
+        )
+
+
 def prepare(pictures: Iterable[Picture], processor: VLVProcessor, num_workers: int, number: int) -> Iterator[Prepared]:
     """Read pictures, in their order. `num_workers` processes read up to `number` of them ahead."""
-    items = (((order, name), source) for order, name, source in pictures)
-    for (order, name), pixel_values, error in read_ahead(
+    items = (((order, name, prompt), source) for order, name, source, prompt in pictures)
+    for (order, name, prompt), pixel_values, error in read_ahead(
         items, partial(read_pixels, processor), num_workers, min(number, READ_AHEAD)
     ):
-        yield Prepared(order, name, pixel_values, error)
+        yield Prepared(order, name, pixel_values, error, prompt)
 
 
 def read_pixels(processor: VLVProcessor, source: Any) -> torch.Tensor:
@@ -101,12 +121,12 @@ def read_pixels(processor: VLVProcessor, source: Any) -> torch.Tensor:
 
 def caption_batch(captioner: Writer, batch: Sequence[Prepared]) -> list[Row]:
     """The rows of a batch: captions, or errors."""
+    batch = [_checked(captioner, prepared) for prepared in batch]
     readable = [prepared for prepared in batch if prepared.error is None]
-    captions = iter(
-        captioner([prepared.name for prepared in readable], [prepared.pixel_values for prepared in readable])
-    )
+    names, prompts = [it.name for it in readable], [it.prompt for it in readable]
+    captions = iter(captioner(names, [it.pixel_values for it in readable], prompts if any(prompts) else None))
     rows = []
-    for order, name, _, error in batch:
+    for order, name, _, error, _ in batch:
         row = {"order": list(order), "file_name": name}
         if error is None:
             texts = [caption.text for caption in next(captions)]
@@ -115,6 +135,16 @@ def caption_batch(captioner: Writer, batch: Sequence[Prepared]) -> list[Row]:
             row["error"] = error
         rows.append(row)
     return rows
+
+
+def _checked(captioner: Writer, prepared: Prepared) -> Prepared:
+    """A picture, with the error about its own prompt, if there is any."""
+    if prepared.error is None and prepared.prompt is not None:
+        try:
+            captioner.check_prompt(prepared.prompt)
+        except ValueError as error:
+            return prepared._replace(error=f"{prepared.name}: {error}")
+    return prepared
 
 
 def _processors() -> int:

@@ -10,7 +10,7 @@ import torch
 
 from processing_vlv import VLVProcessor
 from vlv.captioning.captioner import Captioner, largest_batch
-from vlv.captioning.engine import Prepared, caption_batch, prepare
+from vlv.captioning.engine import Prepared, caption_batch, check_source, prepare
 from vlv.captioning.sink import Row
 from vlv.captioning.sources import Source
 from vlv.models.loading import find_captioner
@@ -36,6 +36,7 @@ def caption_with_ray(
     import ray
 
     processor = VLVProcessor.from_pretrained(find_captioner(model))
+    check_source(source, processor)
     ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="warning")
     ray.data.DataContext.get_current().enable_progress_bars = False
     resources = ray.cluster_resources()
@@ -76,11 +77,13 @@ class _Actor:
 
 def _pack(prepared: Prepared, processor: VLVProcessor) -> dict[str, Any]:
     """A picture that has been read, as columns. One that could not be read has blank pixels, which are not used."""
-    order, name, pixel_values, error = prepared
+    order, name, pixel_values, error, prompt = prepared
     if pixel_values is None:
         pixel_values = torch.zeros(3, processor.image_height, processor.image_width)
-    return {"order": np.array(order), "name": name, "pixel_values": pixel_values.numpy(), "error": error or ""}
+    texts = {"name": name, "error": error or "", "prompt": prompt or ""}
+    return {"order": np.array(order), "pixel_values": pixel_values.numpy(), **texts}
 
 
-def _unpack(order: np.ndarray, name: str, pixel_values: np.ndarray, error: str) -> Prepared:
-    return Prepared(tuple(order.tolist()), str(name), torch.tensor(pixel_values), str(error) or None)
+def _unpack(order: np.ndarray, name: str, pixel_values: np.ndarray, error: str, prompt: str) -> Prepared:
+    pixels = torch.tensor(pixel_values)
+    return Prepared(tuple(order.tolist()), str(name), pixels, str(error) or None, str(prompt) or None)

@@ -21,8 +21,8 @@ def shrinking_search(
     A logits processor that holds a state for each row has a method `keep(rows)`, which receives the remaining rows.
 
     Args:
-        model_kwargs: `inputs_embeds` (B, length, width) from `generate`, and its `attention_mask` (B, length) where it is
-            padded, which it is on the left.
+        model_kwargs: `inputs_embeds` (B, length, width) from `generate`, and its `attention_mask` (B, length) where it
+            is padded, which it is on the left.
 
     Returns:
         Token ids `(B, T)`, with zeros after the token that ended a caption.

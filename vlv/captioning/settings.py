@@ -3,6 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from wording_vlv import parse_words
+
+# What is asked of captions, in the interface of OpenAI as well.
+WISHES = ("prompt", "style", "words", "trigger_words", "caption_prefix", "caption_suffix", "clean_tags")
+
 
 def option(default: Any, help_text: str, **argparse: Any) -> Any:
     return field(default=default, metadata={"help": help_text, **argparse})
@@ -34,7 +39,7 @@ class Decoding:
     )
     prompt: str | None = option(
         None,
-        "What the captions are asked to be, in words, such as \"Describe it briefly.\" or a question. It needs a model "
+        'What the captions are asked to be, in words, such as "Describe it briefly." or a question. It needs a model '
         "that was trained with prompts.",
     )
     style: str | None = option(None, "The name of one of the model's own prompts instead (vlv info MODEL lists them).")
@@ -44,6 +49,14 @@ class Decoding:
         "end a caption before, and the caption is cut where a sentence ends.",
         metavar="LEAST-MOST",
     )
+    trigger_words: str | None = option(
+        None, "Words, with commas between them, that come first in each caption that lacks them.", metavar="WORDS"
+    )
+    caption_prefix: str | None = option(
+        None, "Text at the beginning of each caption. Unlike --prefix, the model does not read it."
+    )
+    caption_suffix: str | None = option(None, "Text at the end of each caption.")
+    clean_tags: bool = option(False, "The captions are tags with commas between them: keep each tag once, in order.")
     force_words: list[str] | None = option(
         None,
         "Words that every caption must contain. A missing word is added where the caption would have ended, and the "
@@ -74,6 +87,10 @@ class Decoding:
             raise ValueError(f"--top_p is {self.top_p}; it must be above 0 and at most 1.")
         if self.repetition_penalty is not None and self.repetition_penalty <= 0:
             raise ValueError(f"--repetition_penalty is {self.repetition_penalty}; it must be above 0.")
+        if self.prompt and self.style:
+            raise ValueError("--prompt and --style both say what the captions are to be: choose one.")
+        if self.words is not None:
+            parse_words(self.words)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"--min_new_tokens {self.min_new_tokens} is more than --max_new_tokens.")
         if self.temperature > 0 and self.num_beams > 1:
@@ -82,6 +99,11 @@ class Decoding:
             raise ValueError(
                 f"--num_captions {self.num_captions} needs as many --num_beams, or a --temperature above 0."
             )
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """The arguments of `wording_vlv.Wishes`."""
+        return {name: getattr(self, name) for name in WISHES}
 
 
 @dataclass(frozen=True)
@@ -125,4 +147,8 @@ class RowOptions:
 
     split: str = option("train", "Split of a dataset from the Hub.")
     image_column: str | None = option(None, "Column of the images (default: the column of type Image, or image).")
+    prompt_column: str | None = option(
+        None,
+        "Column with a prompt for each row. A row without one gets that of --prompt or --style, if there is any.",
+    )
     id_column: str | None = option(None, "Column that names the rows (default: the file and the row's number or key).")

@@ -37,6 +37,7 @@ def collection_tab(is_local: bool) -> Callable[[Page], Fields]:
             "most": MOST_IMAGES,
             "show": list(SHOWN),
             "orders": list(ORDERS),
+            "styles": list(page.studio.styles) if page.studio.takes_prompts else None,
             "settings": {
                 name: {"label": SETTINGS[name].label, "value": SETTINGS[name].default}
                 for name in ("max_new_tokens", "num_beams")

@@ -33,6 +33,28 @@ def main(argv: list[str]) -> None:
         _print_recipe(source)
     else:
         print(format_parts(count_parts(read_config(source))))
+        _print_prompts(source)
+
+
+def _print_prompts(source):
+    """Whether the model takes prompts, and its styles; nothing of a config alone."""
+    from transformers import ProcessorMixin
+
+    if Path(source).is_file():
+        return
+    try:
+        settings, _ = ProcessorMixin.get_processor_dict(source)
+    except OSError:
+        return
+    print()
+    if not settings.get("takes_prompts"):
+        print("It takes no prompts.")
+        return
+    print(
+        "It takes prompts (--prompt), and has the styles (--style):" if settings.get("styles") else "It takes prompts."
+    )
+    for name, prompt in (settings.get("styles") or {}).items():
+        print(f"  {name}: {prompt}")
 
 
 def _print_recipe(name):

@@ -55,8 +55,9 @@ class ScenesArguments:
     prompts: bool = field(
         default=False,
         metadata={
-            "help": "Make text a list of descriptions in several styles and of answers to questions, and prompt the list "
-            "of what each was asked for. Also write questions.jsonl for vlv evaluate, and styles.json for vlv train."
+            "help": "Make text a list of descriptions in several styles and of answers to questions, and prompt the "
+            "list of what each was asked for. Also write questions.jsonl for vlv evaluate, and styles.json for vlv "
+            "train."
         },
     )
 

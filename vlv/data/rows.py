@@ -166,8 +166,11 @@ def pairs_of(captions: Any, prompts: Any) -> list[tuple[str, str]]:
         prompts = (prompts or [None]) * len(captions)
     if len(prompts) != len(captions):
         raise ValueError(f"there are {len(captions)} captions, but {len(prompts)} prompts: give each its own.")
-    return [(text, as_prompt(prompt)) for given, prompt in zip(captions, prompts, strict=True)
-            for text in captions_of(given)]
+    return [
+        (text, as_prompt(prompt))
+        for given, prompt in zip(captions, prompts, strict=True)
+        for text in captions_of(given)
+    ]
 
 
 def read_captions(row: dict[str, Any], column: str, prompt_column: str | None = None) -> dict[str, list[str]]:

@@ -95,9 +95,7 @@ def _prepare_folder(folder: Path, settings: dict) -> Path:
     return folder
 
 
-def _write_chunk(
-    folder: Path, world: World, split: str, seed: int, prompts: bool, indices: range
-) -> list[dict]:
+def _write_chunk(folder: Path, world: World, split: str, seed: int, prompts: bool, indices: range) -> list[dict]:
     rows = []
     for index in indices:
         picture, scene = world.sample_picture(split, index, seed)

@@ -16,6 +16,7 @@ from transformers import LogitsProcessor
 from vlv.captioning.captioner import Caption, Captioner, CaptionReader, largest_batch
 from vlv.captioning.decoding import Spelling
 from vlv.captioning.settings import Decoding
+from wording_vlv import Wording
 
 # Clients that were answered together ask again together. A batch of the first of them alone would cost as many steps
 # as one of all, so the next batch waits for as many as the last one had, for this part of the time that it took.
@@ -126,8 +127,9 @@ class _RequestCaptioner(Captioner):
     def generation_arguments(self, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
         requests = [self._requests[name] for name in names]
         arguments = super().generation_arguments([request.seed for request in requests], spelling)
-        # Beams change their text until the search ends, and cleaning may drop what was written.
-        if self.decoding.num_beams == 1 and self.repetition is None:
+        # Beams change their text until the search ends, and cleaning and other wishes may drop what was written.
+        wording = self.wishes.wording_for()
+        if self.decoding.num_beams == 1 and self.repetition is None and wording.changes_nothing:
             progress = _Progress(requests, self.decoding.num_captions, self.reading, spelling)
             arguments["logits_processor"].append(progress)
         return arguments
@@ -160,7 +162,7 @@ class _Progress(LogitsProcessor):
             request, number = self.rows[row]
             ids = [*self.input_ids[row].tolist(), self.reading.eos_token_ids[0]]
             ended = self.ended[request]
-            ended[number] = self.reading(ids, self.spelling)
+            ended[number] = self.reading(ids, self.spelling, Wording())
             if len(ended) == self.num_captions:
                 request.finish([ended[number] for number in range(self.num_captions)])
         self.rows = [self.rows[row] for row in kept]

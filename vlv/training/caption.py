@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel, VLVOutput
 from processing_vlv import VLVProcessor
-from prompts_vlv import check_styles
+from prompts_vlv import check_styles, prompt_ids
 from stopping_vlv import stop_at_repetition
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
@@ -25,7 +25,6 @@ from vlv.training.lora import LoraSettings, add_adapters, merge_adapters
 from vlv.training.samples import markdown_table
 from vlv.training.vlv_settings import VLVSettings
 from vlv.training.vlv_stage import VLVStage
-
 
 SHORT_PROMPT = 64  # bytes
 
@@ -85,7 +84,9 @@ class CaptionStage(VLVStage):
             ValueError: the column is not text; or it is missing, but was named or is needed for styles.
         """
         column = self.settings.prompt_column
-        found = [rows for rows in datasets if column in (rows.column_names or ()) and column != self.settings.caption_column]
+        found = [
+            rows for rows in datasets if column in (rows.column_names or ()) and column != self.settings.caption_column
+        ]
         if not found:
             if self.styles or column != CaptionSettings.prompt_column:
                 require_column(datasets[0], column, "prompt_column")
@@ -93,15 +94,14 @@ class CaptionStage(VLVStage):
         for rows in found:
             require_text(rows, column, "prompt_column")
         self.prompt_column = column
-        self.processor.takes_prompts = True
-        self.processor.styles |= self.styles
+        self.processor.learn_prompts(self.styles)
         self.tell(f"prompts: from the column '{column}'.")
 
     def check_prompts(self, prompts: list[str]) -> None:
         for prompt in prompts:
             # A token is at least a byte, so that a short prompt need not be counted.
             if prompt and len(prompt.encode()) > SHORT_PROMPT:
-                self.model.check_text_length(len(self.processor.prompt_ids(prompt)))
+                self.model.check_text_length(len(prompt_ids(self.processor.tokenizer, prompt)))
 
     def load(self, model_class: type[VLVModel]) -> tuple[VLVModel, VLVProcessor]:
         """The model to start from. It gets a new caption head if it has none, and here learns to end its captions."""
@@ -130,9 +130,7 @@ class CaptionStage(VLVStage):
         """One caption of each image, padded to the longest caption of the batch."""
         batch = batch if isinstance(batch, dict) else merge(batch)
         captions, prompts = draw_pairs(batch)
-        text = self.processor(
-            text=captions, prompt=prompts, return_labels=True, max_length=self.settings.max_length
-        )
+        text = self.processor(text=captions, prompt=prompts, return_labels=True, max_length=self.settings.max_length)
         return {**super().collate(batch), **text}
 
     def loss_function(self) -> Callable[..., torch.Tensor] | None:
