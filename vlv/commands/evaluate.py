@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
-from vlv import tiny_checkpoint
+from vlv import find_bundled
 from vlv.arguments import CommandParser
 from vlv.evaluation.scores import FAMILIES, SCENES, check_options, find_scores
 from vlv.files import check_source, locked, writing_to
@@ -180,7 +180,7 @@ def _output(arguments: EvaluateArguments) -> Path | None:
     """The file of the results. Without --output it is `None`, unless the default file can be written."""
     if arguments.output is not None:
         return Path(arguments.output)
-    folder = Path(arguments.model or tiny_checkpoint())
+    folder = Path(find_bundled(arguments.model))
     return folder / "results.json" if folder.is_dir() and os.access(folder, os.W_OK) else None
 
 

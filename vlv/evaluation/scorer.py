@@ -16,7 +16,7 @@ from components_vlv import reading_part
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from prompts_vlv import takes_prompts
-from vlv import tiny_checkpoint
+from vlv import find_bundled
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
 from vlv.evaluation.answering import ImageAnswerer
@@ -127,8 +127,8 @@ class DatasetScorer:
         config = read_config(self._source)
         if self._answers and config.caption_config is not None and not takes_prompts(self._processor):
             raise ValueError(
-                f"{self._source} takes no prompts and cannot answer questions about images: take --answer_from caption, "
-                "or a --model that was trained with prompts."
+                f"{self._source} takes no prompts and cannot answer questions about images: take --answer_from "
+                "caption, or a --model that was trained with prompts."
             )
         if config.caption_config is None and self._families != {"reconstruction"}:
             raise ValueError(f"{self._source} has no caption head and cannot caption; choose another --model.")
@@ -322,7 +322,7 @@ class DatasetScorer:
 
     @property
     def _source(self) -> str:
-        return self.model or str(tiny_checkpoint())
+        return find_bundled(self.model)
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from modeling_vlv import STAGES, VLVModel
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint
+from vlv import find_bundled
 from vlv.data.rows import image_digest, open_image, read_captions, require_column
 from vlv.models.loading import read_config
 from vlv.reading import Reader
@@ -97,8 +97,7 @@ class VLVStage(Stage):
             raise ValueError("average_decay needs whole weights, which FSDP shards: leave it out, or train with DDP.")
         if settings.save_dtype is not None and not isinstance(getattr(torch, settings.save_dtype, None), torch.dtype):
             raise ValueError(f"save_dtype is {settings.save_dtype!r}: name a torch dtype, e.g. float16.")
-        bundled = settings.model == "vlv-tiny" and not Path(settings.model).is_dir()
-        self.source = tiny_checkpoint() if bundled else settings.model
+        self.source = settings.model and find_bundled(settings.model)
 
     def load_model(self, model_class: type[VLVModel], **kwargs) -> VLVModel:
         """The model to start from, in fp32, because weights that train need that precision."""
