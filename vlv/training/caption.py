@@ -160,15 +160,28 @@ class CaptionStage(VLVStage):
     def samples(self) -> str:
         rows, _, pixel_values = self.sample_rows()
         column = self.prompt_column
-        pairs = [pairs_of(row[self.settings.caption_column], row.get(column)) for row in rows]
+        pairs = [self.usable_pairs(row) for row in rows]
+        kept = [number for number, found in enumerate(pairs) if found]
+        if not kept:
+            return "None of these rows can be used: failures.jsonl says why.\n"
         # A different one of each row's captions, so that the prompts are not all alike.
-        truths, prompts = zip(*(pairs[number % len(pairs)] for number, pairs in enumerate(pairs)), strict=True)
+        truths, prompts = zip(*(pairs[number][number % len(pairs[number])] for number in kept), strict=True)
+        rows, pixel_values = [rows[number] for number in kept], pixel_values[kept]
         length = self.processor(text=truths)["input_ids"].shape[1] + 8
         captioner = Captioner(self.model.eval(), self.processor, Decoding(max_new_tokens=length), len(rows))
         written = [best.text for best, *_ in captioner(range(len(rows)), pixel_values, prompts)]
         if column is None:
             return markdown_table(("written", "true"), list(zip(written, truths, strict=True)))
         return markdown_table(("prompt", "written", "true"), list(zip(prompts, written, truths, strict=True)))
+
+    def usable_pairs(self, row: dict[str, Any]) -> list[tuple[str, str]]:
+        """The captions of a row with their prompts; none of a row that the training leaves out."""
+        try:
+            pairs = pairs_of(row[self.settings.caption_column], row.get(self.prompt_column))
+            self.check_prompts([prompt for _, prompt in pairs])
+        except ValueError:
+            return []
+        return pairs
 
     @torch.no_grad()
     def whole(self) -> VLVModel:
