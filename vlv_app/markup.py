@@ -54,8 +54,5 @@ def captions(texts: Sequence[str]) -> str:
     """Several captions of one picture, best first, each with a button that takes it into the caption box."""
     if len(texts) < 2:
         return ""
-    rows = "".join(
-        f'<li><span>{escape(text)}</span> <button type="button" data-take="{escape(text)}">Take</button></li>'
-        for text in texts
-    )
+    rows = "".join(f'<li><span>{escape(text)}</span> <button type="button">Take</button></li>' for text in texts)
     return f'<ol class="captions">{rows}</ol>'

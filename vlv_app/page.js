@@ -191,10 +191,10 @@ window.vlv = (() => {
   });
 
   document.addEventListener("click", (event) => {
-    const words = event.target.closest("[data-take]")?.dataset.take;
-    if (words === undefined) return;
+    const caption = event.target.closest(".captions button")?.previousElementSibling;
+    if (!caption) return;
     const box = document.querySelector("#caption-text textarea");
-    box.value = words;
+    box.value = caption.textContent;
     box.dispatchEvent(new Event("input", { bubbles: true }));
     box.focus();
   });

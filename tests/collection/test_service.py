@@ -70,3 +70,16 @@ def test_a_folders_collection_is_deleted_without_its_images(make, folder):
     service.remove({"id": id})
     assert (folder / "a.png").is_file()
     assert "not there any more" in service.about({"id": id})["error"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "captions file"])
+def test_too_many_images_are_no_collection(make, folder, monkeypatch, kind):
+    """They are refused, because a part of them would look like all of them."""
+    monkeypatch.setattr("vlv.collection.opening.MOST_IMAGES", 1)
+    tiny.images(1)[0].save(folder / "b.png")
+    path = folder
+    if kind == "captions file":
+        path = folder / "captions.jsonl"
+        path.write_text("".join(f'{{"file_name": "{name}.png", "text": "{name}"}}\n' for name in "ab"))
+    error = make(True).open_path({"path": str(path)})["error"]
+    assert error.startswith(f"{path} has 2 images, and a collection at most 1: open a part of them")

