@@ -78,13 +78,16 @@ def test_a_folder_with_prompts(tmp_path):
     for index, row in enumerate(rows):
         scene = drawn.sample_scene("validation", index)
         assert row["file_name"] == f"{index:06}.png" and len(row["text"]) == len(row["prompt"])
-        assert scene.caption == dict(zip(row["prompt"], row["text"], strict=True))[""]
+        asked = dict(zip(row["prompt"], row["text"], strict=True))
+        assert asked.get("") == (scene.caption if index % 3 == 0 else None)
+        assert (STYLES["tags"] in asked) == (index % 3 == 0)
         assert row["short"] == list(scene.short_captions())
     assert json.loads((tmp_path / "styles.json").read_text()) == STYLES
     questions = read_questions(str(tmp_path / "questions.jsonl"))
-    asked = dict(zip(rows[0]["prompt"], rows[0]["text"], strict=True))
+    assert {question.image for question in questions} == {row["file_name"] for row in rows}
+    asked = dict(zip(rows[1]["prompt"], rows[1]["text"], strict=True))
     for question in questions:
-        if question.image == "000000.png":
+        if question.image == "000001.png":
             assert asked[question.question] == question.answers[0]
     write_scenes(tmp_path, 5, split="validation")
     assert not (tmp_path / "questions.jsonl").exists() and "prompt" not in (tmp_path / "metadata.jsonl").read_text()

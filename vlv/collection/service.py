@@ -174,7 +174,7 @@ class Service:
         return _changed(self._store(id).undo(), "taken back")
 
     @answering
-    def caption(self, id: str, max_new_tokens: Any, num_beams: Any, prefix: str = "", **wishes: str) -> dict[str, Any]:
+    def caption(self, id: str, max_new_tokens: Any, num_beams: Any, prefix: str = "", **wishes: Any) -> dict[str, Any]:
         """Caption what has no caption yet. `wishes` are those of `Decoding`, empty for none."""
         checked = check_settings(max_new_tokens=max_new_tokens, num_beams=num_beams)
         store = self._store(id)

@@ -56,6 +56,11 @@ def ask(scene: GridScene, world: World, rng: np.random.Generator) -> list[Asked]
     ]
 
 
+def describes(asked: Asked) -> bool:
+    """Whether it is asked for a description; otherwise it is a question."""
+    return asked.kind == "caption" or asked.kind in STYLES
+
+
 def short(scene: GridScene) -> str:
     """One short description: what is there, without places and background."""
     return " and ".join(f"a {described(item)}" for item in scene.objects)

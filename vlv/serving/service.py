@@ -82,7 +82,7 @@ class Service:
         num_queries = decoding.num_queries or self.captioner.model.config.num_queries
         num_asked = len(prompt_ids(processor.tokenizer, wishes.prompt))
         num_prompt_tokens = num_queries + num_asked + len(spelling.prefix_ids)
-        self._check_length(num_prompt_tokens + decoding.max_new_tokens)
+        self._check_length(num_prompt_tokens + decoding.max_new_tokens, num_asked > 0)
         image = await fetch(url, self.largest_image)
         loop = asyncio.get_running_loop()
         pixel_values = await loop.run_in_executor(self.threads, self.readers, {"bytes": image})
@@ -123,12 +123,13 @@ class Service:
         finally:
             captions.cancel()  # the client may have left
 
-    def _check_length(self, tokens):
+    def _check_length(self, tokens, has_prompt):
         positions = getattr(self.captioner.model.config.caption_config, "max_position_embeddings", None)
         if positions is not None and tokens > positions:
+            what = "The prompt" if has_prompt else "The assistant's message"
             raise ValueError(
-                f"The messages are too long: image, prompt, beginning and caption would have {tokens} tokens, and the "
-                f"model has {positions} positions. Shorten them, or lower max_tokens."
+                f"{what} is too long: image, message and caption would have {tokens} tokens, and the model has "
+                f"{positions} positions. Shorten it, or lower max_tokens."
             )
 
 
