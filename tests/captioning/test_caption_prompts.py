@@ -141,7 +141,7 @@ def ask(repo, *requests):
                 {"messages": [{"role": "user", "content": [image, {"type": "text", "text": words}]}], **fields}
                 for words, fields in requests
             ]
-            return [await client.post(COMPLETIONS, json=body) for body in bodies]
+            return await asyncio.gather(*(client.post(COMPLETIONS, json=body) for body in bodies))
 
     try:
         return asyncio.run(all_of_them())
@@ -150,14 +150,16 @@ def ask(repo, *requests):
 
 
 def test_the_endpoint_follows_the_same_wishes(prompted_repo, expected):
-    asked, styled, worded, wrong = ask(
+    asked, other, styled, worded, wrong = ask(
         prompted_repo,
         ("why?", {}),
+        ("another question?", {}),
         ("why?", {"style": "short"}),
         ("why?", {"words": "1-2", "trigger_words": "ohwx"}),
         ("why?", {"style": "long"}),
     )
     assert contents(asked) == [expected(0, prompt="why?")] and "warning" not in asked.json()
+    assert contents(other) == [expected(0, prompt="another question?")]
     assert contents(styled) == [expected(0, style="short")]
     assert contents(worded) == [expected(0, prompt="why?", words="1-2", trigger_words="ohwx")]
     assert complaint(wrong) == "There is no style 'long' in this checkpoint: its styles are short, words."

@@ -43,10 +43,11 @@ class ChatRequest(BaseModel, extra="allow"):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def decoding(self, default: Decoding, prompt: str | None, prefix: str | None) -> Decoding:
+    def decoding(self, default: Decoding, prefix: str | None) -> Decoding:
         """
         What the captions are to be like: the server's settings, and what the request changes of them. No caption gets
-        longer than the server's own. The user's words are the prompt, unless the request names a style.
+        longer than the server's own. The user's words are not part of it, so that requests with different ones can
+        share a batch.
 
         Raises:
             ValueError: the settings contradict each other.
@@ -72,8 +73,8 @@ class ChatRequest(BaseModel, extra="allow"):
             raise ValueError(f"min_tokens is {self.min_tokens}, but a caption has at most {most} tokens.")
         if temperature == 0 and num_captions > num_beams:
             raise ValueError(f"n is {num_captions}: give a temperature above 0, which draws different captions.")
-        if self.style is not None or prompt is not None:  # in place of the server's own
-            asked |= {"style": self.style, "prompt": None if self.style is not None else prompt}
+        if self.style is not None:  # in place of the server's own
+            asked |= {"style": self.style, "prompt": None}
         least = min(default.min_new_tokens, most)
         return replace(default, **{"min_new_tokens": least, **asked, "num_beams": num_beams, "seed": 0})
 

@@ -76,17 +76,18 @@ class Service:
         words = find_words(chat.messages)
         prompt = words if takes_prompts(processor) else ""
         begun = processor.apply_chat_template(chat.messages).removeprefix(prompt + PROMPT_END)
-        decoding = chat.decoding(default, prompt or None, begun or None)
+        decoding = chat.decoding(default, begun or None)
+        own = prompt if chat.style is None else ""  # a style that the request names counts more
         wishes = Wishes(processor, **decoding.wishes)
         spelling = Spelling(decoding, processor.tokenizer, ())
         num_queries = decoding.num_queries or self.captioner.model.config.num_queries
-        num_asked = len(prompt_ids(processor.tokenizer, wishes.prompt))
+        num_asked = len(prompt_ids(processor.tokenizer, wishes.prompt_for(own)))
         num_prompt_tokens = num_queries + num_asked + len(spelling.prefix_ids)
         self._check_length(num_prompt_tokens + decoding.max_new_tokens, num_asked > 0)
         image = await fetch(url, self.largest_image)
         loop = asyncio.get_running_loop()
         pixel_values = await loop.run_in_executor(self.threads, self.readers, {"bytes": image})
-        request = Request(pixel_values, decoding, chat.draw(default))
+        request = Request(pixel_values, decoding, chat.draw(default), own)
         warning = WORDS_READ_OVER if words and not prompt else None
         completion = Completion(self.name, num_prompt_tokens, decoding.max_new_tokens, warning)
         return Job(request, completion, begun)

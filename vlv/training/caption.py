@@ -88,9 +88,9 @@ class CaptionStage(VLVStage):
             rows for rows in datasets if column in (rows.column_names or ()) and column != self.settings.caption_column
         ]
         if not found:
-            if self.styles or column != CaptionSettings.prompt_column:
-                require_column(datasets[0], column, "prompt_column")
-            return
+            if not self.styles and column == CaptionSettings.prompt_column:
+                return
+            require_column(datasets[0], column, "prompt_column")  # a stream may not know its columns
         for rows in found:
             require_text(rows, column, "prompt_column")
         self.prompt_column = column
