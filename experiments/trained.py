@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import peers
-from experiments.making import ENCODER, Assembled, Bundled, Scenes, TinysPart, Training
+from experiments.making import ENCODER, Assembled, Bundled, Kept, Scenes, Spoilt, TinysPart, Training
 from modeling_vlv import VLVForConditionalGeneration
 from vlv.evaluation.results import Measurement
 from vlv.models.loading import load_whole
@@ -122,6 +122,7 @@ class Plan:
         captions: number of captions for stage 2, if the experiment does not change it.
         language: steps of the language models.
         flow_teacher: steps of the second tiny teacher.
+        cleaned: number of captions of which some are wrong.
         seeds: of the experiments that show a spread over seeds; the others use the first one.
     """
 
@@ -136,6 +137,7 @@ class Plan:
     language: int = 500
     flow_teacher: int = 1600
     flow_images: int = 30_000
+    cleaned: int = 1000
     evaluation: int = 100
     save_steps: int = 400
     seeds: Sequence[int] = (0, 1, 2)
@@ -150,6 +152,7 @@ class Plan:
             self.compare_images(),
             self.compare_parts(),
             self.compare_heads(),
+            self.compare_cleaning(),
         ]
 
     def runs(self) -> list[Run]:
@@ -254,6 +257,24 @@ class Plan:
 
         rows = [Row({"layers x width": f"{size[1]} x {size[0]}"}, [run(size)]) for size in (SMALL, MEDIUM, LARGE)]
         return Experiment("heads", rows, x="layers x width")
+
+    def compare_cleaning(self) -> Experiment:
+        """A caption head on captions a fifth of which are wrong, and on what `vlv score --keep` leaves of them."""
+        right, spoilt = Scenes(self.cleaned), Spoilt(Scenes(self.cleaned))
+        datasets = {
+            "all captions right": right,
+            "a fifth wrong": spoilt,
+            **{f"a fifth wrong, {share:.0%} kept": Kept(spoilt, share) for share in (0.9, 0.8, 0.7)},
+        }
+        seed = self.seeds[0]
+
+        def run(name, dataset):
+            training = self.caption(Bundled(), self.cleaned, seed)
+            training = Training(training.recipe, training.settings | {"dataset": dataset})
+            return Run(f"cleaning/{_slug(name.replace('%', ''))}-seed{seed}", training)
+
+        rows = [Row({"training set": name}, [run(name, dataset)]) for name, dataset in datasets.items()]
+        return Experiment("cleaning", rows, x="training set")
 
     # ---- the models ----------------------------------------------------------------------------------------
 

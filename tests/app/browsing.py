@@ -13,6 +13,9 @@ FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
+# Whether a field of a tab has this number, in what the page keeps of its fields.
+TAKEN = """value => Object.entries(sessionStorage).some(([key, kept]) =>
+    key.startsWith("vlv.fields.") && Object.values(JSON.parse(kept)).some(each => Number(each) === value))"""
 
 
 def new_page(browser, **settings):
@@ -53,6 +56,8 @@ def set_number(tab, label, value):
         tab.get_by_role("button", name="Settings").click()
     field.fill(str(value))
     field.press("Tab")
+    # The page keeps it when Gradio has taken it. A button that is pressed earlier would run with the value before.
+    field.page.wait_for_function(TAKEN, arg=value)
 
 
 def status(page):

@@ -6,7 +6,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 from transformers import GenerationConfig
 
@@ -14,21 +13,10 @@ from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from prompts_vlv import prompt_ids
 from stopping_vlv import RepeatedSentence
+from vlv.captioning.batches import Batches
 from vlv.captioning.decoding import Spelling, generation_arguments
-from vlv.captioning.memory import free_memory, memory_in_use, peak_memory
 from vlv.captioning.settings import Decoding
 from wording_vlv import Wishes, Wording
-
-# An automatic batch starts small and grows up to a largest size, as long as memory allows.
-FIRST_BATCH = 4
-LARGEST_BATCH = {"cpu": 64}
-LARGEST_ON_ACCELERATOR = 256
-SHARE_OF_MEMORY = 0.8
-
-
-def largest_batch(device_type: str) -> int:
-    """How far an automatic batch may grow on such a device."""
-    return LARGEST_BATCH.get(device_type, LARGEST_ON_ACCELERATOR)
 
 
 class Caption(NamedTuple):
@@ -56,7 +44,7 @@ class CaptionReader:
         return Caption(wording.finish(text.strip()), end is not None, len(ids) if end is None else end + 1)
 
 
-class Captioner:
+class Captioner(Batches):
     """
     Writes captions: the one place that does, for the command, evaluation, a training's samples and publishing.
 
@@ -66,8 +54,7 @@ class Captioner:
     Args:
         model, processor: from [`load_captioner`].
         decoding: how captions are written.
-        batch_size: images at once; `None` starts small and grows as far as free memory allows. A batch that does not
-            fit into memory is halved until it does.
+        batch_size: images at once (see [`Batches`]).
         compile: decode with a static cache, which transformers compiles on a GPU.
     """
 
@@ -81,9 +68,11 @@ class Captioner:
     ):
         self.model, self.processor, self.decoding, self.compile = model, processor, decoding, compile
         model.check_num_queries(decoding.num_queries)  # before the first image is read
-        self.device = next(model.parameters()).device
-        self.largest = batch_size or largest_batch(self.device.type)
-        self.batch_size = batch_size or FIRST_BATCH
+        super().__init__(
+            next(model.parameters()).device,
+            batch_size,
+            "lower --num_beams, --num_captions or --max_new_tokens, or use --dtype bfloat16 or --quantization",
+        )
         self.reading = CaptionReader(model.generation_config, processor)
         self.wishes = Wishes(processor, **decoding.wishes)
         self.check_prompt(self.wishes.prompt)
@@ -107,17 +96,7 @@ class Captioner:
         Raises:
             ValueError: when not even one image fits into memory.
         """
-        captions: list[list[Caption]] = []
-        while len(captions) < len(names):
-            batch = slice(len(captions), len(captions) + self.batch_size)
-            before = memory_in_use(self.device)
-            written = self._try(names[batch], torch.stack(tuple(pixel_values[batch])), prompts and prompts[batch])
-            if written is None:
-                self._shrink(len(names[batch]))
-            else:
-                captions += written
-                self._grow(len(written), peak_memory(self.device) - before)
-        return captions
+        return self.in_batches(self._caption, names, pixel_values, prompts or [None] * len(names))
 
     def caption_images(self, images: Iterable[tuple[str, Image.Image]]) -> Iterator[tuple[str, list[Caption]]]:
         """(name, captions) for each PIL image, of any mode and size, in order."""
@@ -171,30 +150,7 @@ class Captioner:
             arguments["cache_implementation"] = "static"
         return arguments
 
-    def _try(self, names, pixel_values, prompts):
-        """The captions, or `None` when there was not enough memory."""
-        try:
-            return self._caption(names, pixel_values, prompts)
-        except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
-                raise
-        return None  # here, outside of `except`, the memory of the failed attempt is free again
-
     @torch.no_grad()
     def _caption(self, names, pixel_values, prompts):
-        caption_embeds = self.model.encode(pixel_values, num_queries=self.decoding.num_queries)
+        caption_embeds = self.model.encode(torch.stack(tuple(pixel_values)), num_queries=self.decoding.num_queries)
         return self.write(names, caption_embeds, prompts)
-
-    def _shrink(self, failed):
-        clear_device_cache(garbage_collection=True)
-        if failed == 1:
-            raise ValueError(
-                "Not even one image at a time fits into memory: lower --num_beams, --num_captions or "
-                "--max_new_tokens, or use --dtype bfloat16 or --quantization."
-            )
-        self.batch_size = self.largest = failed // 2
-
-    def _grow(self, images, used):
-        if images == self.batch_size < self.largest:
-            fitting = int(SHARE_OF_MEMORY * free_memory(self.device) * images / max(used, 1))
-            self.batch_size = max(self.batch_size, min(2 * self.batch_size, self.largest, fitting))

@@ -3,16 +3,18 @@
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from processing_vlv import VLVProcessor
-from vlv.captioning.captioner import Captioner, largest_batch
-from vlv.captioning.engine import Prepared, caption_batch, check_source, prepare
+from vlv.captioning.batches import largest_batch
+from vlv.captioning.captioner import Captioner
+from vlv.captioning.engine import Prepared, caption_batch, check_source, prepare, read_pixels
 from vlv.captioning.sink import Row
-from vlv.captioning.sources import Source
+from vlv.captioning.sources import Picture, Source
 from vlv.models.loading import find_captioner
 
 PARTS_PER_PROCESSOR = 4  # of the input: small parts, so that no processor waits long for the last one
@@ -47,7 +49,7 @@ def caption_with_ray(
     def read_part(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         source, done = ray.get(work)
         pictures = (picture for picture in source.pictures(int(row["id"]), parts) if picture.name not in done)
-        for prepared in prepare(pictures, processor, num_workers=1, number=1):
+        for prepared in prepare(pictures, partial(read_pixels, processor), num_workers=1, number=1):
             yield _pack(prepared, processor)
 
     rows = (
@@ -77,13 +79,13 @@ class _Actor:
 
 def _pack(prepared: Prepared, processor: VLVProcessor) -> dict[str, Any]:
     """A picture that has been read, as columns. One that could not be read has blank pixels, which are not used."""
-    order, name, pixel_values, error, prompt = prepared
+    picture, pixel_values, error = prepared
     if pixel_values is None:
         pixel_values = torch.zeros(3, processor.image_height, processor.image_width)
-    texts = {"name": name, "error": error or "", "prompt": prompt or ""}
-    return {"order": np.array(order), "pixel_values": pixel_values.numpy(), **texts}
+    texts = {"name": picture.name, "error": error or "", "prompt": picture.prompt or ""}
+    return {"order": np.array(picture.order), "pixel_values": pixel_values.numpy(), **texts}
 
 
 def _unpack(order: np.ndarray, name: str, pixel_values: np.ndarray, error: str, prompt: str) -> Prepared:
-    pixels = torch.tensor(pixel_values)
-    return Prepared(tuple(order.tolist()), str(name), pixels, str(error) or None, str(prompt) or None)
+    picture = Picture(tuple(order.tolist()), str(name), None, str(prompt) or None)
+    return Prepared(picture, torch.tensor(pixel_values), str(error) or None)

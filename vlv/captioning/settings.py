@@ -1,8 +1,11 @@
 """The options of `vlv caption`, in groups. This module does not import torch."""
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from vlv import tiny_checkpoint
 from wording_vlv import parse_words
 
 # What is asked of captions, in the interface of OpenAI as well.
@@ -33,6 +36,13 @@ class Decoding:
         1,
         "Captions per image: the best ones of --num_beams, or as many draws. The image is encoded once. "
         "With more than 1, text is a list.",
+    )
+    best_of: str | None = option(
+        None,
+        "Keep the best of --num_captions. explained: the one that explains most of the image to the decoder; "
+        "likelihood: the likeliest one; both: by the mean of the two (vlv score --help says what they are). Without "
+        "--num_beams and --temperature the captions are drawn at temperature 1.",
+        choices=["explained", "likelihood", "both"],
     )
     prefix: str | None = option(
         None, 'Beginning of every caption, which the model continues, such as "A watercolour of".'
@@ -93,6 +103,11 @@ class Decoding:
             parse_words(self.words)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"--min_new_tokens {self.min_new_tokens} is more than --max_new_tokens.")
+        if self.best_of is not None:
+            if self.num_captions == 1:
+                raise ValueError(f"--best_of {self.best_of} needs several captions to choose from: --num_captions 8.")
+            if self.temperature == 0 and self.num_beams == 1:
+                object.__setattr__(self, "temperature", 1.0)
         if self.temperature > 0 and self.num_beams > 1:
             raise ValueError("--temperature draws captions and --num_beams searches for the likeliest: choose one.")
         if self.temperature == 0 and self.num_captions > self.num_beams:
@@ -104,6 +119,11 @@ class Decoding:
     def wishes(self) -> dict[str, Any]:
         """The arguments of `wording_vlv.Wishes`."""
         return {name: getattr(self, name) for name in WISHES}
+
+    @property
+    def writes_several(self) -> bool:
+        """Whether an image ends up with several captions."""
+        return self.num_captions > 1 and self.best_of is None
 
 
 @dataclass(frozen=True)
@@ -137,6 +157,13 @@ class ModelOptions:
     def __post_init__(self):
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype {self.dtype} is unknown: choose auto, float32, bfloat16 or float16.")
+
+
+def model_name(model: str | None) -> str:
+    """A model's name that is the same wherever a command is run."""
+    if model is None:
+        return Path(tiny_checkpoint()).name
+    return os.path.realpath(model) if os.path.isdir(model) else model
 
 
 @dataclass(frozen=True)

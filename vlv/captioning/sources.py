@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from prompts_vlv import as_prompt
 from vlv.captioning.settings import RowOptions
@@ -28,6 +28,15 @@ class Picture(NamedTuple):
     name: str  # its `file_name`
     source: Any  # a path, or another input of `processing_vlv.load_image`, or the error that takes the image's place
     prompt: str | None = None  # its own
+    captions: tuple[str, ...] = ()  # that it has already, where they are scored
+
+
+class Pictures(Protocol):
+    """Where pictures come from: a `Source`, or one whose pictures have captions."""
+
+    total: int | None
+
+    def pictures(self, part: int = 0, parts: int = 1) -> Iterator[Picture]: ...
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ from vlv.evaluation.metrics import compute
 from vlv.evaluation.pictures import decoder_tokenizer, draw, embed_captions, encode_images
 from vlv.evaluation.questions import Answerer, Question, most_shots, read_questions, write_prompts
 from vlv.evaluation.results import Measurement
-from vlv.evaluation.scores import FAMILIES, REFERENCED
+from vlv.evaluation.scores import FAMILIES, JUDGE, REFERENCED
 from vlv.evaluation.work import Work
+from vlv.judging.judge import Judge
+from vlv.judging.scores import NUM_DRAWS, missing_parts
 from vlv.models.loading import find_device, load_autoencoder, load_captioner, read_config
 from vlv.provenance import digest, fingerprint
 
@@ -132,6 +134,8 @@ class DatasetScorer:
             )
         if config.caption_config is None and self._families != {"reconstruction"}:
             raise ValueError(f"{self._source} has no caption head and cannot caption; choose another --model.")
+        if self._judges and (missing := missing_parts(config, self._processor, self._source).get("explained")):
+            raise ValueError(f"{missing}, so it cannot compute captions/explained: leave that score out.")
         if config.decoder_config is None and self._decodes:
             raise ValueError(f"{self._source} has no diffusion decoder and cannot draw; choose another --model.")
 
@@ -143,7 +147,28 @@ class DatasetScorer:
                 return {"ended": [row["ended"] for row in self._written]}
             return {"references": self.data.references if metric in REFERENCED else self.data.images[:]}
 
-        return self._measured("captions", self.data.name, names, self._texts, inputs)
+        own = [name for name in names if FAMILIES["captions"][name].metric == JUDGE]
+        others = [name for name in names if name not in own]
+        metrics = self._measured("captions", self.data.name, others, self._texts, inputs)
+        for name in own:
+            values = [row[name] for row in self._judged(name)]
+            metrics[f"captions/{self.data.name}/{name}"] = Measurement.of(values, len(values))
+        return metrics
+
+    def _judged(self, name: str) -> list[dict[str, Any]]:
+        """A row for each image: the score of its caption by the model itself."""
+
+        def score(start):
+            judge = Judge(*self._vlv, [name], batch_size=self.batch_size)
+            for first in range(start, len(self.data), self.batch_size):
+                numbers = range(first, min(first + self.batch_size, len(self.data)))
+                contents = [judge.read(self.data.load(number)) for number in numbers]
+                for (scores,) in judge(contents, [[self._texts[number]] for number in numbers]):
+                    yield scores
+
+        settings = {"model": self._fingerprint, "images": self.data.fingerprint, "captions": digest(self._texts)}
+        settings["num_draws"] = NUM_DRAWS
+        return self.work.rows(name, settings, len(self.data), score)
 
     def _reconstruction(self, names):
         settings = {**self._sampling(self.guidance_scale), "images": self.data.fingerprint}
@@ -263,7 +288,12 @@ class DatasetScorer:
 
     @property
     def _decodes(self) -> bool:
-        return "reconstruction" in self._families or self._draws_captions
+        return "reconstruction" in self._families or self._draws_captions or self._judges
+
+    @property
+    def _judges(self) -> bool:
+        """Whether the model scores its own captions."""
+        return any(FAMILIES[family][name].metric == JUDGE for family, name in self.wanted)
 
     @cached_property
     def _written(self) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from vlv.captioning.captioner import Caption, Captioner, CaptionReader, largest_batch
+from vlv.captioning.batches import largest_batch
+from vlv.captioning.captioner import Caption, Captioner, CaptionReader
 from vlv.captioning.decoding import Spelling
 from vlv.captioning.settings import Decoding
 from wording_vlv import Wording
