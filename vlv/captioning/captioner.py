@@ -11,10 +11,12 @@ from transformers import GenerationConfig
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
+from prompts_vlv import prompt_ids
 from stopping_vlv import RepeatedSentence
 from vlv.captioning.batches import Batches
 from vlv.captioning.decoding import Spelling, generation_arguments
 from vlv.captioning.settings import Decoding
+from wording_vlv import Wishes, Wording
 
 
 class Caption(NamedTuple):
@@ -32,14 +34,14 @@ class CaptionReader:
         self.repetition = RepeatedSentence.of(generation_config)  # `None` where captions end by themselves
         self.processor = processor
 
-    def __call__(self, ids: Sequence[int], spelling: Spelling) -> Caption:
+    def __call__(self, ids: Sequence[int], spelling: Spelling, wording: Wording) -> Caption:
         """The caption of new token ids, as `model.generate` returns them: what comes after its end is ignored."""
         repeated = None if self.repetition is None else self.repetition.find(ids)
         ids = ids[:repeated]
         end = next((place for place, token in enumerate(ids) if token in self.eos_token_ids), None)
         prefix, text = spelling.text(()), spelling.text(ids)
         text = prefix + self.processor.finish_caption(text.removeprefix(prefix))
-        return Caption(text.strip(), end is not None, len(ids) if end is None else end + 1)
+        return Caption(wording.finish(text.strip()), end is not None, len(ids) if end is None else end + 1)
 
 
 class Captioner(Batches):
@@ -72,13 +74,21 @@ class Captioner(Batches):
             "lower --num_beams, --num_captions or --max_new_tokens, or use --dtype bfloat16 or --quantization",
         )
         self.reading = CaptionReader(model.generation_config, processor)
+        self.wishes = Wishes(processor, **decoding.wishes)
+        self.check_prompt(self.wishes.prompt)
         self.eos_token_ids, self.repetition = self.reading.eos_token_ids, self.reading.repetition
 
-    def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[Caption]]:
+    def __call__(
+        self,
+        names: Sequence[str],
+        pixel_values: Sequence[torch.Tensor],
+        prompts: Sequence[str | None] | None = None,
+    ) -> list[list[Caption]]:
         """
         Args:
             names: the images' names, which seed the sampling of their captions.
             pixel_values: as many tensors of shape `(3, H, W)`, from the processor.
+            prompts: as many prompts; an image without one gets that of `decoding`.
 
         Returns:
             For each image its captions, best first.
@@ -86,7 +96,7 @@ class Captioner(Batches):
         Raises:
             ValueError: when not even one image fits into memory.
         """
-        return self.in_batches(self._caption, names, pixel_values)
+        return self.in_batches(self._caption, names, pixel_values, prompts or [None] * len(names))
 
     def caption_images(self, images: Iterable[tuple[str, Image.Image]]) -> Iterator[tuple[str, list[Caption]]]:
         """(name, captions) for each PIL image, of any mode and size, in order."""
@@ -97,23 +107,40 @@ class Captioner(Batches):
             yield from zip(names, self(names, pixel_values), strict=True)
 
     @torch.no_grad()
-    def write(self, names: Sequence[str], caption_embeds: torch.Tensor) -> list[list[Caption]]:
+    def write(
+        self, names: Sequence[str], caption_embeds: torch.Tensor, prompts: Sequence[str | None] | None = None
+    ) -> list[list[Caption]]:
         """
         Captions for caption embeddings, in one batch.
 
         Args:
             caption_embeds: `(B, Q, E)`, from `model.encode`.
+            prompts: as in `__call__`.
         """
         spelling = Spelling(self.decoding, self.processor.tokenizer, self.eos_token_ids)
-        prefix_ids = torch.tensor(spelling.prefix_ids, dtype=torch.long).expand(len(names), -1)
+        prompts = list(prompts or [None] * len(names))
+        asked: dict[str, Any] = {}
+        if self.wishes.taken:
+            asked["prompt"] = [self.wishes.prompt_for(prompt) for prompt in prompts]
+        inputs = self.processor(text=[spelling.prefix] * len(names), **asked)
+        wordings = [self.wishes.wording_for(prompt) for prompt in prompts]
         arguments = self.generation_arguments(names, spelling)
+        arguments["logits_processor"][:0] = self.wishes.limits(prompts, spelling.text, self.eos_token_ids)
         with warnings.catch_warnings():
             # transformers warns that the image is not counted as repeated text, which is intended here.
             warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
-            ids = self.model.generate(caption_embeds=caption_embeds, input_ids=prefix_ids, **arguments).tolist()
-        captions = [self.reading(row, spelling) for row in ids]
+            ids = self.model.generate(caption_embeds=caption_embeds, **inputs, **arguments).tolist()
         each = self.decoding.num_captions
+        captions = [self.reading(row, spelling, wordings[number // each]) for number, row in enumerate(ids)]
         return [captions[start : start + each] for start in range(0, len(captions), each)]
+
+    def check_prompt(self, prompt: str | None) -> None:
+        """Raises ValueError where the checkpoint takes no prompts, or this one leaves no room for a caption."""
+        self.wishes.check(prompt)
+        if prompt:
+            queries = self.model.check_num_queries(self.decoding.num_queries)
+            prefix = Spelling(self.decoding, self.processor.tokenizer, ()).prefix_ids
+            self.model.check_text_length(len(prompt_ids(self.processor.tokenizer, prompt)) + len(prefix), queries)
 
     def generation_arguments(self, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
         """The arguments of `model.generate` for the images with these names."""
@@ -124,6 +151,6 @@ class Captioner(Batches):
         return arguments
 
     @torch.no_grad()
-    def _caption(self, names, pixel_values):
-        pixel_values = torch.stack(tuple(pixel_values))
-        return self.write(names, self.model.encode(pixel_values, num_queries=self.decoding.num_queries))
+    def _caption(self, names, pixel_values, prompts):
+        caption_embeds = self.model.encode(torch.stack(tuple(pixel_values)), num_queries=self.decoding.num_queries)
+        return self.write(names, caption_embeds, prompts)

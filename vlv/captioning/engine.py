@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from processing_vlv import VLVProcessor, load_image
+from prompts_vlv import takes_prompts
 from vlv.captioning.captioner import Caption, Captioner
 from vlv.captioning.settings import Decoding, ModelOptions
 from vlv.captioning.sink import Row
@@ -44,7 +45,15 @@ class Writer(Sizes, Protocol):
     decoding: Decoding
     processor: VLVProcessor
 
-    def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[Caption]]: ...
+    def __call__(
+        self,
+        names: Sequence[str],
+        pixel_values: Sequence[torch.Tensor],
+        prompts: Sequence[str | None] | None = None,
+    ) -> list[list[Caption]]: ...
+
+    def check_prompt(self, prompt: str | None) -> None:
+        """Raises ValueError for a prompt that cannot be followed."""
 
 
 def make_captioner(options: ModelOptions, decoding: Decoding, batch_size: int | None) -> Captioner:
@@ -64,6 +73,7 @@ def caption_locally(
     parts: int = 1,
 ) -> Iterator[list[Row]]:
     """Caption the pictures that have no caption yet, or one of several equal parts of them, as [`work_locally`]."""
+    check_source(source, captioner.processor)
     read = partial(read_pixels, captioner.processor)
     return work_locally(source, done, read, partial(caption_batch, captioner), captioner, num_workers, part, parts)
 
@@ -105,6 +115,15 @@ def work_locally(
         yield work(batch)
 
 
+def check_source(source: Source, processor: VLVProcessor) -> None:
+    """Raises ValueError when the pictures have prompts and the checkpoint takes none."""
+    if source.has_prompts and not takes_prompts(processor):
+        raise ValueError(
+            "This checkpoint takes no prompts, and the images have some: leave out --prompt_file and --prompt_column, "
+            "or take a model that was trained with prompts."
+        )
+
+
 def prepare(
     pictures: Iterable[Picture], read: Callable[[Any], Any], num_workers: int, number: int
 ) -> Iterator[Prepared]:
@@ -128,10 +147,10 @@ def read_source(source: Any) -> Image.Image:
 
 def caption_batch(captioner: Writer, batch: Sequence[Prepared]) -> list[Row]:
     """The rows of a batch: captions, or errors."""
+    batch = check_prompts(captioner.check_prompt, batch)
     readable = [prepared for prepared in batch if prepared.error is None]
-    captions = iter(
-        captioner([prepared.picture.name for prepared in readable], [prepared.content for prepared in readable])
-    )
+    names, prompts = [it.picture.name for it in readable], [it.picture.prompt for it in readable]
+    captions = iter(captioner(names, [it.content for it in readable], prompts if any(prompts) else None))
     rows = []
     for picture, _, error in batch:
         row = begin_row(picture)
@@ -142,6 +161,19 @@ def caption_batch(captioner: Writer, batch: Sequence[Prepared]) -> list[Row]:
             row["error"] = error
         rows.append(row)
     return rows
+
+
+def check_prompts(check: Callable[[str | None], None], batch: Sequence[Prepared]) -> list[Prepared]:
+    """The pictures, each with the error that `check` raises for its own prompt, if there is any."""
+    return [prepared._replace(error=prepared.error or _wrong_prompt(check, prepared.picture)) for prepared in batch]
+
+
+def _wrong_prompt(check, picture):
+    try:
+        check(picture.prompt)
+    except ValueError as error:
+        return f"{picture.name}: {error}"
+    return None
 
 
 def begin_row(picture: Picture) -> Row:

@@ -25,6 +25,7 @@ from vlv.collection.words import adding, replacing
 from vlv_app.pictures import PictureFiles
 from vlv_app.settings import check_settings
 from vlv_app.studio import Studio
+from wording_vlv import Wishes
 
 PAGE = 20  # images
 THUMBNAIL = 256  # pixels of the longer side
@@ -173,11 +174,13 @@ class Service:
         return _changed(self._store(id).undo(), "taken back")
 
     @answering
-    def caption(self, id: str, max_new_tokens: Any, num_beams: Any, prefix: str = "") -> dict[str, Any]:
-        """Caption what has no caption yet."""
+    def caption(self, id: str, max_new_tokens: Any, num_beams: Any, prefix: str = "", **wishes: Any) -> dict[str, Any]:
+        """Caption what has no caption yet. `wishes` are those of `Decoding`, empty for none."""
         checked = check_settings(max_new_tokens=max_new_tokens, num_beams=num_beams)
         store = self._store(id)
-        self.runs.start(id, store, Decoding(**checked, prefix=prefix or None))
+        decoding = Decoding(**checked, prefix=prefix or None, **{name: it for name, it in wishes.items() if it})
+        Wishes(self.runs.processor, **decoding.wishes)  # an error is said now, not by the run
+        self.runs.start(id, store, decoding)
         return self._about(id, store)
 
     @answering

@@ -38,6 +38,7 @@ def collection_tab(is_local: bool) -> Callable[[Page], Fields]:
             "show": list(SHOWN),
             "orders": list(ORDERS),
             "scores": list(SCORES),
+            "styles": list(page.studio.styles) if page.studio.takes_prompts else None,
             "settings": {
                 name: {"label": SETTINGS[name].label, "value": SETTINGS[name].default}
                 for name in ("max_new_tokens", "num_beams")

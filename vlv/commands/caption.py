@@ -41,6 +41,11 @@ class CaptionArguments:
         "their text. An empty file counts as missing.",
         choices=list(EXISTING),
     )
+    prompt_file: str | None = option(
+        None,
+        "JSON Lines with a prompt for some of the images: file_name (as in the output) and prompt. An image without "
+        "one gets that of --prompt or --style, if there is any.",
+    )
     batch_size: str = option(
         "auto",
         "Images to caption at once; auto starts with a few and takes more as long as memory allows. "
@@ -97,13 +102,16 @@ def main(argv: list[str]) -> int | None:
 
     try:
         with working_together():
-            _caption(open_source(inputs.paths, rows), arguments, decoding, model)
+            source = open_source(inputs.paths, rows, arguments.prompt_file)
+            _caption(source, arguments, decoding, model, rows.prompt_column)
     except KeyboardInterrupt:
         hint = ("the same command with --resume continues from here",) if arguments.output else ()
         raise KeyboardInterrupt(*hint) from None
 
 
-def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions) -> None:
+def _caption(
+    source: Source, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions, prompt_column: str | None
+) -> None:
     # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
     from vlv.captioning.engine import Writer, caption_locally, make_captioner
     from vlv.captioning.filling import Words, fill
@@ -123,7 +131,7 @@ def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, mo
     output = _open_output(source, arguments, decoding)
     with locked(output.path) if output is not None and processes.is_main_process else nullcontext():
         processes.wait_for_everyone()  # the first process has checked that no other run writes to this output
-        sink = _open_sink(output, arguments, decoding, model)
+        sink = _open_sink(output, arguments, decoding, model, prompt_column)
         processes.wait_for_everyone()  # until all have seen what was done before
         batch_size = None if arguments.batch_size == "auto" else int(arguments.batch_size)
         make: Callable[[], Writer] = partial(make_captioner, model, decoding, batch_size)
@@ -176,10 +184,14 @@ def _open_output(source: Source, arguments: CaptionArguments, decoding: Decoding
 
 
 def _open_sink(
-    output: Output | None, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions
+    output: Output | None,
+    arguments: CaptionArguments,
+    decoding: Decoding,
+    model: ModelOptions,
+    prompt_column: str | None,
 ) -> Printer | Sink:
     if output is None:
         return Printer()
     settings = {"model": model_name(model.model), "dtype": model.dtype, "quantization": model.quantization}
-    settings |= asdict(decoding)
+    settings |= asdict(decoding) | {"prompt_file": arguments.prompt_file, "prompt_column": prompt_column}
     return Sink(output, settings, arguments.resume, arguments.overwrite)

@@ -15,9 +15,11 @@ from transformers import AutoConfig
 from components_vlv import reading_part
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint
+from prompts_vlv import takes_prompts
+from vlv import find_bundled
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
+from vlv.evaluation.answering import ImageAnswerer
 from vlv.evaluation.embedding import is_clip
 from vlv.evaluation.images import EvaluationData
 from vlv.evaluation.metrics import compute
@@ -54,6 +56,7 @@ class DatasetScorer:
         clip, sentence_encoder, feature_extractor, llm: folders or ids of the models that scores need.
         questions: a file for [`read_questions`]; `image` is the path of an image below the dataset's folder.
         shots: solved questions before each question.
+        answer_from: `"caption"`, which `llm` reads, or `"image"`, from which the VLV itself answers.
     """
 
     data: EvaluationData
@@ -75,6 +78,7 @@ class DatasetScorer:
     questions: str | None = None
     llm: str | None = None
     shots: int = 0
+    answer_from: str = "caption"
 
     def measure(self) -> dict[str, Measurement]:
         """
@@ -109,7 +113,7 @@ class DatasetScorer:
                 )
         if any(score.metric in REFERENCED for score in scores):
             _ = self.data.references
-        for option in dict.fromkeys(score.model for score in scores if score.model is not None):
+        for option in dict.fromkeys(score.model for score in scores if getattr(self, score.model or "", None)):
             with reading_part(f"model of --{option}", getattr(self, option)):
                 config = AutoConfig.from_pretrained(getattr(self, option))
                 if option == "clip" and not is_clip(config):
@@ -123,6 +127,11 @@ class DatasetScorer:
             with reading_part("pipeline of --text_to_image", self.text_to_image):
                 DiffusionPipeline.load_config(self.text_to_image)
         config = read_config(self._source)
+        if self._answers and config.caption_config is not None and not takes_prompts(self._processor):
+            raise ValueError(
+                f"{self._source} takes no prompts and cannot answer questions about images: take --answer_from "
+                "caption, or a --model that was trained with prompts."
+            )
         if config.caption_config is None and self._families != {"reconstruction"}:
             raise ValueError(f"{self._source} has no caption head and cannot caption; choose another --model.")
         if self._judges and (missing := missing_parts(config, self._processor, self._source).get("explained")):
@@ -206,16 +215,27 @@ class DatasetScorer:
         return metrics
 
     def _questions(self, names):
-        captions = dict(zip(self.data.names, self._texts, strict=True))
-        prompts = write_prompts(self._asked, captions, self.shots, self.seed)
+        if self._answers:
+            settings = {"model": self._fingerprint, "images": self.data.fingerprint}
+            settings["questions"] = digest([repr(question) for question in self._asked])
+            numbers = {name: number for number, name in enumerate(self.data.names)}
+
+            def answers_from(start):
+                answerer = ImageAnswerer(*self._vlv, self.batch_size)
+                return answerer.answer(self._asked[start:], lambda name: self.data.load(numbers[name]))
+        else:
+            captions = dict(zip(self.data.names, self._texts, strict=True))
+            prompts = write_prompts(self._asked, captions, self.shots, self.seed)
+            settings = {"prompts": digest(prompts), "llm": fingerprint(self.llm)}
+
+            def answers_from(start):
+                answerer = Answerer(self.llm, str(self._device), self.batch_size)
+                return answerer.answer(self._asked[start:], prompts[start:])
 
         def answer(start):
-            answerer = Answerer(self.llm, str(self._device), self.batch_size)
-            answers = answerer.answer(self._asked[start:], prompts[start:])
-            for question, text in zip(self._asked[start:], answers, strict=True):
+            for question, text in zip(self._asked[start:], answers_from(start), strict=True):
                 yield {"image": question.image, "question": question.question, "answer": text}
 
-        settings = {"prompts": digest(prompts), "llm": fingerprint(self.llm)}
         answers = self.work.rows("answers", settings, len(self._asked), answer)
         scores = compute(
             "answers",
@@ -255,6 +275,11 @@ class DatasetScorer:
     @property
     def _families(self) -> set[str]:
         return {family for family, _ in self.wanted}
+
+    @property
+    def _answers(self) -> bool:
+        """Whether the VLV itself answers questions."""
+        return "questions" in self._families and self.answer_from == "image"
 
     @property
     def _draws_captions(self) -> bool:
@@ -327,7 +352,7 @@ class DatasetScorer:
 
     @property
     def _source(self) -> str:
-        return self.model or str(tiny_checkpoint())
+        return find_bundled(self.model)
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from vlv.captioning.batches import Batches
 from vlv.captioning.captioner import Caption, Captioner
-from vlv.captioning.engine import Prepared, begin_row, work_locally
+from vlv.captioning.engine import Prepared, begin_row, check_prompts, check_source, work_locally
 from vlv.captioning.journal import Row
 from vlv.captioning.settings import Decoding
 from vlv.captioning.sources import Source
@@ -28,35 +28,42 @@ class BestOf(Batches):
         self.judge, self.by = judge, decoding.best_of
         self.captioner = Captioner(judge.model, judge.processor, replace(decoding, best_of=None), self.largest)
 
-    def __call__(self, names: Sequence[str], contents: Sequence[Mapping[str, torch.Tensor]]) -> list[Caption]:
+    def __call__(
+        self,
+        names: Sequence[str],
+        contents: Sequence[Mapping[str, torch.Tensor]],
+        prompts: Sequence[str | None] | None = None,
+    ) -> list[Caption]:
         """
         The best caption of each image.
 
         Args:
             names: the images' names, which seed the sampling of their captions.
             contents: what `judge.read` returns for the images.
+            prompts: the images' own prompts, if they have any.
 
         Raises:
             ValueError: when not even one image fits into memory.
         """
-        return self.in_batches(self._choose, names, contents)
+        return self.in_batches(self._choose, names, contents, prompts or [None] * len(names))
 
     def rows(self, batch: Sequence[Prepared]) -> list[Row]:
         """The rows of a batch: captions, or errors."""
+        batch = check_prompts(self.captioner.check_prompt, batch)
         readable = [prepared for prepared in batch if prepared.error is None]
-        names = [prepared.picture.name for prepared in readable]
-        captions = iter(self(names, [prepared.content for prepared in readable]))
+        names, prompts = ([getattr(it.picture, name) for it in readable] for name in ("name", "prompt"))
+        captions = iter(self(names, [prepared.content for prepared in readable], prompts))
         return [
             {**begin_row(picture), **({"error": error} if error else {"text": next(captions).text})}
             for picture, _, error in batch
         ]
 
     @torch.no_grad()
-    def _choose(self, names, contents):
+    def _choose(self, names, contents, prompts):
         pixel_values = torch.stack([content["pixel_values"] for content in contents])
         embeds = self.judge.model.encode(pixel_values, num_queries=self.captioner.decoding.num_queries)
         # Draws are often the same; each text is scored once.
-        written = [{it.text: it for it in captions} for captions in self.captioner.write(names, embeds)]
+        written = [{it.text: it for it in captions} for captions in self.captioner.write(names, embeds, prompts)]
         contents = [{**content, "caption_embeds": embed} for content, embed in zip(contents, embeds, strict=True)]
         scores = self.judge(contents, [list(texts) for texts in written])
         return [self._best(list(texts.values()), of) for texts, of in zip(written, scores, strict=True)]
@@ -75,4 +82,5 @@ def choose_locally(
     parts: int = 1,
 ) -> Iterator[list[Row]]:
     """The best caption of each picture that has none yet, or of one of several equal parts, as [`work_locally`]."""
+    check_source(source, best_of.judge.processor)
     return work_locally(source, done, best_of.judge.read, best_of.rows, best_of, num_workers, part, parts)
