@@ -24,6 +24,7 @@ def themed(browser, app, request):
     page.close()
 
 
+@pytest.mark.slow
 def test_no_violations_with_results_on_show(themed, pictures, tmp_path):
     pytest.importorskip("axe_playwright_python")
     assert violations(themed) == []

@@ -137,6 +137,7 @@ def test_a_folder_from_captions_to_text_files(window, folder, expected):
     assert {row["file_name"] for row in rows} == {f"{stem}.png" for stem in texts}
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_on_reload_or_in_a_second_window(window, folder):
     open_folder(window, folder)
     window.locator("#c-rows textarea").first.fill("kept by the server")
@@ -160,6 +161,7 @@ def test_nothing_is_lost_on_reload_or_in_a_second_window(window, folder):
     wait_for_box(window, 0, "second, once more")
 
 
+@pytest.mark.slow
 def test_a_zip_is_captioned_and_downloaded(window, app_of_collections, pictures, tmp_path, expected):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for file in pictures[:3]:
@@ -184,6 +186,7 @@ def test_a_zip_is_captioned_and_downloaded(window, app_of_collections, pictures,
     assert len(list(app_of_collections.data.glob("vlv/collections/*/images"))) == len(before) - 1
 
 
+@pytest.mark.slow
 def test_a_run_is_stopped_and_resumed(window, tmp_path, pictures):
     folder = tmp_path / "many"
     folder.mkdir()
@@ -220,6 +223,7 @@ def test_worst_scores_come_first_where_there_are_scores(window, folder):
     assert "Score 0.100" in window.locator("#c-rows li").nth(1).inner_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_the_tab_is_accessible(window, app_of_collections, folder, theme):
     window.goto(f"{app_of_collections.url}/?tab=Collection&__theme={theme}")

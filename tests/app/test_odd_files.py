@@ -116,6 +116,7 @@ def single_pixel(picture, file):
     return picture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, write",
     [

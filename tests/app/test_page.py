@@ -85,6 +85,7 @@ def test_reconstruct_and_its_slider(page, client, pictures):
     assert clip == "inset(0px 0px 0px 20%)"
 
 
+@pytest.mark.slow
 def test_edited_words_are_drawn(page, pictures, tiny_model, tiny_processor):
     import torch
 
@@ -110,6 +111,7 @@ def test_edited_words_are_drawn(page, pictures, tiny_model, tiny_processor):
     page.locator("#drawn").get_by_text("two dogs").wait_for()
 
 
+@pytest.mark.slow
 def test_compose_and_several_shares(page, client, pictures):
     tab = open_tab(page, "Compose")
     choose_file(page, pictures[0])
@@ -175,6 +177,7 @@ def test_one_upload_serves_all_tabs_and_a_reload(page, captioner, pictures):
     assert everything_shown(page) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["another", "remove", "unreadable"])
 def test_no_result_stands_beside_another_picture(page, pictures, tmp_path, change):
     """Neither now, nor when a late answer comes: the runs end with their picture."""
@@ -207,6 +210,7 @@ def test_no_result_stands_beside_another_picture(page, pictures, tmp_path, chang
     assert everything_shown(page) == []
 
 
+@pytest.mark.slow
 def test_a_failing_run_leaves_no_result_and_its_sentence_stays(page, pictures):
     tab = open_tab(page, "Reconstruct")
     choose_file(page, pictures[0])
@@ -254,6 +258,7 @@ def avif(file):
     Image.linear_gradient("L").convert("RGB").save(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, write",
     [
@@ -285,6 +290,7 @@ def test_what_the_model_is_for_stands_beside_the_upload(page):
     page.locator("#shared").get_by_text("It is for drawn test pictures only.").wait_for()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["empty.png", "text.png", "bomb.png", "large.bmp"])
 def test_a_bad_file_in_the_browser(page, captioner, pictures, tmp_path, name):
     """One sentence beside the input, which stays until another picture is chosen, and no traceback."""
@@ -309,6 +315,7 @@ def test_a_bad_file_in_the_browser(page, captioner, pictures, tmp_path, name):
     assert caption_box(page).input_value() == caption_of(captioner, str(pictures[0]), max_new_tokens=300)
 
 
+@pytest.mark.slow
 def test_several_captions_with_a_temperature(page, pictures):
     tab = open_tab(page, "Caption")
     choose_file(page, pictures[0])
@@ -326,6 +333,7 @@ def test_several_captions_with_a_temperature(page, pictures):
     assert caption_box(page).input_value().split() == texts[2].split()
 
 
+@pytest.mark.slow
 def test_an_edited_caption_is_downloaded_and_a_link_opens_the_result(page, browser, captioner, pictures):
     tab = open_tab(page, "Caption")
     choose_file(page, pictures[1])
@@ -370,6 +378,7 @@ def test_another_visitors_files_are_out_of_reach(page, app):
     assert status(page).inner_text() == ""
 
 
+@pytest.mark.slow
 def test_on_a_phone_the_result_comes_into_view(browser, app, pictures):
     page = new_page(browser, viewport={"width": 390, "height": 800})
     page.goto(app.url)

@@ -29,6 +29,7 @@ def photos(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_as_a_process(photos, tiny_repo, tiny_model, tmp_path):
     (photos / "text.png").write_text("no image")
     output = tmp_path / "rebuilt"

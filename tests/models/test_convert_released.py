@@ -82,6 +82,7 @@ def is_the_model(folder, tensors):
     return True
 
 
+@pytest.mark.slow
 def test_in_one_command(repos, tiny_parts, tensors, tmp_path, capsys):
     assert main(["convert", "ada/captioner", "--image_size", "64", "--output", str(tmp_path / "vlv")]) == 0
     said = capsys.readouterr().out
@@ -94,6 +95,7 @@ def test_in_one_command(repos, tiny_parts, tensors, tmp_path, capsys):
     assert "training_state.bin" not in cached and "model-00001-of-00002.safetensors" in cached
 
 
+@pytest.mark.slow
 def test_a_command_of_its_own_with_named_parts(repos, released, tensors, tmp_path):
     """A process without a terminal: nothing may ask whether to run the repo's code."""
     environment = {**os.environ, "HF_ENDPOINT": repos.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITE_TOKEN}

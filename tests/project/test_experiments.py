@@ -118,6 +118,7 @@ def trained(tmp_path_factory):
     return folder, argv
 
 
+@pytest.mark.slow
 def test_a_run_records_its_origin(trained):
     folder, _ = trained
     record = json.loads((folder / "results" / "text_encoder" / "bypassed-seed0.json").read_text())
@@ -166,6 +167,7 @@ def test_a_process_skips_the_work_of_another_process(tmp_path):
     assert json.loads((tmp_path / "one.json").read_text()) == {"made": True}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues(trained, monkeypatch):
     """The run is killed at the third of four steps. It resumes from the checkpoint of the second step."""
     folder, _ = trained
@@ -211,6 +213,7 @@ def test_llava_is_made_of_the_same_parts(trained):
     assert caption.text == peer.tokenizer.decode(torch.stack(ids), skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_florence_starts_from_the_pretrained_encoder(trained):
     folder, _ = trained
     run = Run("florence", SMALL.florence(8, 0))

@@ -61,6 +61,7 @@ def test_mode_size_and_batch_change_nothing(pictures):
     assert reader.read([image.resize((256, 256), Image.Resampling.BICUBIC) for image in images]) == truths
 
 
+@pytest.mark.slow
 def test_its_recorded_accuracy_can_be_measured_again():
     recorded = json.loads((Path(vlv.__file__).parent / "checkpoints/scene-reader/accuracy.json").read_text())
     assert measure(scene_reader(), "test") == recorded["test"]
