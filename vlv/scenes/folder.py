@@ -17,7 +17,6 @@ from vlv.scenes.world import World
 
 _MARK = ".vlv-scenes.json"  # hidden from ImageFolder; marks a folder that this command wrote and may replace
 _CHUNK = 500
-DESCRIBED = 3  # with prompts, one picture in so many has descriptions
 
 
 def write_scenes(
@@ -35,9 +34,7 @@ def write_scenes(
     interrupted run leaves none. The same arguments give the same files.
 
     With `prompts`, `text` is a list: answers to the prompts in the list `prompt`, where "" stands for the caption (see
-    `vlv.scenes.questions`). Every third picture has descriptions, the others questions, so that batches of similar
-    length are short. questions.jsonl then has the questions about all pictures for `vlv evaluate`, and styles.json the
-    styles.
+    `vlv.scenes.questions`). questions.jsonl then has the questions for `vlv evaluate`, and styles.json the styles.
 
     Returns:
         the folder.
@@ -110,16 +107,15 @@ def _write_chunk(folder: Path, world: World, split: str, seed: int, prompts: boo
 
 
 def _prompts(scene: GridScene, world: World, key: tuple[int, ...], name: str) -> dict:
-    """The columns `text` and `prompt` of a scene, the key's last number, and its questions for `vlv evaluate`."""
+    """The columns `text` and `prompt` of a scene, and its questions for `vlv evaluate`."""
     asked = ask(scene, world, np.random.default_rng((*key, 2)))  # the 2: see World.sample_picture
     questions = [
         {"image": name, "question": it.prompt, "answer": it.answer} | ({"choices": it.choices} if it.choices else {})
         for it in asked
         if not describes(it)
     ]
-    kept = [it for it in asked if describes(it) == (key[-1] % DESCRIBED == 0)]
     return {
-        "text": [it.answer for it in kept],
-        "prompt": [it.prompt for it in kept],
+        "text": [it.answer for it in asked],
+        "prompt": [it.prompt for it in asked],
         "questions": questions,
     }
