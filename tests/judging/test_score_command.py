@@ -10,6 +10,7 @@ import sys
 import datasets
 import pytest
 import tiny
+import torch
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
@@ -19,6 +20,7 @@ from vlv.captioning.settings import Decoding
 from vlv.cli import main
 from vlv.judging.judge import Judge
 from vlv.judging.scores import value_of
+from vlv.models.loading import load_captioner
 
 TEXTS = ["a cat", "two dogs", "sky", "a longer caption, which needs two windows"]
 
@@ -244,6 +246,28 @@ def test_best_of_keeps_the_caption_with_the_best_score(tiny_repo, photos, tmp_pa
         for texts, of in zip(written, scores, strict=True)
     ]
     assert [row["text"] for row in _rows(output)] == expected
+
+
+@torch.no_grad()
+def test_best_of_judges_a_caption_after_its_prompt(prompted_repo, photos, tmp_path):
+    output, count = tmp_path / "captions.jsonl", 6
+    options = ["--style", "short", "--num_captions", str(count), "--best_of", "likelihood", "--max_new_tokens", "6"]
+    assert main(["caption", str(photos), "--model", str(prompted_repo), *options, "--output", str(output)]) == 0
+    model, processor = load_captioner(str(prompted_repo), "cpu")
+    decoding = Decoding(max_new_tokens=6, num_captions=count, temperature=1.0, style="short")
+    names, images = [f"{number}.png" for number in range(len(TEXTS))], tiny.images(len(TEXTS))
+
+    def likelihood(image, prompt, text):
+        tokens = processor(text=text, prompt=prompt, return_labels=True)
+        return -float(model(pixel_values=processor(images=image)["pixel_values"], **tokens).caption_loss)
+
+    expected, without = [], []
+    captions = Captioner(model, processor, decoding).caption_images(zip(names, images, strict=True))
+    for (_, drawn), image in zip(captions, images, strict=True):
+        texts = [it.text for it in drawn]
+        expected.append(max(texts, key=lambda text: likelihood(image, "Be brief.", text)))
+        without.append(max(texts, key=lambda text: likelihood(image, None, text)))
+    assert [row["text"] for row in _rows(output)] == expected != without
 
 
 def test_best_of_needs_several_captions(tiny_repo, photos, capsys):

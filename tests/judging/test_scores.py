@@ -64,6 +64,20 @@ def test_likelihood_is_the_caption_loss_of_each_caption(model, contents):
         assert value == pytest.approx(-float(loss), abs=1e-4)
 
 
+@torch.no_grad()
+def test_likelihood_of_a_caption_after_its_prompt(model, contents):
+    processor = tiny.processor()
+    processor.learn_prompts({})
+    pixel_values, prompts = torch.stack([content["pixel_values"] for content in contents]), ["why?", "", "In short."]
+    found = likelihood(model, processor, model.encode(pixel_values), FLAT, OWNERS, 3, prompts)
+    for value, owner, caption in zip(found, OWNERS.tolist(), FLAT, strict=True):
+        tokens = processor(text=caption, prompt=prompts[owner], return_labels=True)
+        loss = model(pixel_values=pixel_values[owner : owner + 1], **tokens).caption_loss
+        assert value == pytest.approx(-float(loss), abs=1e-4)
+    scores = Judge(model, processor, ["likelihood"])(contents, CAPTIONS, prompts)
+    assert [each["likelihood"] for of in scores for each in of] == pytest.approx(found.tolist(), abs=1e-4)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_scores_do_not_depend_on_the_batch(model, contents, batch_size):
     names = ["explained", "likelihood"]

@@ -1,6 +1,5 @@
 """Scores on a dataset of images: of captions, reconstructions, pictures drawn from captions, and answers."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +23,7 @@ from vlv.evaluation.embedding import is_clip
 from vlv.evaluation.images import EvaluationData
 from vlv.evaluation.metrics import compute
 from vlv.evaluation.pictures import decoder_tokenizer, draw, embed_captions, encode_images
-from vlv.evaluation.questions import Answerer, Question, most_shots, read_questions, write_prompts
+from vlv.evaluation.questions import Answerer, Question, most_shots, questions_about, write_prompts
 from vlv.evaluation.results import Measurement
 from vlv.evaluation.scores import FAMILIES, JUDGE, REFERENCED
 from vlv.evaluation.work import Work
@@ -321,20 +320,7 @@ class DatasetScorer:
     @cached_property
     def _asked(self) -> list[Question]:
         """The questions about the images that are measured on."""
-        questions = read_questions(self.questions)
-        known = Counter(self.data.all_names)
-        for question in questions:
-            if known[question.image] != 1:
-                which = "no image" if question.image not in known else f"the name of {known[question.image]} images"
-                raise ValueError(
-                    f"{self.questions} asks about {question.image}, which is {which} of the dataset "
-                    f"{self.data.name}: image must be a path below its folder."
-                )
-        measured = set(self.data.names)
-        asked = [question for question in questions if question.image in measured]
-        if not asked:
-            raise ValueError(f"{self.questions} asks nothing about the first {len(self.data)} images.")
-        return asked
+        return questions_about(self.data, self.questions)
 
     def _sampling(self, guidance_scale: float) -> dict[str, Any]:
         return {

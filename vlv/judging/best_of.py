@@ -65,7 +65,8 @@ class BestOf(Batches):
         # Draws are often the same; each text is scored once.
         written = [{it.text: it for it in captions} for captions in self.captioner.write(names, embeds, prompts)]
         contents = [{**content, "caption_embeds": embed} for content, embed in zip(contents, embeds, strict=True)]
-        scores = self.judge(contents, [list(texts) for texts in written])
+        asked = [self.captioner.wishes.prompt_for(prompt) for prompt in prompts]
+        scores = self.judge(contents, [list(texts) for texts in written], asked)
         return [self._best(list(texts.values()), of) for texts, of in zip(written, scores, strict=True)]
 
     def _best(self, captions, scores):

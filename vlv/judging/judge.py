@@ -104,6 +104,7 @@ def likelihood(
     captions: Sequence[str],
     owners: torch.Tensor,
     batch_size: int = 64,
+    prompts: Sequence[str] | None = None,
 ) -> torch.Tensor:
     """
     The caption head's mean log-probability of a caption's tokens and of its end, in nats per token: at most 0. It is
@@ -114,13 +115,16 @@ def likelihood(
         caption_embeds: `(B, Q, E)`, from `model.encode`.
         captions, owners: P captions, and the numbers `(P,)` of the images that they are of.
         batch_size: pairs at once.
+        prompts: B of them, which the caption head reads before the captions; "" for none.
 
     Returns:
         `(P,)` float32.
     """
     positions = getattr(model.config.caption_config, "max_position_embeddings", None)
     longest = None if positions is None else max(1, positions - caption_embeds.shape[1])
-    tokens = processor(text=list(captions), return_labels=True, max_length=longest)
+    asked = None if prompts is None else [prompts[owner] for owner in owners.tolist()]
+    tokens = processor(text=list(captions), prompt=asked, return_labels=True)
+    tokens = {name: ids[:, :longest] for name, ids in tokens.items()}
     lengths = tokens["attention_mask"].sum(1)  # all padding is on the right
     order = lengths.argsort()  # captions of similar length share a batch
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -233,7 +237,10 @@ class Judge(Batches):
         )
 
     def __call__(
-        self, contents: Sequence[Mapping[str, torch.Tensor]], captions: Sequence[Sequence[str]]
+        self,
+        contents: Sequence[Mapping[str, torch.Tensor]],
+        captions: Sequence[Sequence[str]],
+        prompts: Sequence[str] | None = None,
     ) -> list[list[Scores]]:
         """
         The scores of each caption of each image.
@@ -241,11 +248,12 @@ class Judge(Batches):
         Args:
             contents: what `read` returns for the images; `caption_embeds` (Q, E) take the place of `pixel_values`.
             captions: at least one for each image.
+            prompts: what the captions of each image were asked to be, for `likelihood`; "" for nothing.
 
         Raises:
             ValueError: when not even one image fits into memory.
         """
-        return self.in_batches(self._score, contents, captions)
+        return self.in_batches(self._score, contents, captions, prompts or [""] * len(contents))
 
     def rows(self, batch: Sequence[Prepared]) -> list[Row]:
         """The rows of a batch: captions and their scores, or errors. An image with several captions has lists."""
@@ -256,19 +264,19 @@ class Judge(Batches):
         return [_row(prepared, None if prepared.error else next(found), self.names) for prepared in batch]
 
     @torch.no_grad()
-    def _score(self, contents, captions):
+    def _score(self, contents, captions, prompts):
         flat = [caption for texts in captions for caption in texts]
         counts = list(map(len, captions))
         owners = torch.arange(len(captions), device=self.device).repeat_interleave(
             torch.tensor(counts).to(self.device)
         )
-        columns = {name: list(self._computed(name, contents, flat, owners).tolist()) for name in self.names}
+        columns = {name: list(self._computed(name, contents, flat, owners, prompts).tolist()) for name in self.names}
         rows: Iterator[Scores] = iter(
             dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
         )
         return [[next(rows) for _ in range(count)] for count in counts]
 
-    def _computed(self, name, contents, captions, owners):
+    def _computed(self, name, contents, captions, owners, prompts):
         if name == "explained":
             latents = self.model.encode_latents(_stacked(contents, "decoder_pixel_values"), sample=False)
             tokenizer = self.processor.decoder_tokenizer
@@ -282,7 +290,7 @@ class Judge(Batches):
                 embeds = _stacked(contents, "caption_embeds")
             else:
                 embeds = self.model.encode(_stacked(contents, "pixel_values"))
-            return likelihood(self.model, self.processor, embeds, captions, owners, self.largest)
+            return likelihood(self.model, self.processor, embeds, captions, owners, self.largest, prompts)
         pixels = _stacked(contents, "decoder_pixel_values")
         return round_trip(self.model, self.processor, pixels, captions, owners, self.embedder, self.seed)
 
