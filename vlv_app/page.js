@@ -229,6 +229,12 @@ window.vlv = (() => {
     return `<p>It opens this picture with these settings, while the server keeps the picture (a day):</p><p>${shown}</p>`;
   }
 
+  // A value in the address, as a field of this type has it.
+  function readAs(type, text) {
+    if (type === "number") return Number(text);
+    return type === "boolean" ? text === "true" : text;
+  }
+
   function restore(tab, names, values) {
     const fields = fieldsBefore(tab);
     const here = asked.get("tab") === tab;
@@ -236,7 +242,7 @@ window.vlv = (() => {
     return values.map((value, place) => {
       const name = names[place];
       if (name === "caption" && !samePicture) return "";  // it is that of another picture
-      if (here && asked.has(name)) return typeof value === "number" ? Number(asked.get(name)) : asked.get(name);
+      if (here && asked.has(name)) return readAs(typeof value, asked.get(name));
       return fields[name] ?? value;
     });
   }
