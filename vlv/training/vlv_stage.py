@@ -300,7 +300,7 @@ class VLVStage(Stage):
         parts = self.parts()
         return any(weight.requires_grad for name in names for weight in parts[name].parameters())
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode, the weights that this moves to the GPU could not be trained afterwards
     def compute(self, batch: dict[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
         """
         The tensors called `names`, computed from `pixel_values` and `decoder_pixel_values`. When training runs in half
