@@ -15,10 +15,12 @@ from vlv_app.parts import (
     connect,
     copy_button,
     markup_output,
+    prompt_inputs,
     read_picture,
     result_status,
     run_buttons,
     settings_inputs,
+    wording_inputs,
 )
 from vlv_app.studio import Caption, Step
 from vlv_app.work import each_as
@@ -31,7 +33,9 @@ def caption_tab(page: Page) -> Fields:
     with gr.Row():
         prefix = gr.Textbox(label="Beginning", info="The caption continues it. It may be empty.", scale=2)
         button, stop = run_buttons("Caption")
+    asked = prompt_inputs(page.studio)
     settings = settings_inputs(*NUMBERS)
+    wording = wording_inputs()
     status = result_status("caption")
     text = caption_box("caption-text", "You can edit it.", lines=5)
     others = markup_output("captions")
@@ -42,14 +46,17 @@ def caption_tab(page: Page) -> Fields:
     address = markup_output("link")
 
     def run(picture: dict[str, Any] | None, prefix: str, *numbers: Any) -> Iterator[Any]:
-        length, beams, temperature, count = numbers
+        length, beams, temperature, count = numbers[: len(NUMBERS)]
+        wishes = dict(zip((*asked, *wording), numbers[len(NUMBERS) :], strict=True))
         pixel_values, _, _ = read_picture(page.files, picture, "Image")
-        written = yield from streamed(page.studio.caption(pixel_values, length, beams, temperature, count, prefix))
+        written = yield from streamed(
+            page.studio.caption(pixel_values, length, beams, temperature, count, prefix, **wishes)
+        )
         texts = [caption.text for caption in written]
         yield [texts[0], caption_list(texts), ""], done(lengths(written))
 
-    names = ["prefix", *settings]
-    fields = [prefix, *settings.values()]
+    inputs = {"prefix": prefix, **settings, **asked, **wording}
+    names, fields = list(inputs), list(inputs.values())
     connect(page, button, stop, run, [page.picture, *fields], [text, others, address], status, [page.picture])
     save.click(None, [page.picture, text], None, js="(picture, text) => vlv.saveText(picture, text)")
     link.click(
@@ -58,7 +65,7 @@ def caption_tab(page: Page) -> Fields:
         [address],
         js=f"(picture, ...values) => vlv.link('Caption', picture, {json.dumps(names)}, values)",
     )
-    return dict(zip(names, fields, strict=True)) | {"caption": text}
+    return inputs | {"caption": text}
 
 
 def streamed(computation: Generator[Step, None, Any]) -> Generator[Any, None, Any]:

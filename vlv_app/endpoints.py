@@ -13,6 +13,7 @@ from vlv_app.studio import Step, Studio
 from vlv_app.work import each_as
 
 MOST_FILES = 1000  # of one request
+TEXTS = ("prompt", "style", "words", "trigger_words", "caption_prefix", "caption_suffix")
 
 
 class Endpoints:
@@ -27,6 +28,13 @@ class Endpoints:
         max_new_tokens: int = 300,
         num_beams: int = 1,
         prefix: str = "",
+        prompt: str = "",
+        style: str = "",
+        words: str = "",
+        trigger_words: str = "",
+        caption_prefix: str = "",
+        caption_suffix: str = "",
+        clean_tags: bool = False,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (how Gradio is asked for one)
     ) -> Iterator[str]:
         """Write a caption for an image. It streams: each value is the caption so far, and the last one is the whole.
@@ -36,10 +44,29 @@ class Endpoints:
             max_new_tokens: the longest caption, in tokens.
             num_beams: beams of the search; 1 is greedy, and streams the caption as it is written.
             prefix: the beginning of the caption, which the model continues.
+            prompt: what the caption is asked to be, or a question; for a model that was trained with prompts.
+            style: the name of one of the model's own prompts instead.
+            words: how many words the caption has, such as 20-40.
+            trigger_words: words that come first, with commas between them.
+            caption_prefix: a text before the caption, which the model does not read.
+            caption_suffix: a text after it.
+            clean_tags: the caption is tags with commas between them: each is kept once.
         """
         yield ""
         pixel_values, _ = self.files.read(image, "image")
-        steps = self.studio.caption(pixel_values, max_new_tokens, num_beams, prefix=prefix or "")
+        steps = self.studio.caption(
+            pixel_values,
+            max_new_tokens,
+            num_beams,
+            prefix=prefix or "",
+            prompt=prompt,
+            style=style,
+            words=words,
+            trigger_words=trigger_words,
+            caption_prefix=caption_prefix,
+            caption_suffix=caption_suffix,
+            clean_tags=clean_tags,
+        )
         written = yield from _told(steps, progress, lambda step: step.text)
         yield written[0].text
 
@@ -49,6 +76,13 @@ class Endpoints:
         max_new_tokens: int = 300,
         num_beams: int = 1,
         prefix: str = "",
+        prompt: str = "",
+        style: str = "",
+        words: str = "",
+        trigger_words: str = "",
+        caption_prefix: str = "",
+        caption_suffix: str = "",
+        clean_tags: bool = False,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[list[dict[str, str]]]:
         """Write captions for many images. It streams: each value is a list of all rows so far. A row holds
@@ -59,11 +93,27 @@ class Endpoints:
             max_new_tokens: the longest caption, in tokens.
             num_beams: beams of the search; 1 is greedy.
             prefix: the beginning of all captions, which the model continues.
+            prompt: what the caption is asked to be, or a question; for a model that was trained with prompts.
+            style: the name of one of the model's own prompts instead.
+            words: how many words the caption has, such as 20-40.
+            trigger_words: words that come first, with commas between them.
+            caption_prefix: a text before the caption, which the model does not read.
+            caption_suffix: a text after it.
+            clean_tags: the caption is tags with commas between them: each is kept once.
         """
         if not images:
             raise refusal("images: choose some pictures first.")
         if len(images) > MOST_FILES:
             raise refusal(f"images holds {len(images)} files: give at most {MOST_FILES} at once.")
+        wishes: dict[str, Any] = {
+            "prompt": prompt,
+            "style": style,
+            "words": words,
+            "trigger_words": trigger_words,
+            "caption_prefix": caption_prefix,
+            "caption_suffix": caption_suffix,
+            "clean_tags": clean_tags,
+        }
         rows: list[dict[str, str]] = []
         yield []
         for image in images:
@@ -74,7 +124,7 @@ class Endpoints:
                 rows.append({**row, "error": error.message.removeprefix("images, ")})
                 yield list(rows)
                 continue
-            steps = self.studio.caption(pixel_values, max_new_tokens, num_beams, prefix=prefix or "")
+            steps = self.studio.caption(pixel_values, max_new_tokens, num_beams, prefix=prefix or "", **wishes)
             written = yield from _told(steps, None, lambda step: list(rows))
             rows.append({**row, "text": written[0].text})
             progress((len(rows), len(images)), desc="Captioning", unit="images")
@@ -160,11 +210,16 @@ def add_endpoints(studio: Studio, on_gpu: Wrapper) -> None:
             _add(
                 on_gpu,
                 endpoints.caption,
-                [_image("image"), *_numbers(search), _text("prefix")],
+                [_image("image"), *_numbers(search), _text("prefix"), *_wishes()],
                 gr.Textbox(label="Caption"),
             )
             files = gr.File(file_count="multiple", label="images")
-            _add(on_gpu, endpoints.caption_many, [files, *_numbers(search), _text("prefix")], gr.JSON(label="Rows"))
+            _add(
+                on_gpu,
+                endpoints.caption_many,
+                [files, *_numbers(search), _text("prefix"), *_wishes()],
+                gr.JSON(label="Rows"),
+            )
         if studio.rebuilds:
             pictures = [gr.Image(label=label, format="png") for label in ("Original", "Reconstruction")]
             outputs = [*pictures, gr.Textbox(label="Caption")]
@@ -183,6 +238,10 @@ def _image(label: str) -> gr.Image:
 
 def _text(label: str) -> gr.Textbox:
     return gr.Textbox("", label=label)
+
+
+def _wishes() -> list[gr.components.Component]:
+    return [*map(_text, TEXTS), gr.Checkbox(False, label="clean_tags")]
 
 
 def _numbers(names: Sequence[str]) -> list[gr.components.Component]:

@@ -107,9 +107,11 @@ def test_endpoints_are_described(client):
     }
     sampling = [("num_inference_steps", "int", True), ("guidance_scale", "float", True), ("seed", "int", True)]
     search = [("max_new_tokens", "int", True), ("num_beams", "int", True), ("prefix", "str", True)]
+    texts = ("prompt", "style", "words", "trigger_words", "caption_prefix", "caption_suffix")
+    wishes = [*((name, "str", True) for name in texts), ("clean_tags", "bool", True)]
     images = {name: (name, "filepath", False) for name in ("image", "first", "second")}
-    assert arguments["/caption"] == [images["image"], *search]
-    assert arguments["/caption_many"] == [("images", "list[filepath]", False), *search]
+    assert arguments["/caption"] == [images["image"], *search, *wishes]
+    assert arguments["/caption_many"] == [("images", "list[filepath]", False), *search, *wishes]
     assert arguments["/reconstruct"] == [images["image"], *sampling]
     assert arguments["/compose"] == [
         images["first"],
