@@ -23,7 +23,7 @@ from vlv_app.parts import (
 from vlv_app.studio import Caption, Step
 from vlv_app.work import each_as
 
-NUMBERS = ("max_new_tokens", "num_beams", "temperature", "num_captions")
+NUMBERS = ("max_new_tokens", "num_beams", "temperature", "num_captions", "seed")
 
 
 def caption_tab(page: Page) -> Fields:
@@ -31,7 +31,7 @@ def caption_tab(page: Page) -> Fields:
     with gr.Row():
         prefix = gr.Textbox(label="Beginning", info="The caption continues it. It may be empty.", scale=2)
         button, stop = run_buttons("Caption")
-    settings = settings_inputs(*NUMBERS)
+    inputs = {"prefix": prefix, **settings_inputs(*NUMBERS, **page.studio.lengths)}
     status = result_status("caption")
     text = caption_box("caption-text", "You can edit it.", lines=5)
     others = markup_output("captions")
@@ -41,15 +41,14 @@ def caption_tab(page: Page) -> Fields:
         link = gr.Button("Link to this result", size="sm")
     address = markup_output("link")
 
-    def run(picture: dict[str, Any] | None, prefix: str, *numbers: Any) -> Iterator[Any]:
-        length, beams, temperature, count = numbers
+    def run(picture: dict[str, Any] | None, *values: Any) -> Iterator[Any]:
         pixel_values, _, _ = read_picture(page.files, picture, "Image")
-        written = yield from streamed(page.studio.caption(pixel_values, length, beams, temperature, count, prefix))
+        asked = dict(zip(inputs, values, strict=True))
+        written = yield from streamed(page.studio.caption(pixel_values, **asked))
         texts = [caption.text for caption in written]
         yield [texts[0], caption_list(texts), ""], done(lengths(written))
 
-    names = ["prefix", *settings]
-    fields = [prefix, *settings.values()]
+    names, fields = list(inputs), list(inputs.values())
     connect(page, button, stop, run, [page.picture, *fields], [text, others, address], status, [page.picture])
     save.click(None, [page.picture, text], None, js="(picture, text) => vlv.saveText(picture, text)")
     link.click(
@@ -58,7 +57,7 @@ def caption_tab(page: Page) -> Fields:
         [address],
         js=f"(picture, ...values) => vlv.link('Caption', picture, {json.dumps(names)}, values)",
     )
-    return dict(zip(names, fields, strict=True)) | {"caption": text}
+    return inputs | {"caption": text}
 
 
 def streamed(computation: Generator[Step, None, Any]) -> Generator[Any, None, Any]:

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, StoppingCriteriaList
 
 from vlv_app.pictures import PictureFiles
-from vlv_app.settings import check_search, check_settings, refusal
+from vlv_app.settings import Setting, check_search, check_settings, refusal
 from vlv_app.work import Report, ReportTokens, watch
 
 # A paragraph of a model card, as `vlv publish` writes it.
@@ -75,6 +75,17 @@ class Studio:
         """Whether the decoder's own text encoder can read words, as it does in text-to-image models."""
         return self.rebuilds and self.processor.decoder_tokenizer is not None
 
+    @property
+    def queries(self) -> Setting:
+        """How many of the leading caption embeddings are read."""
+        number = self.model.config.num_queries
+        return Setting("Queries", number, 1, number, 1, "fewer leading caption embeddings say less")
+
+    @property
+    def lengths(self) -> dict[str, Setting]:
+        """The settings of a model that was trained for a choice of length. Others read all of their queries well."""
+        return {"num_queries": self.queries} if getattr(self.model.config, "nested_queries", False) else {}
+
     # ---- what visitors do ----------------------------------------------------------------------------------
 
     def caption(
@@ -85,28 +96,46 @@ class Studio:
         temperature: float = 0,
         num_captions: int = 1,
         prefix: str = "",
+        seed: int = 0,
+        num_queries: int | None = None,
     ) -> Generator[Step, None, list[Caption]]:
         """
         Captions of one image.
 
         Args:
             pixel_values: `(1, 3, H, W)`, from the processor.
-            temperature: above 0, words are drawn. What is drawn differs from call to call.
+            temperature: above 0, words are drawn.
             prefix: the beginning of the captions.
+            seed: of what is drawn. The captions of one image are different draws.
+            num_queries: read only so many of the leading caption embeddings; `None` for all.
         """
         settings = check_settings(
-            max_new_tokens=max_new_tokens, num_beams=num_beams, temperature=temperature, num_captions=num_captions
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            temperature=temperature,
+            num_captions=num_captions,
+            seed=seed,
         )
         check_search(settings["num_beams"], settings["temperature"], settings["num_captions"])
-        prefix = prefix or ""
-        return (yield from watch(lambda report: self._write(self._encode(pixel_values), report, prefix, **settings)))
+        prefix, length = prefix or "", self._check_length(num_queries)
+        return (
+            yield from watch(
+                lambda report: self._write(self._encode(pixel_values, length), report, prefix, **settings)
+            )
+        )
 
     def reconstruct(
-        self, pixel_values: torch.Tensor, num_inference_steps: int = 8, guidance_scale: float = 2, seed: int = 0
+        self,
+        pixel_values: torch.Tensor,
+        num_inference_steps: int = 8,
+        guidance_scale: float = 2,
+        seed: int = 0,
+        num_queries: int | None = None,
     ) -> Generator[Step, None, Image.Image]:
-        """An image rebuilt from its caption embeddings alone."""
+        """An image rebuilt from its caption embeddings alone, or from the leading ones of them."""
         sampling = check_settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed)
-        return (yield from watch(lambda report: self._sample(self._encode(pixel_values), report, **sampling)))
+        length = self._check_length(num_queries)
+        return (yield from watch(lambda report: self._sample(self._encode(pixel_values, length), report, **sampling)))
 
     def compose(
         self,
@@ -151,9 +180,14 @@ class Studio:
 
     # ---- the model -----------------------------------------------------------------------------------------
 
+    def _check_length(self, num_queries: int | None) -> int | None:
+        length = self.queries.maximum if num_queries is None else self.queries.check(num_queries)
+        return length if length < self.queries.maximum else None
+
     @torch.no_grad()
-    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.encode(pixel_values.to(self.model.device))
+    def _encode(self, pixel_values: torch.Tensor, num_queries: int | None = None) -> torch.Tensor:
+        asked = {} if num_queries is None else {"num_queries": num_queries}  # which the code of older repos lacks
+        return self.model.encode(pixel_values.to(self.model.device), **asked)
 
     @torch.no_grad()
     def _embed(self, words: str) -> torch.Tensor:
@@ -173,6 +207,7 @@ class Studio:
         num_beams: int = 1,
         temperature: float = 0,
         num_captions: int = 1,
+        seed: int = 0,
     ) -> list[Caption]:
         tokenizer = self.processor.tokenizer
         prefix_ids = tokenizer(prefix.rstrip(), add_special_tokens=False).input_ids if prefix.strip() else []
@@ -192,7 +227,9 @@ class Studio:
             report(Step(f"Writing: {count} token{'s' if count > 1 else ''}", count, max_new_tokens, text))
 
         report(Step("Writing", 0, max_new_tokens))
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "seed": seed}
         rows = self.model.generate(
             caption_embeds=caption_embeds,
             input_ids=torch.tensor([prefix_ids], dtype=torch.long) if prefix_ids else None,
