@@ -181,8 +181,8 @@ class Studio:
     # ---- the model -----------------------------------------------------------------------------------------
 
     def _check_length(self, num_queries: int | None) -> int | None:
-        length = self.queries.maximum if num_queries is None else self.queries.check(num_queries)
-        return length if length < self.queries.maximum else None
+        length = None if num_queries is None else self.queries.check(num_queries)
+        return None if length == self.queries.maximum else length
 
     @torch.no_grad()
     def _encode(self, pixel_values: torch.Tensor, num_queries: int | None = None) -> torch.Tensor:
