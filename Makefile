@@ -25,11 +25,11 @@ demo: $(RUNNABLE)
 
 # Two workers with one thread each, because more threads would slow each other down.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # Skips the tests that take more than a few seconds.
 test-fast: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 # Trains the bundled checkpoint again, part by part, and copies it into the package. After an interruption it resumes.
 OUT ?= outputs

@@ -38,7 +38,9 @@ def repo(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="session")
 def app(tmp_path_factory, repo):
-    with App(tmp_path_factory.mktemp("app") / "log.txt", "--model", repo) as app:
+    home = tmp_path_factory.mktemp("app")
+    with App(home / "log.txt", "--model", repo, XDG_DATA_HOME=str(home / "data")) as app:
+        app.data = home / "data"
         yield app
 
 
