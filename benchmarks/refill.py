@@ -19,10 +19,11 @@ import measure
 import torch
 from transformers import DynamicCache
 
-from vlv.captioning.captioner import largest_batch
+from vlv.captioning.captioner import LARGEST_BATCH
 from vlv.models.loading import load_captioner
 
-ROWS = (1, 2, 4, 8, 16, 32, 64)
+BATCH = LARGEST_BATCH["cpu"]
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STEPS = 3  # timed at once
 
 
@@ -48,11 +49,11 @@ def seconds_by_rows(model, processor, device) -> tuple[dict[int, float], float]:
             cache.crop(-1)
 
     def begin():
-        pixel_values = torch.randn(ROWS[-1], 3, processor.image_height, processor.image_width, device=device)
+        pixel_values = torch.randn(BATCH, 3, processor.image_height, processor.image_width, device=device)
         model.generate(pixel_values=pixel_values, max_new_tokens=1, do_sample=False)
 
     sides = {rows: lambda rows=rows: measure.seconds_of(lambda: steps(rows)) / STEPS for rows in ROWS}
-    sides["before"] = lambda: measure.seconds_of(begin) / ROWS[-1]
+    sides["before"] = lambda: measure.seconds_of(begin) / BATCH
     found = {name: statistics.median(seconds) for name, seconds in measure.take_turns(sides).items()}
     before = found.pop("before")
     return found, before
@@ -87,23 +88,35 @@ def main() -> None:
         folder = measure.checkpoint(arguments.size, Path(temporary) / "model")
         costs, before = seconds_by_rows(*load_captioner(folder, str(device)), device)
     lengths = measure.draw_lengths(arguments.images)
-    size = min(largest_batch("cpu"), ROWS[-1])
-    slots, _ = seconds_of_engines(lengths, size, lambda rows: size)
-    today, refilled = seconds_of_engines(lengths, size, lambda rows: between(costs, rows))
-    flat_today, flat_refilled = seconds_of_engines(lengths, size, lambda rows: 1.0)
+
+    def steps(size):
+        return seconds_of_engines(lengths, size, lambda rows: between(costs, rows))
+
+    today, refilled = steps(BATCH)
+    larger, _ = steps(ROWS[-1])
+    flat_today, flat_refilled = seconds_of_engines(lengths, BATCH, lambda rows: 1.0)
+    begun = before * len(lengths)
     found = {
-        "batch_size": size,
-        "slots_computed": sum(lengths) / slots,  # of those of a batch that keeps its rows to the end
+        "slots_written": sum(lengths) / (flat_today * BATCH),  # of those of a batch that keeps its rows to the end
         "step_seconds": costs,
         "before_seconds_per_image": before,
-        "ratio_of_steps": today / refilled,
-        "ratio": (today + before * len(lengths)) / (refilled + before * len(lengths)),
-        "ratio_if_rows_cost_nothing": flat_today / flat_refilled,
+        "ratios": {
+            "refilled, at most": {"steps": today / refilled, "in_all": (today + begun) / (refilled + begun)},
+            f"batches of {ROWS[-1]}": {"steps": today / larger, "in_all": (today + begun) / (larger + begun)},
+            "refilled, at most, if the rows of a step cost nothing": {"steps": flat_today / flat_refilled},
+        },
     }
     for name, value in found.items():
         print(f"{name}: {value}")
     measure.write_record(
-        arguments.output, {"benchmark": "refill", "size": arguments.size, "images": arguments.images, "refill": found}
+        arguments.output,
+        {
+            "benchmark": "refill",
+            "size": arguments.size,
+            "images": arguments.images,
+            "batch_size": BATCH,
+            "refill": found,
+        },
     )
 
 
