@@ -25,14 +25,6 @@ logging.disable_progress_bar()
 re._MAXCACHE = 100_000
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """One worker runs all tests of a file, and one those of the app, so that what they share is made once."""
-    for item in items:
-        group = "app" if item.path.parent.name == "app" else item.location[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_collection_finish():
     """What is imported by now stays. The garbage collection before each training need not look through it again."""
     gc.collect()
