@@ -34,6 +34,7 @@ try:
     from .pipeline_vlv import VLVImageToTextPipeline  # noqa: F401
     from .processing_vlv import VLVProcessor  # noqa: F401
     from .prompts_vlv import find_prompt  # noqa: F401
+    from .sampling_vlv import SeededSearch
     from .stopping_vlv import stopping_criteria
     from .wording_vlv import Wishes  # noqa: F401
 except ImportError:
@@ -42,13 +43,14 @@ except ImportError:
     from diffusion_vlv import VLVDiffusionMixin
     from families_vlv import build_decoder
     from layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_length, check_pixels, device_of
+    from sampling_vlv import SeededSearch
     from stopping_vlv import stopping_criteria
 
 # The files of a Hub repo's code. `save_pretrained` writes them beside the weights.
 CODE_FILES = (
     *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py", "decoders_vlv.py"),
     *("families_vlv.py", "diffusion_vlv.py", "processing_vlv.py", "images_vlv.py", "pipeline_vlv.py"),
-    *("stopping_vlv.py", "chat_vlv.py", "prompts_vlv.py", "wording_vlv.py"),
+    *("stopping_vlv.py", "sampling_vlv.py", "chat_vlv.py", "prompts_vlv.py", "wording_vlv.py"),
 )
 # Parts and buffers that a checkpoint may hold and a model leave out.
 PARTS_LEFT_OUT = (
@@ -401,6 +403,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         num_queries: int | None = None,
         generation_config: GenerationConfig | None = None,
+        seed: int | Sequence[int] | None = None,
         **kwargs,
     ):
         """
@@ -413,13 +416,16 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
             num_queries (`int`, *optional*): read only so many of the leading caption embeddings (see [`encode`]).
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the prompt and the beginning of each caption,
                 as the processor gives them, padded on either side, with their `attention_mask`.
+            seed (`int` or one for each image, *optional*): with `do_sample=True`, equal seeds draw equal captions of
+                an image, whatever else is in the batch. The captions of one image are different draws.
 
         Returns:
             `torch.LongTensor` of shape `(B, new tokens)`: the new tokens only, without `input_ids`.
 
         Raises:
             ValueError: the checkpoint has no caption head, not exactly one input is given, there are fewer queries
-                than `num_queries`, or prompt and beginning leave no room for a caption.
+                than `num_queries`, prompt and beginning leave no room for a caption, or a `seed` is given for sampling
+                by beams.
         """
         self._require_caption_head("caption")
         context = self._context(pixel_values, caption_embeds, num_queries)
@@ -435,6 +441,8 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         generation_config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         kwargs = generation_config.update(**kwargs)  # left over: streamer, logits_processor, ...
         kwargs["stopping_criteria"] = stopping_criteria(generation_config, kwargs.get("stopping_criteria"))
+        if seed is not None and generation_config.do_sample:
+            kwargs["custom_generate"] = SeededSearch(seed, len(inputs_embeds), generation_config)
         return self.caption_head.generate(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=generation_config, **kwargs
         )

@@ -112,9 +112,24 @@ def operations(record: dict) -> str:
     return "\n".join(tables)
 
 
+def refilling(record: dict) -> str:
+    """What a refilled and a larger batch could win, and the step times that this follows from."""
+    found, rows = record["refill"], []
+    for name, ratios in found["ratios"].items():
+        rows.append([name, f"{ratios['steps']:.2f}", f"{ratios['in_all']:.2f}" if "in_all" in ratios else ""])
+    text = f"{record['machine']['device']}, {record['machine']['threads']} threads; commit {record['commit'][:7]}\n\n"
+    text += as_table([f"against batches of {record['batch_size']}", "steps", "in all"], rows)
+    steps = found["step_seconds"].items()
+    return (
+        text
+        + "\n"
+        + as_table(["rows", *map(str, dict(steps))], [["ms a step", *(f"{1000 * it:.0f}" for _, it in steps)]])
+    )
+
+
 def table(record: dict) -> str:
     """The tables of a record."""
-    kinds = {"growing": growing, "levers": levers, "operations": operations}
+    kinds = {"growing": growing, "levers": levers, "operations": operations, "refill": refilling}
     return next((draw for kind, draw in kinds.items() if kind in record), sides)(record)
 
 

@@ -1,6 +1,8 @@
 """Fixtures that the tests share. Tests must not change the result of a session fixture; they change a copy."""
 
+import gc
 import os
+import re
 
 # Set before any library reads them: no test may access the Hub, and workers must not compete for the cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +20,15 @@ from transformers.utils import logging
 from vlv.scenes import write_scenes
 
 logging.disable_progress_bar()
+# transformers compiles a regular expression for each weight that it loads or saves. Python's cache of 512 is too small
+# for one model, so that every test would compile the same ones again.
+re._MAXCACHE = 100_000
+
+
+def pytest_collection_finish():
+    """What is imported by now stays. The garbage collection before each training need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

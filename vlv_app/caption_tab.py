@@ -25,7 +25,7 @@ from vlv_app.parts import (
 from vlv_app.studio import Caption, Step
 from vlv_app.work import each_as
 
-NUMBERS = ("max_new_tokens", "num_beams", "temperature", "num_captions")
+NUMBERS = ("max_new_tokens", "num_beams", "temperature", "num_captions", "seed")
 
 
 def caption_tab(page: Page) -> Fields:
@@ -33,9 +33,12 @@ def caption_tab(page: Page) -> Fields:
     with gr.Row():
         prefix = gr.Textbox(label="Beginning", info="The caption continues it. It may be empty.", scale=2)
         button, stop = run_buttons("Caption")
-    asked = prompt_inputs(page.studio)
-    settings = settings_inputs(*NUMBERS)
-    wording = wording_inputs()
+    inputs = {
+        "prefix": prefix,
+        **prompt_inputs(page.studio),
+        **settings_inputs(*NUMBERS, **page.studio.lengths),
+        **wording_inputs(),
+    }
     status = result_status("caption")
     text = caption_box("caption-text", "You can edit it.", lines=5)
     others = markup_output("captions")
@@ -45,17 +48,13 @@ def caption_tab(page: Page) -> Fields:
         link = gr.Button("Link to this result", size="sm")
     address = markup_output("link")
 
-    def run(picture: dict[str, Any] | None, prefix: str, *numbers: Any) -> Iterator[Any]:
-        length, beams, temperature, count = numbers[: len(NUMBERS)]
-        wishes = dict(zip((*asked, *wording), numbers[len(NUMBERS) :], strict=True))
+    def run(picture: dict[str, Any] | None, *values: Any) -> Iterator[Any]:
         pixel_values, _, _ = read_picture(page.files, picture, "Image")
-        written = yield from streamed(
-            page.studio.caption(pixel_values, length, beams, temperature, count, prefix, **wishes)
-        )
+        asked = dict(zip(inputs, values, strict=True))
+        written = yield from streamed(page.studio.caption(pixel_values, **asked))
         texts = [caption.text for caption in written]
         yield [texts[0], caption_list(texts), ""], done(lengths(written))
 
-    inputs = {"prefix": prefix, **settings, **asked, **wording}
     names, fields = list(inputs), list(inputs.values())
     connect(page, button, stop, run, [page.picture, *fields], [text, others, address], status, [page.picture])
     save.click(None, [page.picture, text], None, js="(picture, text) => vlv.saveText(picture, text)")

@@ -28,6 +28,9 @@ class Endpoints:
         max_new_tokens: int = 300,
         num_beams: int = 1,
         prefix: str = "",
+        temperature: float = 0.0,
+        seed: int = 0,
+        num_queries: int | None = None,
         prompt: str = "",
         style: str = "",
         words: str = "",
@@ -44,6 +47,9 @@ class Endpoints:
             max_new_tokens: the longest caption, in tokens.
             num_beams: beams of the search; 1 is greedy, and streams the caption as it is written.
             prefix: the beginning of the caption, which the model continues.
+            temperature: 0 takes the likeliest words; above 0 they are drawn.
+            seed: of what is drawn: equal seeds draw equal captions of an image.
+            num_queries: read only so many of the leading caption embeddings; for a model that was trained for it.
             prompt: what the caption is asked to be, or a question; for a model that was trained with prompts.
             style: the name of one of the model's own prompts instead.
             words: how many words the caption has, such as 20-40.
@@ -59,6 +65,9 @@ class Endpoints:
             max_new_tokens,
             num_beams,
             prefix=prefix or "",
+            temperature=temperature,
+            seed=seed,
+            num_queries=num_queries,
             prompt=prompt,
             style=style,
             words=words,
@@ -76,6 +85,9 @@ class Endpoints:
         max_new_tokens: int = 300,
         num_beams: int = 1,
         prefix: str = "",
+        temperature: float = 0.0,
+        seed: int = 0,
+        num_queries: int | None = None,
         prompt: str = "",
         style: str = "",
         words: str = "",
@@ -93,6 +105,9 @@ class Endpoints:
             max_new_tokens: the longest caption, in tokens.
             num_beams: beams of the search; 1 is greedy.
             prefix: the beginning of all captions, which the model continues.
+            temperature: 0 takes the likeliest words; above 0 they are drawn.
+            seed: of what is drawn: equal seeds draw equal captions of an image.
+            num_queries: read only so many of the leading caption embeddings; for a model that was trained for it.
             prompt: what the caption is asked to be, or a question; for a model that was trained with prompts.
             style: the name of one of the model's own prompts instead.
             words: how many words the caption has, such as 20-40.
@@ -124,7 +139,16 @@ class Endpoints:
                 rows.append({**row, "error": error.message.removeprefix("images, ")})
                 yield list(rows)
                 continue
-            steps = self.studio.caption(pixel_values, max_new_tokens, num_beams, prefix=prefix or "", **wishes)
+            steps = self.studio.caption(
+                pixel_values,
+                max_new_tokens,
+                num_beams,
+                prefix=prefix or "",
+                temperature=temperature,
+                seed=seed,
+                num_queries=num_queries,
+                **wishes,
+            )
             written = yield from _told(steps, None, lambda step: list(rows))
             rows.append({**row, "text": written[0].text})
             progress((len(rows), len(images)), desc="Captioning", unit="images")
@@ -136,6 +160,7 @@ class Endpoints:
         num_inference_steps: int = 8,
         guidance_scale: float = 2.0,
         seed: int = 0,
+        num_queries: int | None = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[tuple[str | None, str | None, str]]:
         """Rebuild an image from its caption embeddings alone: the original, its reconstruction, its caption.
@@ -145,16 +170,19 @@ class Endpoints:
             num_inference_steps: sampling steps; more are slower and finer.
             guidance_scale: how closely the decoder follows the embeddings; 1 switches guidance off.
             seed: another seed starts from other noise.
+            num_queries: read only so many of the leading caption embeddings; for a model that was trained for it.
         """
         yield None, None, ""
         pixel_values, original = self.files.read(image, "image")
         name = Path(image).stem
         answer: tuple[str, str | None, str] = self.files.show(original, name).path, None, ""
-        steps = self.studio.reconstruct(pixel_values, num_inference_steps, guidance_scale, seed)
+        steps = self.studio.reconstruct(pixel_values, num_inference_steps, guidance_scale, seed, num_queries)
         rebuilt = yield from _told(steps, progress, lambda step: answer)
         answer = answer[0], self.files.show(rebuilt, f"{name}-rebuilt").path, ""
         if self.studio.writes:
-            written = yield from _told(self.studio.caption(pixel_values), progress, lambda step: answer)
+            written = yield from _told(
+                self.studio.caption(pixel_values, num_queries=num_queries), progress, lambda step: answer
+            )
             answer = answer[0], answer[1], written[0].text
         yield answer
 
@@ -205,25 +233,16 @@ def add_endpoints(studio: Studio, on_gpu: Wrapper) -> None:
     """Add what the model has the parts for to the page that is being built. Nobody sees these inputs."""
     endpoints = Endpoints(studio)
     with gr.Column(visible=False):
-        search = ("max_new_tokens", "num_beams")
         if studio.writes:
-            _add(
-                on_gpu,
-                endpoints.caption,
-                [_image("image"), *_numbers(search), _text("prefix"), *_wishes()],
-                gr.Textbox(label="Caption"),
-            )
+            inputs = [_image("image"), *_search(studio), *_wishes()]
+            _add(on_gpu, endpoints.caption, inputs, gr.Textbox(label="Caption"))
             files = gr.File(file_count="multiple", label="images")
-            _add(
-                on_gpu,
-                endpoints.caption_many,
-                [files, *_numbers(search), _text("prefix"), *_wishes()],
-                gr.JSON(label="Rows"),
-            )
+            _add(on_gpu, endpoints.caption_many, [files, *_search(studio), *_wishes()], gr.JSON(label="Rows"))
         if studio.rebuilds:
             pictures = [gr.Image(label=label, format="png") for label in ("Original", "Reconstruction")]
             outputs = [*pictures, gr.Textbox(label="Caption")]
-            _add(on_gpu, endpoints.reconstruct, [_image("image"), *_numbers(SAMPLING)], outputs)
+            numbers = [*_numbers(SAMPLING), studio.queries.component()]
+            _add(on_gpu, endpoints.reconstruct, [_image("image"), *numbers], outputs)
             inputs = [_image("first"), _image("second"), *_numbers(("share", *SAMPLING)), _text("text")]
             _add(on_gpu, endpoints.compose, inputs, gr.Image(label="Composition", format="png"))
 
@@ -246,6 +265,12 @@ def _wishes() -> list[gr.components.Component]:
 
 def _numbers(names: Sequence[str]) -> list[gr.components.Component]:
     return [SETTINGS[name].component() for name in names]
+
+
+def _search(studio: Studio) -> list[gr.components.Component]:
+    """How captions are written."""
+    numbers = _numbers(("max_new_tokens", "num_beams")), _numbers(("temperature", "seed"))
+    return [*numbers[0], _text("prefix"), *numbers[1], studio.queries.component()]
 
 
 def _add(on_gpu: Wrapper, function: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlv_app.markup import progress
 from vlv_app.pictures import MEGABYTES, PictureFiles, formats
-from vlv_app.settings import SETTINGS
+from vlv_app.settings import SETTINGS, Setting
 from vlv_app.studio import Step, Studio
 from vlv_app.work import each_as
 
@@ -101,10 +101,11 @@ def read_picture(files: PictureFiles, picture: dict[str, Any] | None, field: str
     return pixel_values, image, Path(str(picture.get("name") or path)).stem
 
 
-def settings_inputs(*names: str) -> dict[str, gr.Slider | gr.Number]:
-    """The inputs of settings, folded away, by the names that the API has for them."""
+def settings_inputs(*names: str, **more: Setting) -> dict[str, gr.Slider | gr.Number]:
+    """The inputs of settings, folded away, by the names that the API has for them. `more`: those of this model."""
+    settings = {name: SETTINGS[name] for name in names} | more
     with gr.Accordion("Settings", open=False):
-        return {name: SETTINGS[name].component() for name in names}
+        return {name: setting.component() for name, setting in settings.items()}
 
 
 def prompt_inputs(studio: Studio) -> dict[str, gr.Dropdown | gr.Textbox]:

@@ -28,7 +28,7 @@ def rebuild_tab(page: Page) -> Fields:
     """Build the tab; its settings by their names in the API."""
     studio, files = page.studio, page.files
     button, stop = run_buttons("Reconstruct")
-    settings = settings_inputs(*SAMPLING, "num_pictures")
+    settings = settings_inputs(*SAMPLING, "num_pictures", **studio.lengths)
     status = result_status("reconstruct")
     compared, pictures = markup_output("comparison"), markup_output("rebuilt")
     text = caption_box("rebuilt-caption", "", lines=3)
@@ -39,21 +39,22 @@ def rebuild_tab(page: Page) -> Fields:
         drawing = result_status("drawing")
         drawn = markup_output("drawn")
 
-    def run(picture: dict[str, Any] | None, *numbers: Any) -> Iterator[Any]:
-        steps, guidance, first_seed, count = numbers
+    def run(
+        picture: dict[str, Any] | None, steps: Any, guidance: Any, first_seed: Any, count: Any, length: Any = None
+    ) -> Iterator[Any]:
         pixel_values, image, name = read_picture(files, picture, "Image")
         original, shown = files.show(image, name), ""
         made: list[str] = []
         for seed in seeds(first_seed, count):
             part = f"picture {len(made) + 1} of {count}" if int(count) > 1 else ""
-            rebuilt = yield from steps_of(studio.reconstruct(pixel_values, steps, guidance, seed), part)
+            rebuilt = yield from steps_of(studio.reconstruct(pixel_values, steps, guidance, seed, length), part)
             rebuilt = files.show(rebuilt, f"{name}-rebuilt-seed-{seed}")
             made.append(figure(rebuilt, f"Seed {seed}"))
             shown = shown or comparison(original, rebuilt)
             yield [shown, figures(made), ""], done("The picture is rebuilt.") if not studio.writes else None
         if not studio.writes:
             return
-        captions = yield from steps_of(studio.caption(pixel_values))
+        captions = yield from steps_of(studio.caption(pixel_values, num_queries=length))
         yield [shown, figures(made), captions[0].text], done(lengths(captions))
 
     fields = list(settings.values())

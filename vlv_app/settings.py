@@ -65,7 +65,7 @@ SETTINGS = {
     "num_captions": Setting("Number of captions", 1, 1, 8, 1, "drawn with a temperature, or the best of the beams"),
     "num_inference_steps": Setting("Steps", 8, 1, 50, 1, "more are slower and finer"),
     "guidance_scale": Setting("Guidance", 2, 1, 10, 0.1, "1 switches it off"),
-    "seed": Setting("Seed", 0, 0, LARGEST_SEED, 1, "another seed starts from other noise"),
+    "seed": Setting("Seed", 0, 0, LARGEST_SEED, 1, "equal seeds draw the same; another seed draws something else"),
     "num_pictures": Setting("Number of pictures", 1, 1, 8, 1, "from this seed and the next ones, side by side"),
     "share": Setting("Share of the first image", 0.5, 0, 1, 0.01, "the rest is the second's"),
     "num_shares": Setting("Number of shares", 5, 2, 9, 1, "from 0 to 1, for a strip of compositions"),

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from vlv_app.pictures import PictureFiles
-from vlv_app.settings import check_search, check_settings, refusal
+from vlv_app.settings import Setting, check_search, check_settings, refusal
 from vlv_app.work import Report, ReportTokens, watch
 
 # A paragraph of a model card, as `vlv publish` writes it.
@@ -85,6 +85,17 @@ class Studio:
         """Whether the decoder's own text encoder can read words, as it does in text-to-image models."""
         return self.rebuilds and self.processor.decoder_tokenizer is not None
 
+    @property
+    def queries(self) -> Setting:
+        """How many of the leading caption embeddings are read."""
+        number = self.model.config.num_queries
+        return Setting("Queries", number, 1, number, 1, "fewer leading caption embeddings say less")
+
+    @property
+    def lengths(self) -> dict[str, Setting]:
+        """The settings of a model that was trained for a choice of length. Others read all of their queries well."""
+        return {"num_queries": self.queries} if getattr(self.model.config, "nested_queries", False) else {}
+
     # ---- what visitors do ----------------------------------------------------------------------------------
 
     def caption(
@@ -95,6 +106,8 @@ class Studio:
         temperature: float = 0,
         num_captions: int = 1,
         prefix: str = "",
+        seed: int = 0,
+        num_queries: int | None = None,
         prompt: str = "",
         style: str = "",
         **wishes: Any,
@@ -104,29 +117,41 @@ class Studio:
 
         Args:
             pixel_values: `(1, 3, H, W)`, from the processor.
-            temperature: above 0, words are drawn. What is drawn differs from call to call.
+            temperature: above 0, words are drawn.
             prefix: the beginning of the captions.
+            seed: of what is drawn. The captions of one image are different draws.
+            num_queries: read only so many of the leading caption embeddings; `None` for all.
             prompt: what the captions are asked to be; or `style`, the name of one of the model's own prompts.
             wishes: `words`, `trigger_words`, `caption_prefix`, `caption_suffix` and `clean_tags`, as `vlv caption` has
                 them; empty for none.
         """
         settings = check_settings(
-            max_new_tokens=max_new_tokens, num_beams=num_beams, temperature=temperature, num_captions=num_captions
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            temperature=temperature,
+            num_captions=num_captions,
+            seed=seed,
         )
         check_search(settings["num_beams"], settings["temperature"], settings["num_captions"])
-        asked = self._check_wishes(prompt=prompt, style=style, **wishes)
+        asked, length = self._check_wishes(prompt=prompt, style=style, **wishes), self._check_length(num_queries)
         return (
             yield from watch(
-                lambda report: self._write(self._encode(pixel_values), report, prefix or "", asked, **settings)
+                lambda report: self._write(self._encode(pixel_values, length), report, prefix or "", asked, **settings)
             )
         )
 
     def reconstruct(
-        self, pixel_values: torch.Tensor, num_inference_steps: int = 8, guidance_scale: float = 2, seed: int = 0
+        self,
+        pixel_values: torch.Tensor,
+        num_inference_steps: int = 8,
+        guidance_scale: float = 2,
+        seed: int = 0,
+        num_queries: int | None = None,
     ) -> Generator[Step, None, Image.Image]:
-        """An image rebuilt from its caption embeddings alone."""
+        """An image rebuilt from its caption embeddings alone, or from the leading ones of them."""
         sampling = check_settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed)
-        return (yield from watch(lambda report: self._sample(self._encode(pixel_values), report, **sampling)))
+        length = self._check_length(num_queries)
+        return (yield from watch(lambda report: self._sample(self._encode(pixel_values, length), report, **sampling)))
 
     def compose(
         self,
@@ -184,9 +209,14 @@ class Studio:
         except ValueError as error:
             raise refusal(str(error)) from None
 
+    def _check_length(self, num_queries: int | None) -> int | None:
+        length = None if num_queries is None else self.queries.check(num_queries)
+        return None if length == self.queries.maximum else length
+
     @torch.no_grad()
-    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.encode(pixel_values.to(self.model.device))
+    def _encode(self, pixel_values: torch.Tensor, num_queries: int | None = None) -> torch.Tensor:
+        asked = {} if num_queries is None else {"num_queries": num_queries}  # which the code of older repos lacks
+        return self.model.encode(pixel_values.to(self.model.device), **asked)
 
     @torch.no_grad()
     def _embed(self, words: str) -> torch.Tensor:
@@ -207,6 +237,7 @@ class Studio:
         num_beams: int = 1,
         temperature: float = 0,
         num_captions: int = 1,
+        seed: int = 0,
     ) -> list[Caption]:
         tokenizer = self.processor.tokenizer
         wording = wishes and wishes.wording_for()
@@ -228,7 +259,9 @@ class Studio:
             report(Step(f"Writing: {count} token{'s' if count > 1 else ''}", count, max_new_tokens, text))
 
         report(Step("Writing", 0, max_new_tokens))
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "seed": seed}
         before = {"prompt": wishes.prompt} if wishes and wishes.prompt else {}
         inputs = self.processor(text=prefix.rstrip(), **before) if before or prefix_ids else {}
         rows = self.model.generate(

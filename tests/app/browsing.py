@@ -10,6 +10,7 @@ from running_app import pixels
 from vlv_app.settings import SETTINGS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+LABELS = {name: setting.label for name, setting in SETTINGS.items()} | {"num_queries": "Queries"}
 PATIENCE = 180_000  # milliseconds
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -55,7 +56,7 @@ def set_number(tab, label, value):
     field = tab.get_by_role("spinbutton", name=re.compile(label))
     if not field.is_visible():
         tab.get_by_role("button", name="Settings").click()
-    (name,) = (name for name, setting in SETTINGS.items() if re.search(label, setting.label))
+    (name,) = (name for name, known in LABELS.items() if re.search(label, known))
     place = [tab.page.locator("[role=tab][aria-selected=true]").inner_text().strip(), name]
     # A field that has just been unfolded may not listen yet: it is filled until the page has taken the number.
     while tab.page.evaluate(KEPT, place) != value:

@@ -1,5 +1,6 @@
 """The running app, its client, pictures, and a browser."""
 
+import json
 from urllib.parse import urlsplit
 
 import pytest
@@ -15,7 +16,10 @@ from running_app import App  # noqa: E402
 
 @pytest.fixture(scope="session")
 def repo(tmp_path_factory, tiny_model):
-    """The tiny VLV with a tokenizer that reads its favourite letter as a space: its captions are words, and stream."""
+    """
+    The tiny VLV with a tokenizer that reads its favourite letter as a space: its captions are words, and stream. It
+    says that it was trained for a choice of length.
+    """
     processor = tiny.processor()
     tokens = ["<|endoftext|>", *tiny.BYTES]
     letter, space = tokens.index("o"), tokens.index("\u0120")
@@ -24,6 +28,8 @@ def repo(tmp_path_factory, tiny_model):
     folder = tmp_path_factory.mktemp("repo")
     tiny_model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "nested_queries": True}))
     (folder / "README.md").write_text(
         "# A model\n\n**What it is for.** It is for drawn test\npictures only.\n\nMore.\n"
     )
@@ -32,7 +38,9 @@ def repo(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="session")
 def app(tmp_path_factory, repo):
-    with App(tmp_path_factory.mktemp("app") / "log.txt", "--model", repo) as app:
+    home = tmp_path_factory.mktemp("app")
+    with App(home / "log.txt", "--model", repo, XDG_DATA_HOME=str(home / "data")) as app:
+        app.data = home / "data"
         yield app
 
 

@@ -1,7 +1,6 @@
 """The app as a process of its own, and what the tests of it have in common."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -50,11 +49,8 @@ class App:
         raise AssertionError(f"The app did not start:\n{self.log.read_text()}")
 
     def __exit__(self, *error):
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        self.process.terminate()
+        self.process.wait()
 
     def client(self, **kwargs):
         return gradio_client.Client(self.url, verbose=False, **kwargs)

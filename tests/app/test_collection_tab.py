@@ -16,27 +16,19 @@ from vlv.captioning.settings import Decoding
 from vlv.models.loading import load_captioner
 
 
-@pytest.fixture(scope="module")
-def app_of_collections(tmp_path_factory, repo):
-    home = tmp_path_factory.mktemp("collections")
-    with App(home / "log.txt", "--model", repo, XDG_DATA_HOME=str(home / "data")) as app:
-        app.data = home / "data"
-        yield app
-
-
 @pytest.fixture
-def window(browser, app_of_collections):
+def window(browser, app):
     context = browser.new_context(viewport={"width": 1200, "height": 1000}, accept_downloads=True)
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
     hosts, errors = set(), []
     page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(f"{app_of_collections.url}/?tab=Collection")
+    page.goto(f"{app.url}/?tab=Collection")
     page.locator("#c-path").wait_for()
     yield page
     context.close()
-    assert {host for host in hosts if host} == {urlsplit(app_of_collections.url).netloc}
+    assert {host for host in hosts if host} == {urlsplit(app.url).netloc}
     assert not errors
 
 
@@ -162,7 +154,7 @@ def test_nothing_is_lost_on_reload_or_in_a_second_window(window, folder):
 
 
 @pytest.mark.slow
-def test_a_zip_is_captioned_and_downloaded(window, app_of_collections, pictures, tmp_path, expected):
+def test_a_zip_is_captioned_and_downloaded(window, app, pictures, tmp_path, expected):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for file in pictures[:3]:
             archive.write(file, f"set/{file.name}")
@@ -180,10 +172,10 @@ def test_a_zip_is_captioned_and_downloaded(window, app_of_collections, pictures,
         )
         assert archive.read(names[0]) == pictures[4].read_bytes()
     window.on("dialog", lambda dialog: dialog.accept())
-    before = list(app_of_collections.data.glob("vlv/collections/*/images"))
+    before = list(app.data.glob("vlv/collections/*/images"))
     window.get_by_role("button", name="Delete the collection").click()
     window.get_by_text("The collection is deleted.").wait_for()
-    assert len(list(app_of_collections.data.glob("vlv/collections/*/images"))) == len(before) - 1
+    assert len(list(app.data.glob("vlv/collections/*/images"))) == len(before) - 1
 
 
 @pytest.mark.slow
@@ -210,6 +202,7 @@ def test_a_run_is_stopped_and_resumed(window, tmp_path, pictures):
     window.get_by_text("120 images, 120 with a caption.").wait_for()
 
 
+@pytest.mark.slow
 def test_worst_scores_come_first_where_there_are_scores(window, folder):
     rows = [
         {"file_name": f"{number:02}.png", "text": f"caption {number}", "score": number / 10, "explained": -number}
@@ -229,8 +222,8 @@ def test_worst_scores_come_first_where_there_are_scores(window, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_tab_is_accessible(window, app_of_collections, folder, theme):
-    window.goto(f"{app_of_collections.url}/?tab=Collection&__theme={theme}")
+def test_the_tab_is_accessible(window, app, folder, theme):
+    window.goto(f"{app.url}/?tab=Collection&__theme={theme}")
     open_folder(window, folder)
     window.get_by_text("Change all captions that are found").click()
     window.wait_for_function("[...document.querySelectorAll('#c-rows img')].some(image => image.naturalWidth)")

@@ -34,6 +34,35 @@ def test_a_caption_can_be_given_its_beginning(client, captioner, pictures, repo,
     assert caption.startswith("a red")
 
 
+def test_drawn_captions_are_the_pipelines_of_that_seed(client, captioner, pictures):
+    def draw(seed, **place):
+        return client.predict(upload(pictures[0]), NEW_TOKENS, temperature=1, seed=seed, **place, api_name="/caption")
+
+    assert draw(3) == caption_of(captioner, str(pictures[0]), do_sample=True, temperature=1.0, seed=3)
+    assert draw(4) != draw(3)
+    rows = client.predict(
+        [upload(file) for file in pictures[:2]], NEW_TOKENS, temperature=1, seed=3, api_name="/caption_many"
+    )
+    assert rows[0]["text"] == draw(3) and rows[1]["text"] != draw(3)
+
+
+def test_a_smaller_number_of_queries(client, captioner, pictures, tiny_model, tiny_processor):
+    caption = client.predict(upload(pictures[0]), NEW_TOKENS, num_queries=2, api_name="/caption")
+    assert caption == caption_of(captioner, str(pictures[0]), num_queries=2) != caption_of(captioner, str(pictures[0]))
+    (row,) = client.predict([upload(pictures[0])], NEW_TOKENS, num_queries=2, api_name="/caption_many")
+    assert row["text"] == caption
+    _, rebuilt, text = client.predict(upload(pictures[0]), 3, num_queries=2, api_name="/reconstruct")
+    expected = tiny_model.reconstruct(
+        tiny_processor(images=str(pictures[0]))["pixel_values"],
+        num_queries=2,
+        num_inference_steps=3,
+        guidance_scale=2,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert np.array_equal(pixels(rebuilt), pixels(expected[0]))
+    assert text == caption_of(captioner, str(pictures[0]), num_queries=2, max_new_tokens=300)
+
+
 def test_caption_many_streams_rows(client, captioner, pictures, tmp_path):
     """An image that cannot be read costs the others nothing."""
     broken = tmp_path / "broken.png"
@@ -106,13 +135,18 @@ def test_endpoints_are_described(client):
         for name, endpoint in endpoints.items()
     }
     sampling = [("num_inference_steps", "int", True), ("guidance_scale", "float", True), ("seed", "int", True)]
-    search = [("max_new_tokens", "int", True), ("num_beams", "int", True), ("prefix", "str", True)]
+    length = ("num_queries", "int", True)
     texts = ("prompt", "style", "words", "trigger_words", "caption_prefix", "caption_suffix")
-    wishes = [*((name, "str", True) for name in texts), ("clean_tags", "bool", True)]
+    search = [
+        *(("max_new_tokens", "int", True), ("num_beams", "int", True), ("prefix", "str", True)),
+        *(("temperature", "float", True), ("seed", "int", True), length),
+        *((name, "str", True) for name in texts),
+        ("clean_tags", "bool", True),
+    ]
     images = {name: (name, "filepath", False) for name in ("image", "first", "second")}
-    assert arguments["/caption"] == [images["image"], *search, *wishes]
-    assert arguments["/caption_many"] == [("images", "list[filepath]", False), *search, *wishes]
-    assert arguments["/reconstruct"] == [images["image"], *sampling]
+    assert arguments["/caption"] == [images["image"], *search]
+    assert arguments["/caption_many"] == [("images", "list[filepath]", False), *search]
+    assert arguments["/reconstruct"] == [images["image"], *sampling, length]
     assert arguments["/compose"] == [
         images["first"],
         images["second"],

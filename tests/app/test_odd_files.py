@@ -151,6 +151,9 @@ def test_an_unusual_file_is_read_as_a_person_sees_it(client, captioner, tmp_path
         (("picture", 2.5), "/reconstruct", "Steps is 2.5: give a whole number from 1 to 50."),
         (("picture", "picture", 1.5), "/compose", "Share of the first image is 1.5: give a number from 0 to 1."),
         (("picture", 24, 99), "/caption", "Beams is 99: give a whole number from 1 to 8."),
+        (("picture", 24, 1, "", 1, -1), "/caption", "Seed is -1: give a whole number from 0 to 2147483647."),
+        (("picture", 24, 1, "", 0, 0, 0), "/caption", "Queries is 0: give a whole number from 1 to 10."),
+        (("picture", 3, 2, 0, 99), "/reconstruct", "Queries is 99: give a whole number from 1 to 10."),
     ],
 )
 def test_a_wrong_setting_gets_one_sentence(app, client, pictures, arguments, endpoint, sentence):

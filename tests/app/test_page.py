@@ -22,6 +22,9 @@ from PIL import Image
 from running_app import EXAMPLE, App, caption_of, pixels, upload
 from test_odd_files import UNREADABLE
 
+from vlv_app.page import build_app
+from vlv_app.studio import Studio
+
 RESULTS = "#caption-text textarea, #captions, #comparison, #rebuilt, #rebuilt-caption textarea, #composed"
 
 
@@ -330,6 +333,16 @@ def test_several_captions_with_a_temperature(page, pictures):
     rows = page.locator("#captions li")
     assert rows.count() == 3
     texts = [row.locator("span").inner_text() for row in rows.all()]
+    assert len(set(texts)) == 3
+
+    def draw(seed):
+        set_number(tab, "Seed", seed)
+        press(page, "Caption")
+        wait_until_done(page)
+        return [row.locator("span").inner_text() for row in rows.all()]
+
+    assert draw(7) != texts
+    assert draw(0) == texts
     rows.nth(2).get_by_role("button", name="Take").click()
     assert caption_box(page).input_value().split() == texts[2].split()
 
@@ -364,6 +377,32 @@ def test_an_edited_caption_is_downloaded_and_a_link_opens_the_result(page, brows
     expected = f"ohwx, {caption_of(captioner, str(pictures[1]))}"
     visitor.wait_for_function("text => document.querySelector('#caption-text textarea')?.value === text", arg=expected)
     visitor.context.close()
+
+
+@pytest.mark.slow
+def test_a_smaller_number_of_queries(page, client, captioner, pictures):
+    tab = open_tab(page, "Caption")
+    choose_file(page, pictures[0])
+    set_number(tab, "Longest caption", 24)
+    set_number(tab, "Queries", 2)
+    press(page, "Caption")
+    wait_until_done(page)
+    assert caption_box(page).input_value() == caption_of(captioner, str(pictures[0]), num_queries=2)
+    tab = open_tab(page, "Reconstruct")
+    set_number(tab, "Steps", 3)
+    set_number(tab, "Queries", 2)
+    press(page, "Reconstruct")
+    wait_until_done(page)
+    _, rebuilt, _ = client.predict(upload(pictures[0]), 3, num_queries=2, api_name="/reconstruct")
+    assert np.array_equal(pixels_of(page.locator("#rebuilt img")), pixels(rebuilt))
+
+
+def test_queries_are_offered_where_a_model_was_trained_for_fewer(repo, tiny_repo):
+    def offered(model):
+        visible = build_app(Studio(str(model))).config["components"]
+        return [each["props"].get("label") for each in visible if each["props"].get("label") == "Queries"]
+
+    assert len(offered(repo)) - len(offered(tiny_repo)) == 2  # in Caption and Reconstruct
 
 
 def test_an_example(page, client):

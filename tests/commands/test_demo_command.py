@@ -45,6 +45,7 @@ def test_demo_runs_again_over_its_own_output(tiny_repo, tmp_path):
     assert rows["train"].num_rows == 12
 
 
+@pytest.mark.slow
 def test_demo_of_the_bundled_checkpoint_is_right(tmp_path):
     result = _run(cwd=tmp_path)
     assert result.returncode == 0, result.stderr

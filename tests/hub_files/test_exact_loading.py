@@ -51,6 +51,7 @@ def assert_same_in_a_fresh_process(models, folder):
             assert weight.dtype == seen[key].dtype and torch.equal(weight, seen[key]), key
 
 
+@pytest.mark.slow
 def test_fresh_process(tmp_path, tiny_repo):
     dtypes = (torch.float32, torch.bfloat16)
     models = {str(dtype): VLVModel.from_pretrained(tiny_repo, dtype=dtype) for dtype in dtypes}

@@ -99,6 +99,43 @@ def test_sampling_repeats_under_a_seed(tiny_model, pixel_values, greedy):
     )
 
 
+def test_a_seed_draws_each_image_apart_from_its_batch(tiny_model, pixel_values, greedy):
+    def sample(pixel_values, seed, **settings):
+        settings = {"do_sample": True, "temperature": 2.0, "max_new_tokens": NEW, **settings}
+        return tiny_model.generate(pixel_values=pixel_values, seed=seed, **settings)
+
+    def pairs(ids):
+        return [ids[start : start + 2].tolist() for start in range(0, len(ids), 2)]
+
+    together = pairs(sample(pixel_values, 5, num_return_sequences=2))
+    assert all(first != second for first, second in together)
+    assert pairs(sample(pixel_values.flip(0), 5, num_return_sequences=2)) == together[::-1]
+    assert pairs(sample(pixel_values[1:2], 5, num_return_sequences=2)) == together[1:2]
+    assert pairs(sample(pixel_values, [5, 6, 5], num_return_sequences=2))[::2] == together[::2]
+    assert all(one != other for one, other in zip(pairs(sample(pixel_values, 6)), together, strict=False))
+    assert torch.equal(sample(pixel_values, 5, top_k=1), greedy)  # the other settings of sampling apply
+    assert torch.equal(sample(pixel_values, 5, do_sample=False), greedy)
+
+
+def test_a_seed_draws_with_the_probabilities_of_the_model(tiny_model, pixel_values):
+    draws, settings = 4000, {"do_sample": True, "temperature": 0.7, "top_k": 5, "max_new_tokens": 1}
+    ids = tiny_model.generate(pixel_values=pixel_values[:1], seed=0, num_return_sequences=draws, **settings)
+    top = tiny_model(pixel_values[:1], input_ids=ids[:1]).logits[0, 0].topk(5)
+    expected = (top.values / 0.7).softmax(-1)
+    found = torch.stack([(ids == token).float().mean() for token in top.indices])
+    assert found.sum() == 1
+    assert (found - expected).abs().max() < 4 * (0.25 / draws) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("seed", "num_beams", "sentence"),
+    [([1, 2], 1, "There are 2 seeds for 3 images: give one seed, or one for each."), (1, 2, "num_beams is 2")],
+)
+def test_a_wrong_seed_is_one_sentence(tiny_model, pixel_values, seed, num_beams, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_model.generate(pixel_values=pixel_values, seed=seed, num_beams=num_beams, do_sample=True)
+
+
 def test_a_streamer_gets_the_caption_piece_by_piece(tiny_model, tiny_processor, pixel_values, greedy):
     streamer = TextIteratorStreamer(tiny_processor.tokenizer, timeout=60, skip_special_tokens=True)
     arguments = {"pixel_values": pixel_values[:1], "streamer": streamer, **GREEDY}

@@ -105,6 +105,14 @@ def test_captions_do_not_depend_on_their_batch(captioner):
         assert captioner(images, batch_size=batch_size, **GREEDY) == alone
 
 
+def test_drawn_captions_under_a_seed_do_not_depend_on_their_batch(captioner):
+    images = tiny.images(3)
+    drawn = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 10}
+    alone = [captioner(image, seed=3, **drawn) for image in images]
+    assert captioner(images, batch_size=3, seed=3, **drawn) == alone
+    assert captioner(images, batch_size=3, seed=4, **drawn) != alone
+
+
 def test_reconstructions_under_a_seed_do_not_depend_on_their_batch(tiny_model, tiny_processor):
     rebuilder = VLVReconstructionPipeline(model=tiny_model, processor=tiny_processor)
     images = tiny.images(3)

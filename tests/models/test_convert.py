@@ -126,8 +126,14 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "layout"),
+    [
+        *((2, layout) for layout in LAYOUTS),
+        (1, flat),
+        *(pytest.param(1, layout, marks=pytest.mark.slow) for layout in LAYOUTS if layout is not flat),
+    ],
+)
 def test_every_layout_gives_the_same_tensors(stage, layout, tensors1, tensors2, tmp_path, text_encoder_only):
     tensors = {1: tensors1, 2: tensors2}[stage]
     parts = (FLORENCE, SD) if stage == 1 else (FLORENCE, text_encoder_only, QWEN)

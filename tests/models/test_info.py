@@ -24,7 +24,12 @@ def grouped(config):
 
 
 @pytest.mark.parametrize(
-    "caption_head, parameters", [("0.5B", 494_032_768), ("1.5B", 1_543_714_304), ("3B", 3_085_938_688)]
+    "caption_head, parameters",
+    [
+        ("0.5B", 494_032_768),
+        pytest.param("1.5B", 1_543_714_304, marks=pytest.mark.slow),
+        pytest.param("3B", 3_085_938_688, marks=pytest.mark.slow),
+    ],
 )
 def test_the_published_sizes(caption_head, parameters):
     config = published_config(caption_head)

@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # as when one of them is run as a 
 
 import cost  # noqa: E402
 import measure  # noqa: E402
+import refill  # noqa: E402
 
 from benchmarks import report  # noqa: E402
 
@@ -42,6 +43,13 @@ def test_lengths_are_drawn_as_stated():
     assert abs(lengths.median() - 90) < 2
     assert abs(lengths.log().std() - 0.4) < 0.02
     assert measure.draw_lengths(5) == lengths[:5].int().tolist()
+
+
+def test_a_refilled_batch_is_full_until_no_image_waits():
+    lengths = [5, 1, 2, 2]  # in pairs: five steps and two; refilled: the second row has 1, 2, 2 in the first five
+    assert refill.seconds_of_engines(lengths, 2, lambda rows: 1.0) == (7, 5)
+    assert refill.seconds_of_engines(lengths, 2, float) == (10, 10)  # no step computes a caption that has ended
+    assert refill.between({1: 0.0, 2: 1.0, 4: 3.0}, 3) == 2.0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -140,6 +140,7 @@ def test_a_run_records_its_origin(trained):
     assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_finished_work_is_not_repeated(trained, monkeypatch):
     def fail(*args):
         raise AssertionError("made again")
@@ -226,6 +227,7 @@ def test_florence_starts_from_the_pretrained_encoder(trained):
         torch.testing.assert_close(dict(peer.model.named_parameters())[name], weight, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_bundled_stage_1_is_vlv_tiny_without_its_caption_head(trained):
     """Its encoder is vlv-tiny's, bit for bit. The parts that stage 2 trains are new."""
     folder, _ = trained
@@ -254,6 +256,7 @@ def test_all_captioners_train_for_the_same_number_of_steps():
             assert run.model.settings["dataset"] == Scenes(row.settings["captions"])
 
 
+@pytest.mark.slow
 def test_the_report_of_unfinished_experiments(trained, tmp_path):
     """The text and the table say what is missing."""
     folder, _ = trained

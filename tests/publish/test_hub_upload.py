@@ -81,6 +81,7 @@ def test_the_repo_is_complete(built, source):
         *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py"),
         *("decoders_vlv.py", "families_vlv.py", "diffusion_vlv.py"),
         *("processing_vlv.py", "images_vlv.py", "pipeline_vlv.py", "stopping_vlv.py", "chat_vlv.py"),
+        "sampling_vlv.py",
         *("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"),
         *("training.json", "training/vae/training.json"),
         *("LICENSE", "README.md", "results.json", "model.safetensors.index.json"),

@@ -15,6 +15,8 @@ from modeling_vlv import VLVModel
 from vlv.cli import main as vlv
 from vlv.training.trainer import last_whole_checkpoint
 
+SLOW = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory, scenes):
@@ -84,7 +86,7 @@ def test_record_of_a_run(parts):
 # ---- stopping and resuming -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["language", "encoder", "teacher"])
+@pytest.mark.parametrize("stage", ["language", *(pytest.param(stage, marks=SLOW) for stage in ("encoder", "teacher"))])
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_run(stage, parts, scenes, tmp_path):
     settings = {"dataset": scenes, "save_total_limit": 3, **({"vae": parts / "vae"} if stage == "teacher" else {})}
     unbroken = losses(json.loads((parts / stage / "training.json").read_text()))

@@ -217,8 +217,15 @@ def mixed(tmp_path_factory):
 BROKEN = {"cut.png", "empty.jpg", "page.jpg"}
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-@pytest.mark.parametrize("recipe", [AUTOENCODE, CAPTION], ids=["stage1", "stage2"])
+@pytest.mark.parametrize(
+    ("recipe", "streaming"),
+    [
+        pytest.param(AUTOENCODE, False, id="stage1-map", marks=pytest.mark.slow),
+        pytest.param(AUTOENCODE, True, id="stage1-stream", marks=pytest.mark.slow),
+        pytest.param(CAPTION, False, id="stage2-map"),
+        pytest.param(CAPTION, True, id="stage2-stream"),
+    ],
+)
 def test_broken_files_are_left_out_and_named(recipe, streaming, mixed, tiny_repo, tmp_path, capsys):
     settings = {"model": tiny_repo, "streaming": streaming, "eval_size": 2, "max_steps": 6}
     assert vlv(["train", *arguments(recipe, tmp_path, dataset=mixed, **settings)]) == 0

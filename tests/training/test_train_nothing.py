@@ -248,6 +248,7 @@ def test_label_smoothing_is_refused_without_labels(common, tmp_path, capsys):
     assert error == "label_smoothing_factor is 1: it must be at least 0 and less than 1."
 
 
+@pytest.mark.slow
 def test_label_smoothing_of_the_language_stage(scenes, tmp_path):
     settings = {"dataset": scenes, "max_steps": 1, "save_strategy": "no", "learning_rate": 0}
     plain, smooth = (

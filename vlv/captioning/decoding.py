@@ -1,14 +1,20 @@
-"""The settings of the search as arguments of transformers, and two logits processors that transformers lacks."""
+"""The settings of the search as arguments of transformers, and a logits processor that transformers lacks."""
 
-import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from sampling_vlv import SeededDraws, seed_of
 from vlv.captioning.search import shrinking_search
 from vlv.captioning.settings import Decoding
 
@@ -77,56 +83,25 @@ def generation_arguments(decoding: Decoding, names: Sequence[str], spelling: Spe
     }
     if decoding.num_beams == 1:
         arguments["custom_generate"] = shrinking_search
-    processors = []
+    processors: list[LogitsProcessor] = []
     if decoding.force_words:
         processors.append(ForcedWords(decoding, tokenizer, spelling))
     if sampled:
-        # SeededSampling has applied these already and leaves one token to draw from.
+        # These are applied here already, because SeededDraws comes after them and leaves one token to choose.
         arguments |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        processors.append(SeededSampling(decoding, names))
+        processors.append(TemperatureLogitsWarper(decoding.temperature))
+        if decoding.top_p < 1:
+            processors.append(TopPLogitsWarper(decoding.top_p))
+        numbers = range(decoding.num_captions)
+        processors.append(SeededDraws([seed_of(decoding.seed, number, name) for name in names for number in numbers]))
     arguments["logits_processor"] = LogitsProcessorList(processors)
     return {name: value for name, value in arguments.items() if value is not None}
-
-
-def seed_of(*parts: int | str) -> int:
-    """The seed of what is drawn for one image: equal parts give equal seeds, in every process."""
-    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
 
 
 def _spellings(word: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of a word inside a sentence and at its beginning, capitalised and not capitalised."""
     spellings = {space + form for form in (word, word.capitalize()) for space in ("", " ")}
     return [tokenizer(spelling, add_special_tokens=False).input_ids for spelling in sorted(spellings)]
-
-
-class SeededSampling(LogitsProcessor):
-    """
-    Draws each token with a random number that depends only on the seed, the image's name, the caption's number and the
-    token's position. So the caption of an image does not depend on the other images in its batch.
-    """
-
-    def __init__(self, decoding: Decoding, names: Sequence[str]):
-        self.temperature = decoding.temperature
-        self.top_p = TopPLogitsWarper(decoding.top_p) if decoding.top_p < 1 else None
-        draws = []
-        for name in names:
-            for number in range(decoding.num_captions):
-                generator = torch.Generator().manual_seed(seed_of(decoding.seed, number, name))
-                draws.append(torch.rand(decoding.max_new_tokens, generator=generator))
-        self.draws = torch.stack(draws)  # (rows, max_new_tokens), in 0..1
-
-    def keep(self, rows: torch.LongTensor) -> None:
-        self.draws = self.draws[rows.to(self.draws.device)]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = scores.float() / self.temperature
-        if self.top_p is not None:
-            scores = self.top_p(input_ids, scores)
-        cumulated = scores.softmax(-1).cumsum(-1)
-        draws = self.draws[:, input_ids.shape[1], None].to(scores.device)
-        tokens = torch.searchsorted(cumulated, draws * cumulated[:, -1:], right=True)
-        tokens = tokens.clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
 
 class ForcedWords(LogitsProcessor):

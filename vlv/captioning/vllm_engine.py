@@ -10,8 +10,9 @@ from transformers import GenerationConfig
 
 from processing_vlv import VLVProcessor
 from prompts_vlv import prompt_ids
+from sampling_vlv import seed_of
 from vlv.captioning.captioner import Caption, CaptionReader
-from vlv.captioning.decoding import Spelling, seed_of
+from vlv.captioning.decoding import Spelling
 from vlv.captioning.settings import Decoding, ModelOptions
 from vlv.models.loading import find_captioner, read_config
 from wording_vlv import Wishes
