@@ -39,23 +39,29 @@ _MODULES = {
 }
 
 
-BUNDLED = ("vlv-tiny", "vlv-tiny-prompts")
+_CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
 def tiny_checkpoint(name: str = "vlv-tiny") -> str:
     """
-    Folder of a small trained checkpoint that ships with this package: `vlv-tiny`, or `vlv-tiny-prompts`, its captioner
-    with a caption head that was taught styles and questions.
+    Folder of a small trained checkpoint that ships with this package.
+
+    Raises:
+        ValueError: when no checkpoint of that name ships with it.
     """
-    if name not in BUNDLED:
-        raise ValueError(f"There is no bundled checkpoint {name!r}; there are {', '.join(BUNDLED)}.")
-    return str(Path(__file__).parent / "checkpoints" / name)
+    if name not in (names := _bundled()):
+        raise ValueError(f"There is no bundled checkpoint {name!r}; there are: {', '.join(names)}.")
+    return str(_CHECKPOINTS / name)
 
 
 def find_bundled(source: str | None) -> str:
     """The folder of the bundled checkpoint that is named, `vlv-tiny` for none; any other folder or id as it is."""
-    source = source or BUNDLED[0]
-    return tiny_checkpoint(source) if source in BUNDLED and not Path(source).is_dir() else source
+    source = source or "vlv-tiny"
+    return tiny_checkpoint(source) if source in _bundled() and not Path(source).is_dir() else source
+
+
+def _bundled() -> list[str]:
+    return sorted(folder.name for folder in _CHECKPOINTS.glob("vlv-*"))
 
 
 def __getattr__(name: str) -> Any:
