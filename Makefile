@@ -17,7 +17,7 @@ OLDEST_TESTS := $(wildcard tests/hub_files/test_model*.py tests/*/test_*loading.
 	tests/publish/test_hub_upload.py::test_the_proof_accepts_what_was_built \
 	'tests/publish/test_hub_upload.py::test_from_a_checkpoint_to_a_users_cold_cache[captioner]'
 
-.PHONY: demo test test-fast test-oldest test-vllm tiny emoji experiments results lint format clean
+.PHONY: demo test test-fast test-oldest test-vllm tiny tiny-prompts emoji experiments results lint format clean
 
 # Installs only the packages that the demo needs. `make test` adds the others to the same .venv.
 demo: $(RUNNABLE)
@@ -48,6 +48,16 @@ tiny: $(INSTALLED)
 	$(BIN)/python -m vlv.tiny.bundle $(OUT)
 	$(BIN)/vlv evaluate
 	$(BIN)/python -m vlv.evaluation.readme
+
+# Teaches the caption head of vlv-tiny styles and questions, and copies the captioner into the package.
+tiny-prompts: $(INSTALLED)
+	test -e $(OUT)/scenes-prompts/train/metadata.jsonl || \
+		$(BIN)/vlv scenes --num 24000 --split train --prompts --output $(OUT)/scenes-prompts/train
+	test -e $(OUT)/scenes-prompts/validation/metadata.jsonl || \
+		$(BIN)/vlv scenes --num 500 --split validation --prompts --output $(OUT)/scenes-prompts/validation
+	$(BIN)/vlv train tiny/prompts --output_dir $(OUT)/prompts --resume --dataset $(OUT)/scenes-prompts/train \
+		--eval_dataset $(OUT)/scenes-prompts/validation --styles $(OUT)/scenes-prompts/train/styles.json
+	$(BIN)/python -m vlv.tiny.bundle $(OUT) vlv-tiny-prompts
 
 # Trains vlv-emoji, part by part, and copies it into the package. Run it again after an interruption: each step
 # continues from its last checkpoint. `make -j2 emoji` runs two steps at a time, when neither needs the other.

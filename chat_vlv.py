@@ -1,8 +1,9 @@
 """
 Conversations in the form of chat models: `[{"role": "user", "content": [{"type": "image", ...}, ...]}]`.
 
-A VLV follows no instructions. It reads the one image of a conversation, and a last message of the assistant begins the
-caption; system messages, the user's words and earlier answers are read over.
+A VLV reads the one image of a conversation. The user's last words are the prompt, where the checkpoint takes prompts
+(see `prompts_vlv.py`), and a last message of the assistant begins the caption. System messages, earlier questions and
+earlier answers are read over.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,36 @@ CHAT_TEMPLATE = """\
     {%- endif -%}
 {%- endif -%}
 """
+# Before it, the prompt: the text of the user's last message that has some, and a line break.
+PROMPT_CHAT_TEMPLATE = (
+    """\
+{%- set asked = namespace(words='') -%}
+{%- for message in messages if message['role'] == 'user' -%}
+    {%- set said = namespace(words='') -%}
+    {%- if message['content'] is string -%}
+        {%- set said.words = message['content'] -%}
+    {%- else -%}
+        {%- for part in message['content'] if part['type'] == 'text' -%}
+            {%- set said.words = said.words + ' ' + part['text'] -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- if said.words | trim -%}
+        {%- set asked.words = said.words | trim -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if asked.words -%}
+    {{- asked.words + '\n' -}}
+{%- endif -%}
+"""
+    + CHAT_TEMPLATE
+)
+
+
+def choose_template(given: str | None, takes_prompts: bool) -> str:
+    """A checkpoint's chat template: the `given` one, unless it is none or one of the two above."""
+    if given and given not in (CHAT_TEMPLATE, PROMPT_CHAT_TEMPLATE):
+        return given
+    return PROMPT_CHAT_TEMPLATE if takes_prompts else CHAT_TEMPLATE
 
 
 def is_conversation(value: Any) -> bool:
@@ -64,6 +95,17 @@ def find_image(conversation: Sequence[Mapping[str, Any]]) -> Any:
     return images[0]
 
 
+def find_words(conversation: Sequence[Mapping[str, Any]]) -> str:
+    """The prompt of a conversation: the text of the user's last message that has some; "" for none."""
+    for message in reversed(conversation):
+        if message["role"] == "user":
+            content = message.get("content")
+            parts = [content] if isinstance(content, str) else [part.get("text") for part in content or ()]
+            if words := " ".join(part for part in parts if isinstance(part, str)).strip():
+                return words
+    return ""
+
+
 def _images(part):
     """The image of a part of a message's content, in a list; none of a text."""
     kind = part.get("type") if isinstance(part, Mapping) else None
@@ -80,4 +122,4 @@ def _images(part):
     return [image]
 
 
-__all__ = ["CHAT_TEMPLATE", "find_image", "is_conversation"]
+__all__ = ["CHAT_TEMPLATE", "PROMPT_CHAT_TEMPLATE", "choose_template", "find_image", "find_words", "is_conversation"]

@@ -7,6 +7,7 @@ import functools
 import http.client
 import importlib
 import io
+import math
 import os
 import re
 import stat
@@ -33,6 +34,7 @@ PLUGINS = {
     **dict.fromkeys((".avif", ".avifs"), "pillow-avif-plugin"),
     ".jxl": "pillow-jxl-plugin",
 }
+STRIP = 16  # an image that is at least this many times longer than wide is a strip
 USER_AGENT = "vlv (Vision-Language-Vision; +https://arxiv.org/abs/2507.07104)"
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]{40,}={0,2}\s*")
 TURNS = {  # EXIF orientation: the operation that turns the image upright
@@ -298,4 +300,32 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     return transform if np.abs(change).max() > 2 else None
 
 
-__all__ = ["load_image"]
+def cut_centre(image, size):
+    """The square in the middle, `size` pixels wide, of the image with its shorter side resized to that."""
+    scale = size / min(image.size)
+    resized = [max(size, int(side * scale)) for side in image.size]
+    corner = [round((side - size) / 2) for side in resized]
+    if max(resized) <= STRIP * size:
+        image = image.resize(tuple(resized), Image.Resampling.BILINEAR)
+        return image.crop((*corner, corner[0] + size, corner[1] + size))
+    # A long strip would grow to gigabytes. Only the square and the pixels that the filter reads around it are resized.
+    steps = [before / after for before, after in zip(image.size, resized, strict=True)]
+    box = [place * step for place, step in zip((*corner, corner[0] + size, corner[1] + size), 2 * steps, strict=True)]
+    left, top = (max(0, math.floor(place - step) - 1) for place, step in zip(box[:2], steps, strict=True))
+    right, bottom = (math.ceil(place + step) + 1 for place, step in zip(box[2:], steps, strict=True))
+    around = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
+    inner = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+    return around.resize((size, size), Image.Resampling.BILINEAR, box=inner)
+
+
+def list_images(images):
+    """One image or several as a list. What is made for several images in a text gives each in a list of its own."""
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    for image in images:
+        if isinstance(image, (list, tuple)) and len(image) != 1:
+            raise ValueError(f"There are {len(image)} images for one text: a VLV reads exactly one.")
+    return [image[0] if isinstance(image, (list, tuple)) else image for image in images]
+
+
+__all__ = ["cut_centre", "list_images", "load_image"]

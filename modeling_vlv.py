@@ -33,8 +33,10 @@ try:
     from .layers_vlv import VLVProjection, VLVTextEncoder, cast_for, check_batch, check_length, check_pixels, device_of
     from .pipeline_vlv import VLVImageToTextPipeline  # noqa: F401
     from .processing_vlv import VLVProcessor  # noqa: F401
+    from .prompts_vlv import find_prompt  # noqa: F401
     from .sampling_vlv import SeededSearch
     from .stopping_vlv import stopping_criteria
+    from .wording_vlv import Wishes  # noqa: F401
 except ImportError:
     from components_vlv import HUB_KWARGS, TASK_PROMPT, load_components
     from configuration_vlv import VLVConfig
@@ -48,7 +50,7 @@ except ImportError:
 CODE_FILES = (
     *("configuration_vlv.py", "modeling_vlv.py", "layers_vlv.py", "components_vlv.py", "decoders_vlv.py"),
     *("families_vlv.py", "diffusion_vlv.py", "processing_vlv.py", "images_vlv.py", "pipeline_vlv.py"),
-    *("stopping_vlv.py", "sampling_vlv.py", "chat_vlv.py"),
+    *("stopping_vlv.py", "sampling_vlv.py", "chat_vlv.py", "prompts_vlv.py", "wording_vlv.py"),
 )
 # Parts and buffers that a checkpoint may hold and a model leave out.
 PARTS_LEFT_OUT = (
@@ -412,8 +414,8 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): images to caption; or
             caption_embeds (`torch.FloatTensor` of shape `(B, Q, E)`): their embeddings, from [`encode`] or composed.
             num_queries (`int`, *optional*): read only so many of the leading caption embeddings (see [`encode`]).
-            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the beginning of each caption, padded on
-                either side, with its `attention_mask`.
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the prompt and the beginning of each caption,
+                as the processor gives them, padded on either side, with their `attention_mask`.
             seed (`int` or one for each image, *optional*): with `do_sample=True`, equal seeds draw equal captions of
                 an image, whatever else is in the batch. The captions of one image are different draws.
 
@@ -422,11 +424,14 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: the checkpoint has no caption head, not exactly one input is given, there are fewer queries
-                than `num_queries`, or a `seed` is given for sampling by beams.
+                than `num_queries`, prompt and beginning leave no room for a caption, or a `seed` is given for sampling
+                by beams.
         """
         self._require_caption_head("caption")
         context = self._context(pixel_values, caption_embeds, num_queries)
         inputs_embeds, attention_mask = self._caption_inputs(context, input_ids, attention_mask)
+        if input_ids is not None:
+            self.check_text_length(int(attention_mask.sum(1).max()) - context.shape[1], context.shape[1])
         # Padding moves to the left of the prefix, because generation counts positions from the end of the padding.
         order = attention_mask.argsort(dim=1, stable=True)
         inputs_embeds = inputs_embeds.take_along_dim(order[..., None], dim=1)
@@ -474,7 +479,8 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
             decoder_pixel_values (`torch.FloatTensor` of shape `(B, 3, h, w)`): the same images in -1..1; or
             latents (`torch.FloatTensor` of shape `(B, C, h/f, w/f)`): cached latents ([`encode_latents`]).
             noise, timesteps: shaped as latents and `(B,)`; fixed instead of drawn, for comparable evaluations.
-            input_ids, attention_mask (`torch.LongTensor` of shape `(B, T)`): the captions, padded on the right.
+            input_ids, attention_mask (`torch.LongTensor` of shape `(B, T)`): the captions, each after its prompt if it
+                has one, padded on the right.
             labels (`torch.LongTensor` of shape `(B, T)`): the captions again, with -100 where no loss is taken. They
                 also serve as `input_ids` where those are not given.
             num_items_in_batch: the label count to divide by, which Trainer gives under gradient accumulation.
@@ -590,6 +596,20 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         """How many leading queries to read, all of them by default; raises ValueError where there are not so many."""
         length = self.config.num_queries
         return check_length(num_queries, length, f"this checkpoint has {length} queries")
+
+    def check_text_length(self, num_tokens: int, num_queries: int | None = None) -> None:
+        """
+        Raises ValueError when prompt and beginning of a caption, `num_tokens` together, leave the caption head no
+        position for the caption.
+        """
+        positions = getattr(self.config.caption_config, "max_position_embeddings", None)
+        queries = self.config.num_queries if num_queries is None else num_queries
+        if positions is not None and queries + num_tokens >= positions:
+            raise ValueError(
+                f"The prompt and the beginning of the caption have {num_tokens} tokens: beside the image, which takes "
+                f"{queries}, the caption head has {positions} positions, and one must be left for the caption. "
+                "Shorten the prompt."
+            )
 
     def _draw_num_queries(self):
         """A number of leading queries for a step: all of them in every other step, any number in the rest."""

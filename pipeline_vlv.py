@@ -1,7 +1,7 @@
 """The pipelines of a VLV repo: image-to-text, image-text-to-text and image-to-image."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +13,11 @@ from transformers.utils import logging
 try:
     from .chat_vlv import is_conversation
     from .images_vlv import load_image
+    from .prompts_vlv import prompts_of
 except ImportError:
     from chat_vlv import is_conversation
     from images_vlv import load_image
+    from prompts_vlv import prompts_of
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +57,7 @@ class _ImagePipeline(_ProcessorReadsImages, Pipeline):
         answers = super().__call__((image for image in inputs), **kwargs)
         return list(answers) if hasattr(inputs, "__len__") else answers
 
-    def preprocess(self, image, crop=None):
+    def preprocess(self, image, crop=None, **asked):
         error = None
         try:
             image = load_image(image)
@@ -63,19 +65,59 @@ class _ImagePipeline(_ProcessorReadsImages, Pipeline):
             logger.warning(f"Left out: {reason}")
             # A blank image keeps the batch's shape. postprocess() discards its result.
             image, error = Image.new("RGB", (self.processor.image_width, self.processor.image_height)), str(reason)
-        return {"pixel_values": self.processor(images=image, crop=crop)["pixel_values"], "error": error}
+        return {**self.processor(images=image, crop=crop, **asked), "error": error}
+
+
+class _Asked(NamedTuple):
+    """An image with its own prompt."""
+
+    image: Any
+    prompt: str
 
 
 class VLVImageToTextPipeline(_ImagePipeline):
     """`pipeline("image-to-text")`: each image gives `[{"generated_text": caption}]`, a row per returned sequence."""
 
-    def _sanitize_parameters(self, crop=None, generate_kwargs=None, **generation_arguments):
-        return {"crop": crop}, {**(generate_kwargs or {}), **generation_arguments}, {}
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.tokenizer = self.processor.tokenizer  # with which transformers pads the prompts of a batch
+
+    def __call__(self, inputs: Any, prompt: str | Sequence[str | None] | None = None, **kwargs):
+        """
+        Args:
+            inputs: as above.
+            prompt (*optional*): what the captions are asked to be: one for all, or a list with one for each (`None`
+                for none).
+            kwargs: `style`, the name of a prompt of the checkpoint, and `words` instead (see the processor); `crop`;
+                `batch_size`; and the arguments of `generate`.
+
+        Raises:
+            ValueError: the checkpoint takes no prompts, has no such style, or there are not as many prompts as images.
+        """
+        if prompt is None or isinstance(prompt, str):
+            return super().__call__(inputs, **({"prompt": prompt} if prompt else {}), **kwargs)
+        if isinstance(inputs, (str, bytes, dict)) or not hasattr(inputs, "__len__"):
+            raise ValueError("A list of prompts needs a list of images: give one prompt for one image.")
+        prompts = prompts_of(self.processor, prompt, None, None, len(inputs), "images")
+        return super().__call__([_Asked(*pair) for pair in zip(inputs, prompts, strict=True)], **kwargs)
+
+    def _sanitize_parameters(
+        self, crop=None, prompt=None, style=None, words=None, generate_kwargs=None, **generation_arguments
+    ):
+        asked = {"prompt": prompt, "style": style, "words": words}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        return {"crop": crop, **asked}, {**(generate_kwargs or {}), **generation_arguments}, {}
+
+    def preprocess(self, image, crop=None, **asked):
+        if isinstance(image, _Asked):
+            image, asked["prompt"] = image
+        # All images of a batch have token ids, or none.
+        return super().preprocess(image, crop, **({"text": "", **asked} if asked else {}))
 
     def _forward(self, model_inputs, **generation_arguments):
-        pixel_values = model_inputs["pixel_values"]
-        ids = self.model.generate(pixel_values=pixel_values, **generation_arguments)
-        return {"generated_ids": ids.reshape(len(pixel_values), -1, ids.shape[-1]), "error": model_inputs["error"]}
+        error = model_inputs.pop("error")
+        ids = self.model.generate(**model_inputs, **generation_arguments)
+        return {"generated_ids": ids.reshape(len(model_inputs["pixel_values"]), -1, ids.shape[-1]), "error": error}
 
     def postprocess(self, model_outputs):
         if model_outputs["error"]:
@@ -121,8 +163,10 @@ class VLVImageTextToTextPipeline(_ProcessorReadsImages, ImageTextToTextPipeline)
         """
         Args:
             images: an image or a list of them, each anything that `load_image` reads; or conversations; or a generator
-                or torch dataset of `{"images": ..., "text": ...}`, which gives an iterator.
+                or torch dataset of `{"images": ..., "text": ...}`, which may also have a `prompt` each and gives an
+                iterator.
             text (*optional*): the beginning of the caption, one for each image; or conversations.
+            kwargs: `prompt`, `style` and `words`, as the processor takes them; and those of the stock pipeline.
         """
         if text is None and isinstance(images, (Iterator, Dataset)):
             return super().__call__(images, **kwargs)
@@ -131,6 +175,11 @@ class VLVImageTextToTextPipeline(_ProcessorReadsImages, ImageTextToTextPipeline)
         if is_conversation(chats) or (isinstance(chats, (list, tuple)) and chats and all(map(is_conversation, chats))):
             if images is not None and text is not None:
                 raise ValueError("Conversations hold their images themselves: give no other images beside them.")
+            for name in ("prompt", "style", "words"):
+                if kwargs.get(name):
+                    raise ValueError(
+                        f"Conversations hold their prompt themselves, in the user's words: leave {name} out."
+                    )
             return super().__call__(
                 text=_begun(chats) if is_conversation(chats) else [_begun(it) for it in chats], **kwargs
             )
@@ -149,6 +198,8 @@ class VLVImageTextToTextPipeline(_ProcessorReadsImages, ImageTextToTextPipeline)
         if isinstance(inputs, dict):  # read with our own reader: transparency over white, clear errors
             images = inputs["images"]
             images = [load_image(image) for image in images] if isinstance(images, list) else load_image(images)
+            if inputs.get("prompt") is not None:
+                kwargs["prompt"] = inputs["prompt"]
             inputs = {**inputs, "images": images}
         return super().preprocess(inputs, **kwargs)
 

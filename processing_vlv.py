@@ -1,8 +1,7 @@
 """Processor of a VLV: images to tensors, captions to token ids and back."""
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,29 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import logging
 
 # VLVConfig is imported to register it. AutoTokenizer reads a repo's config.json, and asks the user to trust the repo's
 # code where the class is not registered.
 try:
-    from .chat_vlv import CHAT_TEMPLATE, find_image, is_conversation
+    from .chat_vlv import choose_template, find_image, find_words, is_conversation
     from .configuration_vlv import VLVConfig  # noqa: F401
-    from .images_vlv import load_image
+    from .images_vlv import cut_centre, list_images, load_image
+    from .prompts_vlv import PROMPT_END, WORDS_READ_OVER, check_styles, prompt_ids, prompts_of
     from .stopping_vlv import clean_caption
+    from .wording_vlv import Wishes
 except ImportError:
-    from chat_vlv import CHAT_TEMPLATE, find_image, is_conversation
+    from chat_vlv import choose_template, find_image, find_words, is_conversation
     from configuration_vlv import VLVConfig  # noqa: F401
-    from images_vlv import load_image
+    from images_vlv import cut_centre, list_images, load_image
+    from prompts_vlv import PROMPT_END, WORDS_READ_OVER, check_styles, prompt_ids, prompts_of
     from stopping_vlv import clean_caption
+    from wording_vlv import Wishes
 
+logger = logging.get_logger(__name__)
 # The parts' own tokenizers. They are kept so that `vlv export` can write the parts again. A part may come without one.
 PART_TOKENIZERS = ("encoder_tokenizer", "decoder_tokenizer")
-STRIP = 16  # an image that is at least this many times longer than wide is a strip
+HUB_KWARGS = ("revision", "token", "local_files_only", "cache_dir")
 
 
 class VLVProcessor(ProcessorMixin):
@@ -44,6 +49,8 @@ class VLVProcessor(ProcessorMixin):
             `"center"` first resizes the shorter side to `decoder_image_size` and cuts out the centre, as in the paper.
         clean_captions (`bool`): captions are cut at their last full stop, and repeated sentences are dropped, for a
             caption head that never learned to end them (see `stopping_vlv.py`).
+        takes_prompts (`bool`): the caption head was trained with prompts (see `prompts_vlv.py`).
+        styles (`dict[str, str]`, *optional*): prompts of this checkpoint that have a name.
         encoder_tokenizer, decoder_tokenizer (*optional*): the Florence-2's and the text-to-image model's own.
     """
 
@@ -57,15 +64,18 @@ class VLVProcessor(ProcessorMixin):
         decoder_image_size: int = 384,
         crop: str | None = None,
         clean_captions: bool = False,
+        takes_prompts: bool = False,
+        styles: Mapping[str, str] | None = None,
         chat_template: str | None = None,
         **parts,
     ):
-        super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        super().__init__(tokenizer, chat_template=choose_template(chat_template, takes_prompts))
         self.image_height, self.image_width = image_height, image_width
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.decoder_image_size = decoder_image_size
         self.crop = _check_crop(crop)
         self.clean_captions = clean_captions
+        self.takes_prompts, self.styles = takes_prompts, check_styles(styles)
         self._part_tokenizers = {name: parts[name] for name in PART_TOKENIZERS if parts.get(name) is not None}
 
     @property
@@ -78,6 +88,11 @@ class VLVProcessor(ProcessorMixin):
         """The tokenizer of the diffusion model's text encoder, or `None`."""
         return self._part_tokenizers.get("decoder_tokenizer")
 
+    def learn_prompts(self, styles: Mapping[str, str]) -> None:
+        """Records that the caption head takes prompts, and adds `styles`. A conversation then begins with a prompt."""
+        self.takes_prompts, self.styles = True, {**self.styles, **check_styles(styles)}
+        self.chat_template: str = choose_template(getattr(self, "chat_template", None), True)
+
     @property
     def model_input_names(self) -> list[str]:
         return ["pixel_values", "decoder_pixel_values", "input_ids", "attention_mask", "labels"]
@@ -89,13 +104,16 @@ class VLVProcessor(ProcessorMixin):
         return self._crop(load_image(image), crop)
 
     def _crop(self, image, crop):
-        return _centre(image, self.decoder_image_size) if (crop or self.crop) == "center" else image
+        return cut_centre(image, self.decoder_image_size) if (crop or self.crop) == "center" else image
 
     def __call__(
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
         *,
+        prompt: str | Sequence[str | None] | None = None,
+        style: str | None = None,
+        words: str | None = None,
         crop: str | None = None,
         return_decoder_pixel_values: bool = False,
         return_labels: bool = False,
@@ -108,11 +126,15 @@ class VLVProcessor(ProcessorMixin):
             images: one image or several, each anything that `load_image` reads, or in a list of its own.
             text: one caption or several. Without `return_labels` they are beginnings for the model to continue, padded
                 on the left. With it they are whole captions: the end-of-text token is added, padding is on the right.
+            prompt (*optional*): what the captions are asked to be: one for all, or one for each (`None` for none). Its
+                tokens come before those of the caption.
+            style (`str`, *optional*): the name of a prompt among `styles` instead.
+            words (`str`, *optional*): a number of words such as `20-40`, for a style that holds `{words}`.
             crop (`str`, *optional*): `"center"` instead of the whole image.
             return_decoder_pixel_values (`bool`): also the images as the decoder rebuilds them.
-            return_labels (`bool`): also `labels`, the captions' ids with -100 on the padding.
+            return_labels (`bool`): also `labels`, the captions' ids with -100 on prompts and padding.
             return_tensors (`str`): only `"pt"` is supported.
-            max_length (`int`, *optional*): cuts longer captions, including their end-of-text token.
+            max_length (`int`, *optional*): cuts longer captions, including their end-of-text token. Prompts are whole.
 
         Returns:
             [`BatchFeature`] with, of shapes and in the order (batch, ...):
@@ -120,8 +142,12 @@ class VLVProcessor(ProcessorMixin):
             - **pixel_values** `(B, 3, H, W)` float32, normalised.
             - **decoder_pixel_values** `(B, 3, h, w)` float32 in -1..1.
             - **input_ids**, **attention_mask**, **labels** `(B, T)` int64.
+
+        Raises:
+            ValueError: an argument is wrong, the checkpoint takes no prompts, or it has no such style.
+            OSError: an image is not there or cannot be fetched.
         """
-        images = [] if images is None else _as_list(images)
+        images = [] if images is None else list_images(images)
         text = [] if text is None else [text] if isinstance(text, str) else list(text)
         if not images and not text:
             raise ValueError("Nothing to process: give images, text, or both.")
@@ -135,31 +161,31 @@ class VLVProcessor(ProcessorMixin):
             data["pixel_values"] = self._normalise(seen)
             if return_decoder_pixel_values:
                 data["decoder_pixel_values"] = self._for_decoder(seen)
-        if text:
-            data.update(self._tokenize(text, return_labels, max_length))
+        prompts = prompts_of(self, prompt, style, words, len(text or images), "texts" if text else "images")
+        if text or any(prompts):
+            data.update(self._tokenize(text or [""] * len(prompts), prompts, return_labels, max_length))
         return BatchFeature(data)
 
     def _normalise(self, images):
-        size = (self.image_width, self.image_height)
-        pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
+        pixels = _resize(images, (self.image_width, self.image_height), Image.Resampling.BICUBIC)
         mean, std = np.float32(self.image_mean), np.float32(self.image_std)
         # Florence-2's own image processor also rescales in double precision. The result equals its to the last bit.
         pixels = ((pixels * (1 / 255)).astype(np.float32) - mean) / std  # (B, H, W, 3)
         return torch.from_numpy(pixels.transpose(0, 3, 1, 2)).contiguous()
 
     def _for_decoder(self, images):
-        size = (self.decoder_image_size, self.decoder_image_size)
-        pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images])
+        pixels = _resize(images, 2 * (self.decoder_image_size,), Image.Resampling.BILINEAR)
         return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
     # ---- text ----------------------------------------------------------------------------------------------
 
-    def _tokenize(self, text, return_labels, max_length):
+    def _tokenize(self, text, prompts, return_labels, max_length):
         # No special tokens: a caption follows the image's prefix directly, without a begin-of-text token.
         ids = [self.tokenizer(caption, add_special_tokens=False).input_ids for caption in text]
         if return_labels:
             ids = [caption + [self.tokenizer.eos_token_id] for caption in ids]
-        ids = [caption[:max_length] for caption in ids]
+        asked = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        ids = [prompt + caption[:max_length] for prompt, caption in zip(asked, ids, strict=True)]
         length = max(map(len, ids))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         input_ids = torch.full((len(ids), length), pad)
@@ -171,6 +197,8 @@ class VLVProcessor(ProcessorMixin):
         data = {"input_ids": input_ids, "attention_mask": attention_mask}
         if return_labels:
             data["labels"] = input_ids.masked_fill(attention_mask == 0, -100)
+            for row, prompt in enumerate(asked):
+                data["labels"][row, : len(prompt)] = -100
         return data
 
     def apply_chat_template(
@@ -185,13 +213,15 @@ class VLVProcessor(ProcessorMixin):
     ) -> Any:
         """
         One conversation or several, in the form of chat models (see `chat_vlv.py`). Of each, the model sees the one
-        image, and the text of a last message of the assistant, which begins the caption. It follows no instructions:
-        all other text is read over.
+        image, the user's last words, which are the prompt, and the text of a last message of the assistant, which
+        begins the caption. All other text is read over. So are the user's words where the checkpoint takes no prompts:
+        a warning says so.
 
         Args:
             conversation: messages `{"role": ..., "content": ...}`, or a list of such conversations. The image is a
                 part `{"type": "image"}` with `url`, `path`, `base64` or `image`: anything that `load_image` reads.
-            tokenize (`bool`): without it, the text that begins the caption is returned, for each conversation.
+            tokenize (`bool`): without it, the text before the caption is returned, for each conversation: the prompt,
+                if there is one, a line break, and the beginning of the caption.
             return_dict (`bool`): with `tokenize`, what `__call__` returns for these images and texts, instead of its
                 `input_ids` alone.
             crop, processor_kwargs: as `__call__` takes them.
@@ -204,10 +234,19 @@ class VLVProcessor(ProcessorMixin):
         conversations = [conversation] if is_conversation(conversation) else list(conversation)
         images = [find_image(messages) for messages in conversations]
         text: list[str] = [super(VLVProcessor, self).apply_chat_template(it, chat_template) for it in conversations]
+        prompts = [self.find_chat_prompt(messages) for messages in conversations]
         if not tokenize:
             return text[0] if is_conversation(conversation) else text
-        inputs = self(images=images, text=text, **{"crop": crop, **(processor_kwargs or {})})
+        text = [it.removeprefix(prompt + PROMPT_END) for it, prompt in zip(text, prompts, strict=True)]
+        inputs = self(images=images, text=text, prompt=prompts, **{"crop": crop, **(processor_kwargs or {})})
         return inputs if return_dict else inputs["input_ids"]
+
+    def find_chat_prompt(self, conversation: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt in a conversation; "", with a warning, where the checkpoint takes none."""
+        words = find_words(conversation)
+        if words and not self.takes_prompts:
+            logger.warning_once(WORDS_READ_OVER)
+        return words if self.takes_prompts else ""
 
     def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> list[str]:
         """Token ids (B, T) from `model.generate` -> B captions."""
@@ -222,6 +261,10 @@ class VLVProcessor(ProcessorMixin):
         text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
         finish = self.finish_caption if skip_special_tokens else str
         return finish(text).strip() if isinstance(text, str) else [finish(caption).strip() for caption in text]
+
+    def wishes(self, **wishes: Any) -> Wishes:
+        """What is asked of captions, checked: the arguments of [`Wishes`]."""
+        return Wishes(self, **wishes)
 
     def finish_caption(self, text: str) -> str:
         """The text of a caption, or of what continues one, cleaned where this checkpoint needs it; else as it is."""
@@ -238,6 +281,8 @@ class VLVProcessor(ProcessorMixin):
         output = super().to_dict()
         output.pop("_part_tokenizers", None)
         output["part_tokenizers"] = list(self._part_tokenizers)
+        if not self.takes_prompts:  # as checkpoints were saved before there were prompts
+            del output["takes_prompts"], output["styles"]
         return output
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -251,9 +296,7 @@ class VLVProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As `ProcessorMixin.from_pretrained`, with the parts' tokenizers that the repo has."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        hub_kwargs = {
-            key: kwargs[key] for key in ("revision", "token", "local_files_only", "cache_dir") if key in kwargs
-        }
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
         processor._part_tokenizers = {
             # These folders have no config.json. Without `config=`, AutoTokenizer would look for it, and fail offline.
@@ -339,32 +382,9 @@ class VLVProcessor(ProcessorMixin):
         )
 
 
-def _centre(image, size):
-    """The square in the middle, `size` pixels wide, of the image with its shorter side resized to that."""
-    scale = size / min(image.size)
-    resized = [max(size, int(side * scale)) for side in image.size]
-    corner = [round((side - size) / 2) for side in resized]
-    if max(resized) <= STRIP * size:
-        image = image.resize(tuple(resized), Image.Resampling.BILINEAR)
-        return image.crop((*corner, corner[0] + size, corner[1] + size))
-    # A long strip would grow to gigabytes. Only the square and the pixels that the filter reads around it are resized.
-    steps = [before / after for before, after in zip(image.size, resized, strict=True)]
-    box = [place * step for place, step in zip((*corner, corner[0] + size, corner[1] + size), 2 * steps, strict=True)]
-    left, top = (max(0, math.floor(place - step) - 1) for place, step in zip(box[:2], steps, strict=True))
-    right, bottom = (math.ceil(place + step) + 1 for place, step in zip(box[2:], steps, strict=True))
-    around = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
-    inner = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-    return around.resize((size, size), Image.Resampling.BILINEAR, box=inner)
-
-
-def _as_list(images):
-    """One image or several as a list. What is made for several images in a text gives each in a list of its own."""
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    for image in images:
-        if isinstance(image, (list, tuple)) and len(image) != 1:
-            raise ValueError(f"There are {len(image)} images for one text: a VLV reads exactly one.")
-    return [image[0] if isinstance(image, (list, tuple)) else image for image in images]
+def _resize(images, size, filter):
+    """PIL images in RGB -> pixels (B, H, W, 3), uint8."""
+    return np.stack([np.asarray(image.resize(size, filter)) for image in images])
 
 
 def _check_crop(crop):

@@ -1,16 +1,18 @@
 """
-Ends captions of a caption head that never learned to end them. The paper's captioners were trained without an
-end-of-text token. Such a checkpoint is marked in its generation config (`sentence_end_ids`) and in its processor
-(`clean_captions`). Nothing here affects other checkpoints.
+Ends captions: of a caption head that never learned to end them, and at a wished number of words.
+
+The paper's captioners were trained without an end-of-text token. Such a checkpoint is marked in its generation config
+(`sentence_end_ids`) and in its processor (`clean_captions`). What is about them does not affect other checkpoints.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -62,6 +64,52 @@ class RepeatedSentence(StoppingCriteria):
         return None
 
 
+class WordRange(LogitsProcessor):
+    """
+    No caption ends before it has the least words, and each ends with the first word beyond the most. What is then
+    beyond its last sentence is for `wording_vlv.Wording` to cut.
+
+    Args:
+        words: the least and the most words.
+        text_of: new token ids of a caption -> its text so far.
+        eos_token_ids: the tokens that end captions. Without any, no caption is ended here.
+        images: whether it holds for each image of the batch.
+    """
+
+    def __init__(
+        self,
+        words: tuple[int, int],
+        text_of: Callable[[list[int]], str],
+        eos_token_ids: Sequence[int],
+        images: Sequence[bool],
+    ):
+        self.least, self.most = words
+        self.text_of, self.eos_token_ids = text_of, list(eos_token_ids)
+        self.images = list(images)
+        self.rows: list[bool] | None = None
+
+    def keep(self, rows: torch.LongTensor) -> None:
+        if self.rows is not None:
+            self.rows = [self.rows[row] for row in rows.tolist()]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not self.eos_token_ids:
+            return scores
+        if self.rows is None:  # an image has several rows where it has several captions
+            each = len(scores) // len(self.images)
+            self.rows = [holds for holds in self.images for _ in range(each)]
+        for row, ids in enumerate(input_ids.tolist()):
+            if not self.rows[row]:
+                continue
+            count = len(self.text_of(ids).split())
+            if count < self.least:
+                scores[row, self.eos_token_ids] = -torch.inf
+            elif count > self.most:
+                scores[row] = -torch.inf
+                scores[row, self.eos_token_ids[0]] = 0.0
+        return scores
+
+
 def stopping_criteria(
     generation_config: GenerationConfig, given: StoppingCriteriaList | None = None
 ) -> StoppingCriteriaList:
@@ -97,4 +145,11 @@ def clean_caption(text: str) -> str:
     return begun + " ".join(dict.fromkeys(filter(None, sentences)))
 
 
-__all__ = ["RepeatedSentence", "clean_caption", "find_sentence_ends", "stop_at_repetition", "stopping_criteria"]
+__all__ = [
+    "RepeatedSentence",
+    "WordRange",
+    "clean_caption",
+    "find_sentence_ends",
+    "stop_at_repetition",
+    "stopping_criteria",
+]

@@ -13,6 +13,7 @@ import fcntl
 import gc
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,16 +22,18 @@ from typing import Any
 
 from transformers import set_seed
 
+from experiments.spoiling import spoilt_captions
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
-from vlv.commands import train
+from vlv.commands import score, train
 from vlv.files import atomic_folder
 from vlv.models.export import export_parts
 from vlv.models.loading import load_whole
-from vlv.scenes import world, write_scenes
+from vlv.scenes import WORLD, world, write_scenes
 
 ENCODER = "experiments/parts/encoder"  # the result of tiny/encoder, in half precision
+SPOILT = 5  # every fifth caption of a spoilt set is wrong
 
 
 @contextmanager
@@ -75,6 +78,47 @@ class Scenes:
         folder = work / "-".join(["scenes", *names, self.split, str(self.num)])
         drawn = world(self.world, **self.settings)
         return once(folder, "metadata.jsonl", lambda: write_scenes(folder, self.num, split=self.split, world=drawn))
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """Scenes of which every fifth has a wrong caption, in the ways of `experiments.spoiling` in turn."""
+
+    scenes: Scenes
+
+    def make(self, work: Path) -> Path:
+        folder = work / f"spoilt-{digest(self)}"
+        return once(folder, "metadata.jsonl", lambda: self._spoil(self.scenes.make(work), folder))
+
+    def _spoil(self, source, folder):
+        lines = (source / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        wrong = spoilt_captions([WORLD.parse_caption(row["text"]) for row in rows])
+        with atomic_folder(folder) as unfinished:
+            for number, row in enumerate(rows):
+                os.link(source / row["file_name"], unfinished / row["file_name"])
+                if number % SPOILT == 0:
+                    texts = [texts[number] for texts in list(wrong.values())[number // SPOILT % len(wrong) :]]
+                    row["text"] = next(filter(None, texts))
+            text = "".join(json.dumps({"file_name": row["file_name"], "text": row["text"]}) + "\n" for row in rows)
+            (unfinished / "metadata.jsonl").write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `vlv score --keep` keeps of a dataset, by `explained` alone: the judge has no caption head."""
+
+    dataset: Spoilt
+    share: float
+
+    def make(self, work: Path) -> Path:
+        output = work / f"scores-{digest(self)}.jsonl"
+        return once(output.with_suffix(".kept"), "metadata.jsonl", lambda: self._keep(work, output))
+
+    def _keep(self, work, output):
+        judge = ["--model", str(Bundled().make(work)), "--scores", "explained"]
+        given = ["--output", str(output), "--keep", str(self.share), "--overwrite"]
+        score.main([str(self.dataset.make(work)), *judge, *given])
 
 
 @dataclass(frozen=True)

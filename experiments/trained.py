@@ -5,13 +5,13 @@ Each run is measured separately and has its own JSON in docs/results. `Plan` say
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from experiments import peers
-from experiments.making import ENCODER, Assembled, Bundled, Scenes, TinysPart, Training
+from experiments.making import ENCODER, Assembled, Bundled, Kept, Scenes, Spoilt, TinysPart, Training
 from modeling_vlv import VLVForConditionalGeneration
 from vlv.evaluation.results import Measurement
 from vlv.models.loading import load_whole
@@ -122,6 +122,7 @@ class Plan:
         captions: number of captions for stage 2, if the experiment does not change it.
         language: steps of the language models.
         flow_teacher: steps of the second tiny teacher.
+        cleaned: numbers of captions, a fifth of which are wrong.
         seeds: of the experiments that show a spread over seeds; the others use the first one.
     """
 
@@ -136,6 +137,7 @@ class Plan:
     language: int = 500
     flow_teacher: int = 1600
     flow_images: int = 30_000
+    cleaned: Sequence[int] = (100, 250, 1000)
     evaluation: int = 100
     save_steps: int = 400
     seeds: Sequence[int] = (0, 1, 2)
@@ -150,6 +152,7 @@ class Plan:
             self.compare_images(),
             self.compare_parts(),
             self.compare_heads(),
+            self.compare_cleaning(),
         ]
 
     def runs(self) -> list[Run]:
@@ -254,6 +257,28 @@ class Plan:
 
         rows = [Row({"layers x width": f"{size[1]} x {size[0]}"}, [run(size)]) for size in (SMALL, MEDIUM, LARGE)]
         return Experiment("heads", rows, x="layers x width")
+
+    def compare_cleaning(self) -> Experiment:
+        """A caption head on captions a fifth of which are wrong, and on what `vlv score --keep` leaves of them."""
+
+        def runs(name, count, dataset, seeds):
+            trainings = [self.caption(Bundled(), count, seed) for seed in seeds]
+            return [
+                Run(f"cleaning/{name}-{count}-seed{seed}", replace(it, settings=it.settings | {"dataset": dataset}))
+                for seed, it in zip(seeds, trainings, strict=True)
+            ]
+
+        rows = []
+        for count in self.cleaned:
+            seeds = self.seeds if count < 1000 else self.seeds[:1]
+            spoilt = Spoilt(Scenes(count))
+            sets = {
+                "all right": runs("right", count, Scenes(count), seeds),
+                "a fifth wrong": runs("spoilt", count, spoilt, seeds),
+                "a fifth wrong, best 80% kept": runs("kept-80", count, Kept(spoilt, 0.8), seeds),
+            }
+            rows += [Row({"captions": count, "training set": name}, listed) for name, listed in sets.items()]
+        return Experiment("cleaning", rows, x="training set")
 
     # ---- the models ----------------------------------------------------------------------------------------
 

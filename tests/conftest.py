@@ -84,6 +84,17 @@ def tiny_repo(tmp_path_factory, tiny_model, tiny_processor):
 
 
 @pytest.fixture(scope="session")
+def prompted_repo(tmp_path_factory, tiny_model):
+    """As `tiny_repo`, of a model that was trained with prompts."""
+    folder = tmp_path_factory.mktemp("prompted")
+    tiny_model.save_pretrained(folder)
+    processor = tiny.processor()
+    processor.learn_prompts({"short": "Be brief.", "words": "In {words} words."})
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_components(tmp_path_factory):
     """A folder with `encoder/`, `decoder/` and `caption_head/`, the parts in their own libraries' layouts."""
     return tiny.save_components(tmp_path_factory.mktemp("components"))

@@ -39,9 +39,23 @@ _MODULES = {
 }
 
 
-def tiny_checkpoint() -> str:
-    """Folder of `vlv-tiny`, the small trained checkpoint that ships with this package."""
-    return str(Path(__file__).parent / "checkpoints" / "vlv-tiny")
+BUNDLED = ("vlv-tiny", "vlv-tiny-prompts")
+
+
+def tiny_checkpoint(name: str = "vlv-tiny") -> str:
+    """
+    Folder of a small trained checkpoint that ships with this package: `vlv-tiny`, or `vlv-tiny-prompts`, its captioner
+    with a caption head that was taught styles and questions.
+    """
+    if name not in BUNDLED:
+        raise ValueError(f"There is no bundled checkpoint {name!r}; there are {', '.join(BUNDLED)}.")
+    return str(Path(__file__).parent / "checkpoints" / name)
+
+
+def find_bundled(source: str | None) -> str:
+    """The folder of the bundled checkpoint that is named, `vlv-tiny` for none; any other folder or id as it is."""
+    source = source or BUNDLED[0]
+    return tiny_checkpoint(source) if source in BUNDLED and not Path(source).is_dir() else source
 
 
 def __getattr__(name: str) -> Any:

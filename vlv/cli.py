@@ -25,6 +25,7 @@ COMMANDS = {
     "export": Command("vlv.commands.export", "write each part of a model in its own library's format"),
     "info": Command("vlv.commands.info", "count a model's parameters, part by part"),
     "evaluate": Command("vlv.commands.evaluate", "measure captions and reconstructions"),
+    "score": Command("vlv.commands.score", "score how well captions fit their images", in_parts=True),
     "publish": Command("vlv.commands.publish", "build the Hub repo of a model, check it, and push it"),
     "serve": Command("vlv.commands.serve", "answer chat completions over HTTP with captions"),
     "app": Command("vlv.commands.app", "caption, rebuild and compose images in the browser"),

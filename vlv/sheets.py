@@ -14,7 +14,7 @@ LABEL_LINES = 5
 
 class Pair(NamedTuple):
     image: Image.Image
-    reconstruction: Image.Image
+    reconstruction: Image.Image | None  # `None` in all pairs of a sheet that shows images alone
     label: str
     right: bool | None = None  # marks the label with a tick or a cross
 
@@ -34,6 +34,8 @@ def contact_sheet(pairs: Sequence[Pair], title: str, subtitle: str, columns: int
     heading, small, text = (ImageFont.load_default(size) for size in (32, 17, 15))
     columns = min(columns, len(pairs))
     pair_width, between = 2 * tile + GAP, 32
+    if all(pair.reconstruction is None for pair in pairs):
+        pair_width = tile
     labels = [_wrapped(pair.label, text, pair_width - (22 if pair.right is not None else 0)) for pair in pairs]
     line_height = 21
     row_heights = [
@@ -53,7 +55,8 @@ def contact_sheet(pairs: Sequence[Pair], title: str, subtitle: str, columns: int
         row, column = divmod(index, columns)
         x, y = MARGIN + column * (pair_width + between), top + sum(row_heights[:row])
         for offset, picture in ((0, pair.image), (tile + GAP, pair.reconstruction)):
-            _paste_fitted(sheet, picture, (x + offset, y), tile)
+            if picture is not None:
+                _paste_fitted(sheet, picture, (x + offset, y), tile)
         y += tile + 12
         if pair.right is not None:
             _draw_mark(draw, (x, y + 3), pair.right)

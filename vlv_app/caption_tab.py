@@ -15,10 +15,12 @@ from vlv_app.parts import (
     connect,
     copy_button,
     markup_output,
+    prompt_inputs,
     read_picture,
     result_status,
     run_buttons,
     settings_inputs,
+    wording_inputs,
 )
 from vlv_app.studio import Caption, Step
 from vlv_app.work import each_as
@@ -31,7 +33,12 @@ def caption_tab(page: Page) -> Fields:
     with gr.Row():
         prefix = gr.Textbox(label="Beginning", info="The caption continues it. It may be empty.", scale=2)
         button, stop = run_buttons("Caption")
-    inputs = {"prefix": prefix, **settings_inputs(*NUMBERS, **page.studio.lengths)}
+    inputs = {
+        "prefix": prefix,
+        **prompt_inputs(page.studio),
+        **settings_inputs(*NUMBERS, **page.studio.lengths),
+        **wording_inputs(),
+    }
     status = result_status("caption")
     text = caption_box("caption-text", "You can edit it.", lines=5)
     others = markup_output("captions")

@@ -13,6 +13,7 @@ from vlv_app.studio import Step, Studio
 from vlv_app.work import each_as
 
 MOST_FILES = 1000  # of one request
+TEXTS = ("prompt", "style", "words", "trigger_words", "caption_prefix", "caption_suffix")
 
 
 class Endpoints:
@@ -30,6 +31,13 @@ class Endpoints:
         temperature: float = 0.0,
         seed: int = 0,
         num_queries: int | None = None,
+        prompt: str = "",
+        style: str = "",
+        words: str = "",
+        trigger_words: str = "",
+        caption_prefix: str = "",
+        caption_suffix: str = "",
+        clean_tags: bool = False,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (how Gradio is asked for one)
     ) -> Iterator[str]:
         """Write a caption for an image. It streams: each value is the caption so far, and the last one is the whole.
@@ -42,6 +50,13 @@ class Endpoints:
             temperature: 0 takes the likeliest words; above 0 they are drawn.
             seed: of what is drawn: equal seeds draw equal captions of an image.
             num_queries: read only so many of the leading caption embeddings; for a model that was trained for it.
+            prompt: what the caption is asked to be, or a question; for a model that was trained with prompts.
+            style: the name of one of the model's own prompts instead.
+            words: how many words the caption has, such as 20-40.
+            trigger_words: words that come first, with commas between them.
+            caption_prefix: a text before the caption, which the model does not read.
+            caption_suffix: a text after it.
+            clean_tags: the caption is tags with commas between them: each is kept once.
         """
         yield ""
         pixel_values, _ = self.files.read(image, "image")
@@ -53,6 +68,13 @@ class Endpoints:
             temperature=temperature,
             seed=seed,
             num_queries=num_queries,
+            prompt=prompt,
+            style=style,
+            words=words,
+            trigger_words=trigger_words,
+            caption_prefix=caption_prefix,
+            caption_suffix=caption_suffix,
+            clean_tags=clean_tags,
         )
         written = yield from _told(steps, progress, lambda step: step.text)
         yield written[0].text
@@ -66,6 +88,13 @@ class Endpoints:
         temperature: float = 0.0,
         seed: int = 0,
         num_queries: int | None = None,
+        prompt: str = "",
+        style: str = "",
+        words: str = "",
+        trigger_words: str = "",
+        caption_prefix: str = "",
+        caption_suffix: str = "",
+        clean_tags: bool = False,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[list[dict[str, str]]]:
         """Write captions for many images. It streams: each value is a list of all rows so far. A row holds
@@ -79,11 +108,27 @@ class Endpoints:
             temperature: 0 takes the likeliest words; above 0 they are drawn.
             seed: of what is drawn: equal seeds draw equal captions of an image.
             num_queries: read only so many of the leading caption embeddings; for a model that was trained for it.
+            prompt: what the caption is asked to be, or a question; for a model that was trained with prompts.
+            style: the name of one of the model's own prompts instead.
+            words: how many words the caption has, such as 20-40.
+            trigger_words: words that come first, with commas between them.
+            caption_prefix: a text before the caption, which the model does not read.
+            caption_suffix: a text after it.
+            clean_tags: the caption is tags with commas between them: each is kept once.
         """
         if not images:
             raise refusal("images: choose some pictures first.")
         if len(images) > MOST_FILES:
             raise refusal(f"images holds {len(images)} files: give at most {MOST_FILES} at once.")
+        wishes: dict[str, Any] = {
+            "prompt": prompt,
+            "style": style,
+            "words": words,
+            "trigger_words": trigger_words,
+            "caption_prefix": caption_prefix,
+            "caption_suffix": caption_suffix,
+            "clean_tags": clean_tags,
+        }
         rows: list[dict[str, str]] = []
         yield []
         for image in images:
@@ -102,6 +147,7 @@ class Endpoints:
                 temperature=temperature,
                 seed=seed,
                 num_queries=num_queries,
+                **wishes,
             )
             written = yield from _told(steps, None, lambda step: list(rows))
             rows.append({**row, "text": written[0].text})
@@ -188,9 +234,10 @@ def add_endpoints(studio: Studio, on_gpu: Wrapper) -> None:
     endpoints = Endpoints(studio)
     with gr.Column(visible=False):
         if studio.writes:
-            _add(on_gpu, endpoints.caption, [_image("image"), *_search(studio)], gr.Textbox(label="Caption"))
+            inputs = [_image("image"), *_search(studio), *_wishes()]
+            _add(on_gpu, endpoints.caption, inputs, gr.Textbox(label="Caption"))
             files = gr.File(file_count="multiple", label="images")
-            _add(on_gpu, endpoints.caption_many, [files, *_search(studio)], gr.JSON(label="Rows"))
+            _add(on_gpu, endpoints.caption_many, [files, *_search(studio), *_wishes()], gr.JSON(label="Rows"))
         if studio.rebuilds:
             pictures = [gr.Image(label=label, format="png") for label in ("Original", "Reconstruction")]
             outputs = [*pictures, gr.Textbox(label="Caption")]
@@ -210,6 +257,10 @@ def _image(label: str) -> gr.Image:
 
 def _text(label: str) -> gr.Textbox:
     return gr.Textbox("", label=label)
+
+
+def _wishes() -> list[gr.components.Component]:
+    return [*map(_text, TEXTS), gr.Checkbox(False, label="clean_tags")]
 
 
 def _numbers(names: Sequence[str]) -> list[gr.components.Component]:

@@ -222,21 +222,32 @@ window.vlv = (() => {
   function link(tab, picture, names, values) {
     if (!picture) return "<p>Choose a picture first.</p>";
     const words = new URLSearchParams({ tab, image: picture.id });
-    names.forEach((name, place) => { if (values[place] !== "") words.set(name, values[place]); });
+    const isEmpty = (value) => [null, undefined, "", false].includes(value);
+    names.forEach((name, place) => { if (!isEmpty(values[place])) words.set(name, values[place]); });
     const address = `${location.origin}${location.pathname}?${words}`;
     navigator.clipboard?.writeText(address).catch(() => {});
     const shown = element("a", { href: address }, address).outerHTML;
     return `<p>It opens this picture with these settings, while the server keeps the picture (a day):</p><p>${shown}</p>`;
   }
 
+  // A value in the address, as a field of this type has it.
+  function readAs(type, text) {
+    if (type === "number") return Number(text);
+    return type === "boolean" ? text === "true" : text;
+  }
+
+  let sayRestored;
+  const isRestored = new Promise((resolve) => { sayRestored = resolve; });
+
   function restore(tab, names, values) {
     const fields = fieldsBefore(tab);
     const here = asked.get("tab") === tab;
+    if (here) setTimeout(sayRestored);  // when Gradio has taken what this returns
     const samePicture = !asked.has("image") && kept.get("image");
     return values.map((value, place) => {
       const name = names[place];
       if (name === "caption" && !samePicture) return "";  // it is that of another picture
-      if (here && asked.has(name)) return typeof value === "number" ? Number(asked.get(name)) : asked.get(name);
+      if (here && asked.has(name)) return readAs(typeof value, asked.get(name));
       return fields[name] ?? value;
     });
   }
@@ -262,10 +273,10 @@ window.vlv = (() => {
     const tab = asked.get("tab");
     if (tab) tabButton(tab)?.click();
     if (tab && asked.has("image")) {  // a link to a result: make it again
-      document.addEventListener("vlv:picture", ({ detail }) => {
-        if (detail === "image") {
-          setTimeout(() => [...document.querySelectorAll("button.run")].find((each) => each.offsetParent)?.click());
-        }
+      document.addEventListener("vlv:picture", async ({ detail }) => {
+        if (detail !== "image") return;
+        await isRestored;
+        setTimeout(() => [...document.querySelectorAll("button.run")].find((each) => each.offsetParent)?.click());
       }, { once: true });
     }
   }

@@ -23,7 +23,9 @@ EXAMPLE_PIXELS = 96
 SAMPLING = ("num_inference_steps", "guidance_scale", "seed")
 
 Wrapper = Callable[[Callable], Callable]
-Fields = Mapping[str, gr.Slider | gr.Number | gr.Textbox]  # by the names that the API has for them
+Fields = Mapping[
+    str, gr.Slider | gr.Number | gr.Textbox | gr.Dropdown | gr.Checkbox
+]  # by the names that the API has for them
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,29 @@ def settings_inputs(*names: str, **more: Setting) -> dict[str, gr.Slider | gr.Nu
     settings = {name: SETTINGS[name] for name in names} | more
     with gr.Accordion("Settings", open=False):
         return {name: setting.component() for name, setting in settings.items()}
+
+
+def prompt_inputs(studio: Studio) -> dict[str, gr.Dropdown | gr.Textbox]:
+    """A menu of the model's own prompts and a field for another, by their names in the API; none without prompts."""
+    if not studio.takes_prompts:
+        return {}
+    with gr.Row():
+        styles = [("the model's own", ""), *((name, name) for name in studio.styles)]
+        style = gr.Dropdown(styles, value="", label="Style", info="A prompt that the model was taught.", scale=1)
+        prompt = gr.Textbox(label="Prompt", info="A wish or a question in your words, in place of a style.", scale=2)
+    return {"style": style, "prompt": prompt}
+
+
+def wording_inputs() -> dict[str, gr.Textbox | gr.Checkbox]:
+    """What is asked of the words of a caption, folded away, by the names that the API has for it."""
+    with gr.Accordion("Words", open=False):
+        return {
+            "words": gr.Textbox(label="Number of words", info="Such as 20-40; empty for any."),
+            "trigger_words": gr.Textbox(label="Trigger words", info="They come first, with commas between them."),
+            "caption_prefix": gr.Textbox(label="Before the caption", info="The model does not read it."),
+            "caption_suffix": gr.Textbox(label="After the caption"),
+            "clean_tags": gr.Checkbox(label="Tags", info="Keep each of the comma-separated tags once."),
+        }
 
 
 def result_status(tab: str) -> gr.HTML:

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, StoppingCriteriaList
+from transformers import AutoModel, AutoProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from vlv_app.pictures import PictureFiles
 from vlv_app.settings import Setting, check_search, check_settings, refusal
@@ -66,6 +66,16 @@ class Studio:
         return self.model.caption_head is not None
 
     @property
+    def takes_prompts(self) -> bool:
+        """Whether captions can be asked for in words. The code of older repos knows of no prompts."""
+        return self.writes and getattr(self.processor, "takes_prompts", False)
+
+    @property
+    def styles(self) -> dict[str, str]:
+        """The model's own prompts, by name."""
+        return dict(self.processor.styles) if self.takes_prompts else {}
+
+    @property
     def rebuilds(self) -> bool:
         """Whether the model has a decoder."""
         return self.model.config.decoder_config is not None
@@ -98,6 +108,9 @@ class Studio:
         prefix: str = "",
         seed: int = 0,
         num_queries: int | None = None,
+        prompt: str = "",
+        style: str = "",
+        **wishes: Any,
     ) -> Generator[Step, None, list[Caption]]:
         """
         Captions of one image.
@@ -108,6 +121,9 @@ class Studio:
             prefix: the beginning of the captions.
             seed: of what is drawn. The captions of one image are different draws.
             num_queries: read only so many of the leading caption embeddings; `None` for all.
+            prompt: what the captions are asked to be; or `style`, the name of one of the model's own prompts.
+            wishes: `words`, `trigger_words`, `caption_prefix`, `caption_suffix` and `clean_tags`, as `vlv caption` has
+                them; empty for none.
         """
         settings = check_settings(
             max_new_tokens=max_new_tokens,
@@ -117,10 +133,10 @@ class Studio:
             seed=seed,
         )
         check_search(settings["num_beams"], settings["temperature"], settings["num_captions"])
-        prefix, length = prefix or "", self._check_length(num_queries)
+        asked, length = self._check_wishes(prompt=prompt, style=style, **wishes), self._check_length(num_queries)
         return (
             yield from watch(
-                lambda report: self._write(self._encode(pixel_values, length), report, prefix, **settings)
+                lambda report: self._write(self._encode(pixel_values, length), report, prefix or "", asked, **settings)
             )
         )
 
@@ -180,6 +196,19 @@ class Studio:
 
     # ---- the model -----------------------------------------------------------------------------------------
 
+    def _check_wishes(self, **wishes: Any) -> Any:
+        """What is asked of captions, checked by the processor; `None` for nothing. Raises `gr.Error`."""
+        given = {name: value.strip() if isinstance(value, str) else value for name, value in wishes.items()}
+        given = {name: value for name, value in given.items() if value}
+        if not given:
+            return None
+        if not hasattr(self.processor, "wishes"):  # it comes from the model's repo
+            raise refusal(f"The code of {self.name} is too old for {', '.join(given)}: leave it out.")
+        try:
+            return self.processor.wishes(**given)
+        except ValueError as error:
+            raise refusal(str(error)) from None
+
     def _check_length(self, num_queries: int | None) -> int | None:
         length = None if num_queries is None else self.queries.check(num_queries)
         return None if length == self.queries.maximum else length
@@ -203,6 +232,7 @@ class Studio:
         caption_embeds: torch.Tensor,
         report: Report,
         prefix: str = "",
+        wishes: Any = None,
         max_new_tokens: int = 300,
         num_beams: int = 1,
         temperature: float = 0,
@@ -210,6 +240,9 @@ class Studio:
         seed: int = 0,
     ) -> list[Caption]:
         tokenizer = self.processor.tokenizer
+        wording = wishes and wishes.wording_for()
+        streams = num_beams == num_captions == 1  # beam search has no final tokens until it ends
+        streams = streams and (wording is None or wording.changes_nothing)
         prefix_ids = tokenizer(prefix.rstrip(), add_special_tokens=False).input_ids if prefix.strip() else []
         ends = self.model.generation_config.eos_token_id
         ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
@@ -221,7 +254,6 @@ class Studio:
 
         def report_tokens(ids: torch.LongTensor) -> None:
             count = ids.shape[1]
-            streams = num_beams == num_captions == 1  # beam search has no final tokens until it ends
             # A letter of several tokens is not whole yet.
             text = text_of(ids[0].tolist()).rstrip("\ufffd") if streams else ""
             report(Step(f"Writing: {count} token{'s' if count > 1 else ''}", count, max_new_tokens, text))
@@ -230,9 +262,12 @@ class Studio:
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "seed": seed}
+        before = {"prompt": wishes.prompt} if wishes and wishes.prompt else {}
+        inputs = self.processor(text=prefix.rstrip(), **before) if before or prefix_ids else {}
         rows = self.model.generate(
             caption_embeds=caption_embeds,
-            input_ids=torch.tensor([prefix_ids], dtype=torch.long) if prefix_ids else None,
+            **inputs,
+            logits_processor=LogitsProcessorList(wishes.limits([None], text_of, list(ends)) if wishes else []),
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             num_return_sequences=num_captions,
@@ -245,6 +280,7 @@ class Studio:
             whole, part = text_of(row), self.processor.decode(row)  # which may clean what the model wrote
             space = " " if whole[len(beginning) :].startswith(" ") else ""
             text = f"{beginning}{space}{part}" if beginning else part
+            text = wording.finish(text) if wording else text
             captions.append(Caption(text, end or len(row), end is None and len(row) >= max_new_tokens))
         return captions
 

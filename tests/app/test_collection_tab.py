@@ -205,7 +205,8 @@ def test_a_run_is_stopped_and_resumed(window, tmp_path, pictures):
 @pytest.mark.slow
 def test_worst_scores_come_first_where_there_are_scores(window, folder):
     rows = [
-        {"file_name": f"{number:02}.png", "text": f"caption {number}", "score": number / 10} for number in (2, 0, 1)
+        {"file_name": f"{number:02}.png", "text": f"caption {number}", "score": number / 10, "explained": -number}
+        for number in (2, 0, 1)
     ]
     (folder / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     open_folder(window, folder / "scored.jsonl")
@@ -213,7 +214,10 @@ def test_worst_scores_come_first_where_there_are_scores(window, folder):
     window.get_by_label("Order").select_option("worst score first")
     wait_for_box(window, 0, "caption 0")
     assert boxes(window) == ["caption 0", "caption 1", "caption 2"]
-    assert "Score 0.100" in window.locator("#c-rows li").nth(1).inner_text()
+    assert "Score 0.100. Explained -1.000." in window.locator("#c-rows li").nth(1).inner_text()
+    window.get_by_label("Order").select_option("worst explained first")
+    wait_for_box(window, 0, "caption 2")
+    assert window.locator("#c-order option", has_text="worst likelihood first").is_hidden()
 
 
 @pytest.mark.slow

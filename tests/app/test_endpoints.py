@@ -136,9 +136,12 @@ def test_endpoints_are_described(client):
     }
     sampling = [("num_inference_steps", "int", True), ("guidance_scale", "float", True), ("seed", "int", True)]
     length = ("num_queries", "int", True)
+    texts = ("prompt", "style", "words", "trigger_words", "caption_prefix", "caption_suffix")
     search = [
         *(("max_new_tokens", "int", True), ("num_beams", "int", True), ("prefix", "str", True)),
         *(("temperature", "float", True), ("seed", "int", True), length),
+        *((name, "str", True) for name in texts),
+        ("clean_tags", "bool", True),
     ]
     images = {name: (name, "filepath", False) for name in ("image", "first", "second")}
     assert arguments["/caption"] == [images["image"], *search]

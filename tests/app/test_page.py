@@ -1,6 +1,7 @@
 """The page in a browser: what it shows is true, and it keeps what visitors gave it."""
 
 import re
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
@@ -351,13 +352,19 @@ def test_an_edited_caption_is_downloaded_and_a_link_opens_the_result(page, brows
     tab = open_tab(page, "Caption")
     choose_file(page, pictures[1])
     set_number(tab, "Longest caption", 24)
+    tab.get_by_role("button", name="Words").click()
+    tab.get_by_label("Trigger words").fill("ohwx")
+    tab.get_by_label("Tags").check()
     press(page, "Caption")
     wait_until_done(page)
     press(page, "Link to this result")
     link = page.locator("#link a")
     link.wait_for()
     address = link.get_attribute("href")
-    assert "max_new_tokens=24" in address and "num_beams=1" in address  # as the API names them
+    asked = dict(parse_qsl(urlsplit(address).query))
+    settings = {"max_new_tokens": "24", "num_beams": "1", "temperature": "0", "num_captions": "1"}
+    words = {"trigger_words": "ohwx", "clean_tags": "true"}
+    assert asked == {"tab": "Caption", "image": asked["image"], **settings, **words}  # as the API names them
     caption_box(page).fill("my own words")
     with page.expect_download() as download:
         press(page, "Download as text")
@@ -367,7 +374,7 @@ def test_an_edited_caption_is_downloaded_and_a_link_opens_the_result(page, brows
     visitor = browser.new_context().new_page()
     visitor.set_default_timeout(PATIENCE)
     visitor.goto(address)
-    expected = caption_of(captioner, str(pictures[1]))
+    expected = f"ohwx, {caption_of(captioner, str(pictures[1]))}"
     visitor.wait_for_function("text => document.querySelector('#caption-text textarea')?.value === text", arg=expected)
     visitor.context.close()
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, StaticCache
 
-from vlv.captioning import captioner as captioner_module
+from vlv.captioning import batches as batches_module
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.decoding import Spelling
 from vlv.captioning.settings import Decoding
@@ -175,11 +175,11 @@ def test_automatic_batches_grow_as_far_as_memory_allows(
     model, pixel_values, greedy, batches, monkeypatch, per_image, size
 ):
     """100 bytes are free, a part of which is kept free. An image takes `per_image` bytes."""
-    monkeypatch.setattr(captioner_module, "FIRST_BATCH", 2)
-    monkeypatch.setattr(captioner_module, "LARGEST_BATCH", {"cpu": COUNT})
-    monkeypatch.setattr(captioner_module, "free_memory", lambda device: 100)
-    monkeypatch.setattr(captioner_module, "memory_in_use", lambda device: 7)
-    monkeypatch.setattr(captioner_module, "peak_memory", lambda device: 7 + per_image * batches[-1])
+    monkeypatch.setattr(batches_module, "FIRST_BATCH", 2)
+    monkeypatch.setattr(batches_module, "LARGEST_BATCH", {"cpu": COUNT})
+    monkeypatch.setattr(batches_module, "free_memory", lambda device: 100)
+    monkeypatch.setattr(batches_module, "memory_in_use", lambda device: 7)
+    monkeypatch.setattr(batches_module, "peak_memory", lambda device: 7 + per_image * batches[-1])
     captioner = _captioner(model, None)
     for _ in range(4):
         assert [text for (text,) in captioner(NAMES, pixel_values)] == greedy

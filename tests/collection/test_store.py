@@ -1,6 +1,7 @@
 """A collection: what it is made from, how its captions change, and what is saved."""
 
 import json
+import sqlite3
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,7 +44,7 @@ def test_a_folder_brings_its_captions_along(store, folder):
     assert captions(store) == {"a.png": "", "b.png": "a blue cat", "c.png": "a green bird", "inner/d.png": ""}
     assert add_path(store, str(folder)) == 0  # again
     counts = store.counts()
-    assert (counts["all"], counts["with caption"], counts["without caption"], counts["scored"]) == (4, 2, 2, 1)
+    assert (counts["all"], counts["with caption"], counts["without caption"], counts["with score"]) == (4, 2, 2, 1)
 
 
 def test_a_captions_file(store, folder, tmp_path):
@@ -53,6 +54,37 @@ def test_a_captions_file(store, folder, tmp_path):
     assert add_path(store, str(file)) == 2
     assert captions(store) == {"pictures/a.png": "one", "pictures/b.png": "two"}
     assert store.row(1).location == str(folder / "a.png")
+
+
+def test_the_scores_of_vlv_score(store, folder):
+    add_path(store, str(folder))
+    assert {row.explained for row in store.rows()[0]} == {None}
+    rows = [
+        {"file_name": "b.png", "text": "a blue cat", "explained": 0.5, "likelihood": -0.1},
+        {"file_name": "c.png", "text": ["one", "two"], "explained": [0.25, 0.9], "likelihood": [-2.0, -1.0]},
+        {"file_name": "a.png", "text": "a caption that it no longer has", "explained": 0.1, "likelihood": -3.0},
+    ]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    assert add_path(store, str(folder)) == 0  # the images are there already, and one has scores now
+    assert (store.counts()["with explained"], store.counts()["with score"]) == (1, 0)
+    other = Store(store.path.with_name("other.sqlite"))
+    (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert add_path(other, str(folder / "scores.jsonl")) == 3
+    assert [row.name for row in other.rows(order="worst explained first")[0]] == ["a.png", "c.png", "b.png"]
+    assert [row.likelihood for row in other.rows(order="worst likelihood first")[0]] == [-3.0, -2.0, -0.1]
+
+
+def test_a_collection_from_before_the_scores_opens(tmp_path):
+    path = tmp_path / "collection.sqlite"
+    with sqlite3.connect(path) as database:
+        database.execute(
+            "CREATE TABLE images (number INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, location TEXT NOT NULL, text "
+            "TEXT NOT NULL DEFAULT '', saved TEXT, error TEXT, score REAL, keep INTEGER NOT NULL DEFAULT 1, version "
+            "INTEGER NOT NULL DEFAULT 0)"
+        )
+        database.execute("INSERT INTO images (name, location, text, score) VALUES ('a.png', 'a.png', 'one', 0.5)")
+    (row,), _ = Store(path).rows()
+    assert (row.text, row.score, row.explained) == ("one", 0.5, None)
 
 
 @pytest.mark.parametrize(

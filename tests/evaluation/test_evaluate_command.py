@@ -19,6 +19,7 @@ from vlv.evaluation import scorer
 from vlv.evaluation.questions import Answerer, Question, read_questions, write_prompts
 from vlv.evaluation.scores import FAMILIES
 from vlv.evaluation.work import Work
+from vlv.judging.judge import Judge
 from vlv.models.loading import load_autoencoder
 from vlv.scenes import sample_picture
 from vlv.scenes.scorer import SceneScorer
@@ -132,6 +133,17 @@ def test_captions_and_reconstructions_are_the_models_own(everything, photos, tin
     assert results["reconstruction/photos/psnr"]["value"] == pytest.approx(np.mean(psnr), rel=1e-4)
     error = np.std(psnr) / len(psnr) ** 0.5
     assert results["reconstruction/photos/psnr"]["standard_error"] == pytest.approx(error, rel=1e-3)
+
+
+def test_explained_is_the_judges_score_of_the_written_captions(everything, photos, tiny_model, tiny_processor):
+    _, output = everything
+    judge = Judge(tiny_model, tiny_processor, ["explained"])
+    scores = [
+        judge([judge.read(photos / row["file_name"])], [[row["text"]]])[0][0]["explained"]
+        for row in _captions(output.with_suffix(".work"))
+    ]
+    value = json.loads(output.read_text())["metrics"]["captions/photos/explained"]["value"]
+    assert value == pytest.approx(np.mean(scores), abs=1e-4)
 
 
 def test_captions_are_drawn_by_the_pipeline_given(everything, tiny_components):
@@ -421,6 +433,7 @@ def test_a_model_without_the_needed_part(photos, tiny_processor, tmp_path, capsy
     for name, metrics, words in (
         ("mute", "captions/length", "has no caption head and cannot caption"),
         ("blind", "reconstruction/psnr", "has no diffusion decoder and cannot draw"),
+        ("blind", "captions/explained", "has no diffusion decoder, so it cannot compute captions/explained"),
     ):
         tiny_processor.save_pretrained(tmp_path / name)
         common = ["--model", tmp_path / name, "--dataset", photos, "--output", tmp_path / "results.json"]

@@ -103,6 +103,7 @@ SMALL = Plan(
     few_captions=(8,),
     few_images=(8,),
     language=1,
+    cleaned=(10,),
     evaluation=4,
     save_steps=2,
     seeds=(0,),

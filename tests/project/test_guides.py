@@ -20,7 +20,17 @@ PAGES = [
     "README",
     *(
         f"docs/{name}"
-        for name in ("training", "captioning", "evaluation", "publish", "convert", "extending", "teachers", "serving")
+        for name in (
+            "training",
+            "captioning",
+            "evaluation",
+            "publish",
+            "convert",
+            "extending",
+            "teachers",
+            "serving",
+            "prompts",
+        )
     ),
 ]
 
@@ -58,6 +68,14 @@ def test_captioning(follow, tmp_path):
     (first, _) = rows(tmp_path / "scenes" / "metadata.jsonl")
     assert first["text"] in by_message and first["text"] in alone
     assert "'role': 'assistant', 'content': [{'type': 'text', 'text': 'a large " in begun
+
+
+@pytest.mark.slow
+def test_prompts(follow, tmp_path):
+    follow("docs/prompts")
+    plain, titles = ([row["text"] for row in rows(tmp_path / f"{name}.jsonl")] for name in ("plain", "titles"))
+    assert sum(text.startswith("title: a ") for text in titles) > 180
+    assert sum(text.startswith("a ") for text in plain) > 180
 
 
 @pytest.mark.slow

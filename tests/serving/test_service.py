@@ -115,10 +115,10 @@ def test_waiting_requests_become_one_batch(captioner, monkeypatch):
     held, sizes = threading.Event(), []
     write = Captioner.write
 
-    def watched(self, names, embeds):
+    def watched(self, names, embeds, prompts=None):
         sizes.append(len(names))
         held.wait(60)
-        return write(self, names, embeds)
+        return write(self, names, embeds, prompts)
 
     monkeypatch.setattr(Captioner, "write", watched)
     pixel_values = captioner.processor(images=tiny.images(6))["pixel_values"]

@@ -301,3 +301,28 @@ def test_cached_latents_are_the_vaes_and_are_sampled_in_each_epoch(tiny_repo, sc
     drawn = (torch.stack([epoch(number) for number in range(100)]) - mean) / std
     assert drawn.mean(0).abs().max() < 0.6 and (drawn.std(0) - 1).abs().max() < 0.5
     assert torch.equal(epoch(3), epoch(3)) and not torch.equal(epoch(3), epoch(4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [AUTOENCODE, CAPTION], ids=["stage1", "stage2"])
+def test_parts_that_moved_to_compute_a_cache_can_be_trained(recipe, tiny_repo, scenes, tmp_path, monkeypatch):
+    """On a GPU, computing the cache moves the encoder there, which makes new weights. Here, the first move does so."""
+    overwrite, there = torch.__future__.get_overwrite_module_params_on_conversion(), []
+
+    def moved(weight):
+        if not any(weight.data_ptr() == other.data_ptr() for other in there):
+            weight = weight.clone()
+            there.append(weight)
+        return weight
+
+    def move(module, *args, **kwargs):
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        try:
+            return module._apply(moved)
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    settings = {"dataset": scenes, "model": tiny_repo, "max_steps": 2, "cache_features": True}
+    settings |= {"train_parts": ["language_model", "prefix_projection"]} if recipe == CAPTION else {}
+    assert len(losses(run(recipe, tmp_path, **settings))) == 2

@@ -6,27 +6,17 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 from transformers import GenerationConfig
 
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
+from prompts_vlv import prompt_ids
 from stopping_vlv import RepeatedSentence
+from vlv.captioning.batches import Batches
 from vlv.captioning.decoding import Spelling, generation_arguments
-from vlv.captioning.memory import free_memory, memory_in_use, peak_memory
 from vlv.captioning.settings import Decoding
-
-# An automatic batch starts small and grows up to a largest size, as long as memory allows.
-FIRST_BATCH = 4
-LARGEST_BATCH = {"cpu": 64}
-LARGEST_ON_ACCELERATOR = 256
-SHARE_OF_MEMORY = 0.8
-
-
-def largest_batch(device_type: str) -> int:
-    """How far an automatic batch may grow on such a device."""
-    return LARGEST_BATCH.get(device_type, LARGEST_ON_ACCELERATOR)
+from wording_vlv import Wishes, Wording
 
 
 class Caption(NamedTuple):
@@ -44,17 +34,17 @@ class CaptionReader:
         self.repetition = RepeatedSentence.of(generation_config)  # `None` where captions end by themselves
         self.processor = processor
 
-    def __call__(self, ids: Sequence[int], spelling: Spelling) -> Caption:
+    def __call__(self, ids: Sequence[int], spelling: Spelling, wording: Wording) -> Caption:
         """The caption of new token ids, as `model.generate` returns them: what comes after its end is ignored."""
         repeated = None if self.repetition is None else self.repetition.find(ids)
         ids = ids[:repeated]
         end = next((place for place, token in enumerate(ids) if token in self.eos_token_ids), None)
         prefix, text = spelling.text(()), spelling.text(ids)
         text = prefix + self.processor.finish_caption(text.removeprefix(prefix))
-        return Caption(text.strip(), end is not None, len(ids) if end is None else end + 1)
+        return Caption(wording.finish(text.strip()), end is not None, len(ids) if end is None else end + 1)
 
 
-class Captioner:
+class Captioner(Batches):
     """
     Writes captions: the one place that does, for the command, evaluation, a training's samples and publishing.
 
@@ -64,8 +54,7 @@ class Captioner:
     Args:
         model, processor: from [`load_captioner`].
         decoding: how captions are written.
-        batch_size: images at once; `None` starts small and grows as far as free memory allows. A batch that does not
-            fit into memory is halved until it does.
+        batch_size: images at once (see [`Batches`]).
         compile: decode with a static cache, which transformers compiles on a GPU.
     """
 
@@ -79,17 +68,27 @@ class Captioner:
     ):
         self.model, self.processor, self.decoding, self.compile = model, processor, decoding, compile
         model.check_num_queries(decoding.num_queries)  # before the first image is read
-        self.device = next(model.parameters()).device
-        self.largest = batch_size or largest_batch(self.device.type)
-        self.batch_size = batch_size or FIRST_BATCH
+        super().__init__(
+            next(model.parameters()).device,
+            batch_size,
+            "lower --num_beams, --num_captions or --max_new_tokens, or use --dtype bfloat16 or --quantization",
+        )
         self.reading = CaptionReader(model.generation_config, processor)
+        self.wishes = Wishes(processor, **decoding.wishes)
+        self.check_prompt(self.wishes.prompt)
         self.eos_token_ids, self.repetition = self.reading.eos_token_ids, self.reading.repetition
 
-    def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[Caption]]:
+    def __call__(
+        self,
+        names: Sequence[str],
+        pixel_values: Sequence[torch.Tensor],
+        prompts: Sequence[str | None] | None = None,
+    ) -> list[list[Caption]]:
         """
         Args:
             names: the images' names, which seed the sampling of their captions.
             pixel_values: as many tensors of shape `(3, H, W)`, from the processor.
+            prompts: as many prompts; an image without one gets that of `decoding`.
 
         Returns:
             For each image its captions, best first.
@@ -97,17 +96,7 @@ class Captioner:
         Raises:
             ValueError: when not even one image fits into memory.
         """
-        captions: list[list[Caption]] = []
-        while len(captions) < len(names):
-            batch = slice(len(captions), len(captions) + self.batch_size)
-            before = memory_in_use(self.device)
-            written = self._try(names[batch], torch.stack(tuple(pixel_values[batch])))
-            if written is None:
-                self._shrink(len(names[batch]))
-            else:
-                captions += written
-                self._grow(len(written), peak_memory(self.device) - before)
-        return captions
+        return self.in_batches(self._caption, names, pixel_values, prompts or [None] * len(names))
 
     def caption_images(self, images: Iterable[tuple[str, Image.Image]]) -> Iterator[tuple[str, list[Caption]]]:
         """(name, captions) for each PIL image, of any mode and size, in order."""
@@ -118,23 +107,40 @@ class Captioner:
             yield from zip(names, self(names, pixel_values), strict=True)
 
     @torch.no_grad()
-    def write(self, names: Sequence[str], caption_embeds: torch.Tensor) -> list[list[Caption]]:
+    def write(
+        self, names: Sequence[str], caption_embeds: torch.Tensor, prompts: Sequence[str | None] | None = None
+    ) -> list[list[Caption]]:
         """
         Captions for caption embeddings, in one batch.
 
         Args:
             caption_embeds: `(B, Q, E)`, from `model.encode`.
+            prompts: as in `__call__`.
         """
         spelling = Spelling(self.decoding, self.processor.tokenizer, self.eos_token_ids)
-        prefix_ids = torch.tensor(spelling.prefix_ids, dtype=torch.long).expand(len(names), -1)
+        prompts = list(prompts or [None] * len(names))
+        asked: dict[str, Any] = {}
+        if self.wishes.taken:
+            asked["prompt"] = [self.wishes.prompt_for(prompt) for prompt in prompts]
+        inputs = self.processor(text=[spelling.prefix] * len(names), **asked)
+        wordings = [self.wishes.wording_for(prompt) for prompt in prompts]
         arguments = self.generation_arguments(names, spelling)
+        arguments["logits_processor"][:0] = self.wishes.limits(prompts, spelling.text, self.eos_token_ids)
         with warnings.catch_warnings():
             # transformers warns that the image is not counted as repeated text, which is intended here.
             warnings.filterwarnings("ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`")
-            ids = self.model.generate(caption_embeds=caption_embeds, input_ids=prefix_ids, **arguments).tolist()
-        captions = [self.reading(row, spelling) for row in ids]
+            ids = self.model.generate(caption_embeds=caption_embeds, **inputs, **arguments).tolist()
         each = self.decoding.num_captions
+        captions = [self.reading(row, spelling, wordings[number // each]) for number, row in enumerate(ids)]
         return [captions[start : start + each] for start in range(0, len(captions), each)]
+
+    def check_prompt(self, prompt: str | None) -> None:
+        """Raises ValueError where the checkpoint takes no prompts, or this one leaves no room for a caption."""
+        self.wishes.check(prompt)
+        if prompt:
+            queries = self.model.check_num_queries(self.decoding.num_queries)
+            prefix = Spelling(self.decoding, self.processor.tokenizer, ()).prefix_ids
+            self.model.check_text_length(len(prompt_ids(self.processor.tokenizer, prompt)) + len(prefix), queries)
 
     def generation_arguments(self, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
         """The arguments of `model.generate` for the images with these names."""
@@ -144,29 +150,7 @@ class Captioner:
             arguments["cache_implementation"] = "static"
         return arguments
 
-    def _try(self, names, pixel_values):
-        """The captions, or `None` when there was not enough memory."""
-        try:
-            return self._caption(names, pixel_values)
-        except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
-                raise
-        return None  # here, outside of `except`, the memory of the failed attempt is free again
-
     @torch.no_grad()
-    def _caption(self, names, pixel_values):
-        return self.write(names, self.model.encode(pixel_values, num_queries=self.decoding.num_queries))
-
-    def _shrink(self, failed):
-        clear_device_cache(garbage_collection=True)
-        if failed == 1:
-            raise ValueError(
-                "Not even one image at a time fits into memory: lower --num_beams, --num_captions or "
-                "--max_new_tokens, or use --dtype bfloat16 or --quantization."
-            )
-        self.batch_size = self.largest = failed // 2
-
-    def _grow(self, images, used):
-        if images == self.batch_size < self.largest:
-            fitting = int(SHARE_OF_MEMORY * free_memory(self.device) * images / max(used, 1))
-            self.batch_size = max(self.batch_size, min(2 * self.batch_size, self.largest, fitting))
+    def _caption(self, names, pixel_values, prompts):
+        caption_embeds = self.model.encode(torch.stack(tuple(pixel_values)), num_queries=self.decoding.num_queries)
+        return self.write(names, caption_embeds, prompts)

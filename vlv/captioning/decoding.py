@@ -31,6 +31,7 @@ class Spelling:
         self.tokenizer, self.eos_token_ids = tokenizer, list(eos_token_ids)
         # Tokens of words begin with their own space, so the prefix must not end with one.
         prefix = (decoding.prefix or "").rstrip()
+        self.prefix = prefix
         self.prefix_ids = tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
         self.space = decoding.prefix is not None and prefix != decoding.prefix
         self.joints: set[tuple[int, ...]] = set()  # the token ids of captions up to where a forced word ends

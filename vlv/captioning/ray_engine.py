@@ -3,16 +3,18 @@
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from processing_vlv import VLVProcessor
-from vlv.captioning.captioner import Captioner, largest_batch
-from vlv.captioning.engine import Prepared, caption_batch, prepare
+from vlv.captioning.batches import largest_batch
+from vlv.captioning.captioner import Captioner
+from vlv.captioning.engine import Prepared, caption_batch, check_source, prepare, read_pixels
 from vlv.captioning.sink import Row
-from vlv.captioning.sources import Source
+from vlv.captioning.sources import Picture, Source
 from vlv.models.loading import find_captioner
 
 PARTS_PER_PROCESSOR = 4  # of the input: small parts, so that no processor waits long for the last one
@@ -36,6 +38,7 @@ def caption_with_ray(
     import ray
 
     processor = VLVProcessor.from_pretrained(find_captioner(model))
+    check_source(source, processor)
     ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="warning")
     ray.data.DataContext.get_current().enable_progress_bars = False
     resources = ray.cluster_resources()
@@ -46,7 +49,7 @@ def caption_with_ray(
     def read_part(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         source, done = ray.get(work)
         pictures = (picture for picture in source.pictures(int(row["id"]), parts) if picture.name not in done)
-        for prepared in prepare(pictures, processor, num_workers=1, number=1):
+        for prepared in prepare(pictures, partial(read_pixels, processor), num_workers=1, number=1):
             yield _pack(prepared, processor)
 
     rows = (
@@ -76,11 +79,13 @@ class _Actor:
 
 def _pack(prepared: Prepared, processor: VLVProcessor) -> dict[str, Any]:
     """A picture that has been read, as columns. One that could not be read has blank pixels, which are not used."""
-    order, name, pixel_values, error = prepared
+    picture, pixel_values, error = prepared
     if pixel_values is None:
         pixel_values = torch.zeros(3, processor.image_height, processor.image_width)
-    return {"order": np.array(order), "name": name, "pixel_values": pixel_values.numpy(), "error": error or ""}
+    texts = {"name": picture.name, "error": error or "", "prompt": picture.prompt or ""}
+    return {"order": np.array(picture.order), "pixel_values": pixel_values.numpy(), **texts}
 
 
-def _unpack(order: np.ndarray, name: str, pixel_values: np.ndarray, error: str) -> Prepared:
-    return Prepared(tuple(order.tolist()), str(name), torch.tensor(pixel_values), str(error) or None)
+def _unpack(order: np.ndarray, name: str, pixel_values: np.ndarray, error: str, prompt: str) -> Prepared:
+    picture = Picture(tuple(order.tolist()), str(name), None, str(prompt) or None)
+    return Prepared(picture, torch.tensor(pixel_values), str(error) or None)

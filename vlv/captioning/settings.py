@@ -1,7 +1,15 @@
 """The options of `vlv caption`, in groups. This module does not import torch."""
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from vlv import tiny_checkpoint
+from wording_vlv import parse_words
+
+# What is asked of captions, in the interface of OpenAI as well.
+WISHES = ("prompt", "style", "words", "trigger_words", "caption_prefix", "caption_suffix", "clean_tags")
 
 
 def option(default: Any, help_text: str, **argparse: Any) -> Any:
@@ -29,9 +37,36 @@ class Decoding:
         "Captions per image: the best ones of --num_beams, or as many draws. The image is encoded once. "
         "With more than 1, text is a list.",
     )
+    best_of: str | None = option(
+        None,
+        "Keep the best of --num_captions. explained: the one that explains most of the image to the decoder; "
+        "likelihood: the likeliest one; both: by the mean of the two (vlv score --help says what they are). Without "
+        "--num_beams and --temperature the captions are drawn at temperature 1.",
+        choices=["explained", "likelihood", "both"],
+    )
     prefix: str | None = option(
         None, 'Beginning of every caption, which the model continues, such as "A watercolour of".'
     )
+    prompt: str | None = option(
+        None,
+        'What the captions are asked to be, in words, such as "Describe it briefly." or a question. It needs a model '
+        "that was trained with prompts.",
+    )
+    style: str | None = option(None, "The name of one of the model's own prompts instead (vlv info MODEL lists them).")
+    words: str | None = option(
+        None,
+        "How many words a caption has, such as 20-40. A model that was taught to is asked for it; any other may not "
+        "end a caption before, and the caption is cut where a sentence ends.",
+        metavar="LEAST-MOST",
+    )
+    trigger_words: str | None = option(
+        None, "Words, with commas between them, that come first in each caption that lacks them.", metavar="WORDS"
+    )
+    caption_prefix: str | None = option(
+        None, "Text at the beginning of each caption. Unlike --prefix, the model does not read it."
+    )
+    caption_suffix: str | None = option(None, "Text at the end of each caption.")
+    clean_tags: bool = option(False, "The captions are tags with commas between them: keep each tag once, in order.")
     force_words: list[str] | None = option(
         None,
         "Words that every caption must contain. A missing word is added where the caption would have ended, and the "
@@ -62,14 +97,33 @@ class Decoding:
             raise ValueError(f"--top_p is {self.top_p}; it must be above 0 and at most 1.")
         if self.repetition_penalty is not None and self.repetition_penalty <= 0:
             raise ValueError(f"--repetition_penalty is {self.repetition_penalty}; it must be above 0.")
+        if self.prompt and self.style:
+            raise ValueError("--prompt and --style both say what the captions are to be: choose one.")
+        if self.words is not None:
+            parse_words(self.words)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"--min_new_tokens {self.min_new_tokens} is more than --max_new_tokens.")
+        if self.best_of is not None:
+            if self.num_captions == 1:
+                raise ValueError(f"--best_of {self.best_of} needs several captions to choose from: --num_captions 8.")
+            if self.temperature == 0 and self.num_beams == 1:
+                object.__setattr__(self, "temperature", 1.0)
         if self.temperature > 0 and self.num_beams > 1:
             raise ValueError("--temperature draws captions and --num_beams searches for the likeliest: choose one.")
         if self.temperature == 0 and self.num_captions > self.num_beams:
             raise ValueError(
                 f"--num_captions {self.num_captions} needs as many --num_beams, or a --temperature above 0."
             )
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """The arguments of `wording_vlv.Wishes`."""
+        return {name: getattr(self, name) for name in WISHES}
+
+    @property
+    def writes_several(self) -> bool:
+        """Whether an image ends up with several captions."""
+        return self.num_captions > 1 and self.best_of is None
 
 
 @dataclass(frozen=True)
@@ -105,6 +159,13 @@ class ModelOptions:
             raise ValueError(f"--dtype {self.dtype} is unknown: choose auto, float32, bfloat16 or float16.")
 
 
+def model_name(model: str | None) -> str:
+    """A model's name that is the same wherever a command is run."""
+    if model is None:
+        return Path(tiny_checkpoint()).name
+    return os.path.realpath(model) if os.path.isdir(model) else model
+
+
 @dataclass(frozen=True)
 class RowOptions:
     """How the rows of tables are read. Image files have no rows."""
@@ -113,4 +174,8 @@ class RowOptions:
 
     split: str = option("train", "Split of a dataset from the Hub.")
     image_column: str | None = option(None, "Column of the images (default: the column of type Image, or image).")
+    prompt_column: str | None = option(
+        None,
+        "Column with a prompt for each row. A row without one gets that of --prompt or --style, if there is any.",
+    )
     id_column: str | None = option(None, "Column that names the rows (default: the file and the row's number or key).")

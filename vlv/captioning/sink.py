@@ -105,5 +105,10 @@ class Sink:
 
 def _different(before: dict[str, Any], settings: dict[str, Any]) -> str:
     """The options of an earlier run that differ from those of this run."""
-    different = [name for name, value in settings.items() if before.get(name) != value]
+    different = [
+        name
+        for name, value in settings.items()
+        # An earlier version may not have known the option.
+        if before.get(name) != value and (name in before or value not in (None, False))
+    ]
     return ", ".join(f"--{name} {before.get(name)}" for name in different)

@@ -1,15 +1,17 @@
 """Where pictures come from: image files, and rows of parquet files, WebDataset archives and datasets on the Hub."""
 
 import glob
+import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from prompts_vlv import as_prompt
 from vlv.captioning.settings import RowOptions
 from vlv.images import SUFFIXES, ImageFile, find_images, name_of
 
@@ -25,6 +27,16 @@ class Picture(NamedTuple):
     order: tuple[int, int]  # its shard and row in the input
     name: str  # its `file_name`
     source: Any  # a path, or another input of `processing_vlv.load_image`, or the error that takes the image's place
+    prompt: str | None = None  # its own
+    captions: tuple[str, ...] = ()  # that it has already, where they are scored
+
+
+class Pictures(Protocol):
+    """Where pictures come from: a `Source`, or one whose pictures have captions."""
+
+    total: int | None
+
+    def pictures(self, part: int = 0, parts: int = 1) -> Iterator[Picture]: ...
 
 
 @dataclass(frozen=True)
@@ -35,16 +47,17 @@ class TableShard:
     open: Callable[[], "IterableDataset"]
     options: RowOptions
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
+    def __iter__(self) -> Iterator[tuple[str, Any, str | None]]:
         try:
             dataset = self.open().decode(False)
             column = self._find_image_column(dataset)
+            prompt_column = self._find_prompt_column(dataset)
             for number, row in enumerate(dataset):
                 name = self._name(row, number, column)
-                yield name, _image_of_row(row[column], name)
+                yield name, *_prompted(_image_of_row(row[column], name), row.get(prompt_column), name)
         except Exception as error:  # each library has its own errors; the other tables are still read
             reason = name_of(" ".join(str(error).split()))  # it may name the file, in bytes that are not UTF-8
-            yield self.name, ValueError(f"{self.name}: it cannot be read ({reason})")
+            yield self.name, ValueError(f"{self.name}: it cannot be read ({reason})"), None
 
     def _find_image_column(self, dataset: "IterableDataset") -> str:
         from datasets import Image
@@ -55,6 +68,12 @@ class TableShard:
         if not columns:
             raise ValueError(f"name the column of the images with --image_column: there are {', '.join(features)}")
         return columns[0]
+
+    def _find_prompt_column(self, dataset: "IterableDataset") -> str | None:
+        column, features = self.options.prompt_column, dataset.features or {}
+        if column is not None and features and column not in features:
+            raise ValueError(f"there is no column {column} of prompts: there are {', '.join(features)}")
+        return column
 
     def _name(self, row: dict[str, Any], number: int, column: str) -> str:
         if self.options.id_column is not None:
@@ -71,6 +90,14 @@ def _image_of_row(image: Any, name: str) -> Any:
     return {**image, "path": name} if isinstance(image, dict) and image["bytes"] else image
 
 
+def _prompted(image: Any, prompt: Any, name: str) -> tuple[Any, str | None]:
+    """The image of a row and its prompt, or the error that says that the prompt is not text."""
+    try:
+        return image, as_prompt(prompt) or None
+    except ValueError as error:
+        return ValueError(f"{name}: {error}"), None
+
+
 class Source:
     """
     All the pictures of a run, in shards. An image file is a shard of one picture; a table is a shard of many.
@@ -78,9 +105,17 @@ class Source:
     It holds no pictures and can be pickled, so that any process can read its part of them.
     """
 
-    def __init__(self, shards: Sequence[ImageFile | TableShard], total: int | None):
+    def __init__(
+        self,
+        shards: Sequence[ImageFile | TableShard],
+        total: int | None,
+        prompts: Mapping[str, str] | None = None,
+        has_prompts: bool = False,
+    ):
         self.shards = shards
         self.total = total  # number of pictures; `None` if unknown
+        self.prompts = prompts or {}  # by the names of the pictures
+        self.has_prompts = has_prompts or bool(prompts)  # whether pictures may have their own prompt
 
     def pictures(self, part: int = 0, parts: int = 1) -> Iterator[Picture]:
         """
@@ -91,9 +126,9 @@ class Source:
         for number, shard in enumerate(self.shards):
             if by_shard and number % parts != part:
                 continue
-            rows = enumerate([(shard.name, shard.path)] if isinstance(shard, ImageFile) else shard)
-            for row, (name, source) in rows if by_shard else islice(rows, part, None, parts):
-                yield Picture((number, row), name, source)
+            rows = enumerate([(shard.name, shard.path, None)] if isinstance(shard, ImageFile) else shard)
+            for row, (name, source, prompt) in rows if by_shard else islice(rows, part, None, parts):
+                yield Picture((number, row), name, source, prompt or self.prompts.get(name))
 
     @property
     def files(self) -> list[ImageFile] | None:
@@ -102,15 +137,19 @@ class Source:
         return files if len(files) == len(self.shards) else None
 
 
-def open_source(paths: Sequence[str], options: RowOptions | None = None) -> Source:
+def open_source(paths: Sequence[str], options: RowOptions | None = None, prompt_file: str | None = None) -> Source:
     """
     The pictures that command-line paths stand for: image files, folders, patterns and lists of them (as
     [`find_images`]), `.parquet` files, WebDataset `.tar` archives, and ids of datasets on the Hub.
 
+    Args:
+        prompt_file: JSON Lines with the prompts of some of the pictures: `file_name` and `prompt`.
+
     Raises:
-        FileNotFoundError: when there are no such files and no such dataset.
+        OSError, ValueError: when there are no such files and no such dataset, or the prompts cannot be read.
     """
     options = options or RowOptions()
+    prompts = {} if prompt_file is None else read_prompts(prompt_file)
     ids = list(filter(_is_dataset_id, paths))
     files = [path for path in paths if path not in ids]
     shards, counts = [], []
@@ -122,7 +161,37 @@ def open_source(paths: Sequence[str], options: RowOptions | None = None) -> Sour
         tables, count = _open_dataset(dataset_id, options)
         shards += tables
         counts.append(count)
-    return Source(shards, None if None in counts else sum(counts))
+    source = Source(shards, None if None in counts else sum(counts), prompts, options.prompt_column is not None)
+    if prompts and source.files is not None and not any(file.name in prompts for file in source.files):
+        raise ValueError(
+            f"None of the images has a prompt in {prompt_file}: it names {next(iter(prompts))}, and the images are "
+            f"{source.files[0].name}, ... (file_name is what the output calls an image)."
+        )
+    return source
+
+
+def read_prompts(file: str) -> dict[str, str]:
+    """
+    The prompts of pictures, by name, from JSON Lines with `file_name` and `prompt`.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: a line is another thing; the sentence names it.
+    """
+    prompts: dict[str, str] = {}
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                raise ValueError("it is no object with file_name and prompt")
+            if row["file_name"] in prompts:
+                raise ValueError(f"{row['file_name']} has a prompt already")
+            prompts[row["file_name"]] = as_prompt(row.get("prompt"))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} is not a prompt: {str(error).rstrip('.')}.") from error
+    return {name: prompt for name, prompt in prompts.items() if prompt}
 
 
 def _is_dataset_id(path: str) -> bool:

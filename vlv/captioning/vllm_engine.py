@@ -9,17 +9,21 @@ import torch
 from transformers import GenerationConfig
 
 from processing_vlv import VLVProcessor
+from prompts_vlv import prompt_ids
 from sampling_vlv import seed_of
 from vlv.captioning.captioner import Caption, CaptionReader
 from vlv.captioning.decoding import Spelling
 from vlv.captioning.settings import Decoding, ModelOptions
 from vlv.models.loading import find_captioner, read_config
+from wording_vlv import Wishes
 
 AT_ONCE = 256  # pictures that vLLM is given; how many of them it works on it decides itself
+OWN_PROMPTS = 128  # tokens that are kept for the prompts of single images
 # The options that vLLM follows, or that it has no use for here.
 DECODING = {
     *("max_new_tokens", "min_new_tokens", "temperature", "top_p", "seed", "num_captions", "prefix"),
-    "repetition_penalty",
+    *("repetition_penalty", "prompt", "style", "words", "trigger_words", "caption_prefix", "caption_suffix"),
+    "clean_tags",
 }
 MODEL = {"model", "dtype"}
 
@@ -47,20 +51,50 @@ class VllmCaptioner:
         generation_config = GenerationConfig.from_pretrained(source)
         self.reading = CaptionReader(generation_config, self.processor)
         self.spelling = Spelling(decoding, self.processor.tokenizer, self.reading.eos_token_ids)
+        self.wishes = Wishes(self.processor, **decoding.wishes)
+        if self.wishes.wording_for().words is not None:
+            raise ValueError(
+                "--engine vllm follows --words only where the model was taught to: leave it out, or take --engine "
+                "local."
+            )
         config = read_config(source)
-        self.length = config.num_queries + len(self.spelling.prefix_ids) + decoding.max_new_tokens
+        self.others = config.num_queries + decoding.max_new_tokens  # positions that are not the prompt's
+        self.room = len(self._before(self.wishes.prompt)) + (OWN_PROMPTS if self.wishes.taken else 0)
+        self.length = min(self.others + self.room, config.caption_config.max_position_embeddings)
+        self.check_prompt(self.wishes.prompt)
         self.penalty = decoding.repetition_penalty or generation_config.repetition_penalty or 1.0
         self.llm = self._start(source, options.dtype)
 
-    def __call__(self, names: Sequence[str], pixel_values: Sequence[torch.Tensor]) -> list[list[Caption]]:
+    def __call__(
+        self,
+        names: Sequence[str],
+        pixel_values: Sequence[torch.Tensor],
+        prompts: Sequence[str | None] | None = None,
+    ) -> list[list[Caption]]:
         """As [`Captioner`]'s."""
-        prompts = [
+        own = list(prompts or [None] * len(names))
+        inputs = [
             # In a list: a tensor alone would be taken for the embeddings of an image.
-            {"prompt_token_ids": self.spelling.prefix_ids, "multi_modal_data": {"image": [pixels]}}
-            for pixels in pixel_values
+            {"prompt_token_ids": self._before(self.wishes.prompt_for(prompt)), "multi_modal_data": {"image": [pixels]}}
+            for pixels, prompt in zip(pixel_values, own, strict=True)
         ]
-        answers = self.llm.generate(prompts, [self._sampling(name) for name in names], use_tqdm=False)
-        return [[self.reading(list(it.token_ids), self.spelling) for it in answer.outputs] for answer in answers]
+        answers = self.llm.generate(inputs, [self._sampling(name) for name in names], use_tqdm=False)
+        return [
+            [self.reading(list(it.token_ids), self.spelling, self.wishes.wording_for(prompt)) for it in answer.outputs]
+            for answer, prompt in zip(answers, own, strict=True)
+        ]
+
+    def check_prompt(self, prompt: str | None) -> None:
+        """Raises ValueError for a prompt that the checkpoint does not take, or that vLLM has no room for."""
+        self.wishes.check(prompt)
+        if prompt and (length := self.others + len(self._before(prompt))) > self.length:
+            raise ValueError(
+                f"The prompt {prompt[:60]!r} is too long: with it, image and caption have {length} tokens, and vLLM "
+                f"has room for {self.length}. Shorten it, or lower --max_new_tokens."
+            )
+
+    def _before(self, prompt):
+        return [*prompt_ids(self.processor.tokenizer, prompt), *self.spelling.prefix_ids]
 
     def _start(self, source, dtype):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before the import, which reads it

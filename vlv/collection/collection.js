@@ -31,6 +31,8 @@ function collection(options, root, server, upload) {
           ${field("c-prefix", "Beginning of all captions")}
           ${field("c-max_new_tokens", options.settings.max_new_tokens.label, "number", options.settings.max_new_tokens.value)}
           ${field("c-num_beams", options.settings.num_beams.label, "number", options.settings.num_beams.value)}
+          ${options.styles ? `${select("c-style", "Style", ["", ...options.styles])}${field("c-prompt", "Prompt")}` : ""}
+          ${field("c-words", "Number of words, such as 20-40")}
           ${button("c-caption", "Caption all", "main")}${button("c-stop", "Stop")}
         </div>
         <p id="c-run"></p><progress id="c-progress" aria-label="Captions of this run" hidden></progress>
@@ -93,7 +95,8 @@ function collection(options, root, server, upload) {
     $("#c-about").textContent = `${answer.path ? `${answer.path}: ` : ""}${parts.join(", ")}.`;
     $("#c-order").closest("label").hidden = false;
     [...$("#c-order").options].forEach((option) => {
-      option.hidden = option.value === "worst score first" && !answer.counts.scored;
+      const score = options.scores.find((name) => option.value === `worst ${name} first`);
+      option.hidden = Boolean(score) && !answer.counts[`with ${score}`];
     });
     const run = answer.run;
     $("#c-run").textContent = run ? run.sentence : "";
@@ -158,8 +161,9 @@ function collection(options, root, server, upload) {
     if (!edited) { it.row = row; it.text.value = row.text; }
     it.drawn = true;
     it.keep.checked = Boolean(row.keep);
-    const score = row.score === null ? "" : `Score ${row.score.toFixed(3)}. `;
-    if (!it.note) it.item.querySelector(".note").textContent = score + (row.error ?? "");
+    const scores = options.scores.filter((name) => row[name] !== null)
+      .map((name) => `${name[0].toUpperCase()}${name.slice(1)} ${row[name].toFixed(3)}. `);
+    if (!it.note) it.item.querySelector(".note").textContent = scores.join("") + (row.error ?? "");
   }
 
   // Four at a time: the page stays fluid, and the server has threads for others.
@@ -241,7 +245,8 @@ function collection(options, root, server, upload) {
   const on = (name, work) => { const it = $(`#c-${name}`); if (it) it.onclick = work; };
   on("open", async () => opened(await ask("open_path", { path: $("#c-path").value })));
   on("caption", async () => about(await ask("caption", {
-    id, prefix: $("#c-prefix").value, max_new_tokens: $("#c-max_new_tokens").value, num_beams: $("#c-num_beams").value,
+    id, prompt: $("#c-prompt")?.value || "", style: $("#c-style")?.value || "", words: $("#c-words").value,
+    prefix: $("#c-prefix").value, max_new_tokens: $("#c-max_new_tokens").value, num_beams: $("#c-num_beams").value,
   })));
   on("stop", async () => about(await ask("stop", { id })));
   const found = () => { const { order, ...rest } = query(); return rest; };

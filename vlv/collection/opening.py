@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vlv.collection.store import Store
+from vlv.collection.store import SCORES, Store
 from vlv.files import read_json_lines
 from vlv.images import is_image_name, list_folder, name_of
 
@@ -49,17 +49,21 @@ def _check_number(place: Path, number: int) -> None:
 
 
 def _captions(file: Path) -> dict[str, dict[str, Any]]:
-    """By name: the caption and the score, where there is one. Of several captions, the first."""
+    """By name: the caption and the scores, where there are any. Of several captions, the first."""
     captions = {}
     for number, _, row in read_json_lines(file):
         name, text = row.get("file_name"), row.get("text")
         text = text[0] if isinstance(text, list) and text else text
         if not isinstance(name, str) or not isinstance(text, str | None):
             raise ValueError(f"{file}, line {number}: the row needs file_name and text.")
-        score = row.get("score")
-        is_number = isinstance(score, int | float) and not isinstance(score, bool)
-        captions[name] = {"text": text, "score": score if is_number else None}
+        captions[name] = {"text": text, **{score: _number(row.get(score)) for score in SCORES}}
     return captions
+
+
+def _number(value: Any) -> float | None:
+    """A score; of several, the first."""
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _add_folder(store: Store, folder: Path, captions: dict[str, dict[str, Any]]) -> int:
@@ -75,7 +79,8 @@ def _add_folder(store: Store, folder: Path, captions: dict[str, dict[str, Any]])
         saved = _sidecar_text(location) if has_text else None
         row = captions.get(name, {})
         text = row.get("text") if row.get("text") is not None else saved
-        images.append({"name": name, "location": location, "text": text, "saved": saved, "score": row.get("score")})
+        scores = {score: row.get(score) for score in SCORES}
+        images.append({"name": name, "location": location, "text": text, "saved": saved, **scores})
     return store.add(images)
 
 

@@ -20,11 +20,12 @@ from vlv.captioning.settings import Decoding
 from vlv.collection.opening import add_path, add_uploads
 from vlv.collection.runs import Runs
 from vlv.collection.saving import Saved, save_metadata, save_text_files, save_zip
-from vlv.collection.store import ORDERS, SHOWN, Row, Store
+from vlv.collection.store import ORDERS, SCORES, SHOWN, Row, Store
 from vlv.collection.words import adding, replacing
 from vlv_app.pictures import PictureFiles
 from vlv_app.settings import check_settings
 from vlv_app.studio import Studio
+from wording_vlv import Wishes
 
 PAGE = 20  # images
 THUMBNAIL = 256  # pixels of the longer side
@@ -173,11 +174,13 @@ class Service:
         return _changed(self._store(id).undo(), "taken back")
 
     @answering
-    def caption(self, id: str, max_new_tokens: Any, num_beams: Any, prefix: str = "") -> dict[str, Any]:
-        """Caption what has no caption yet."""
+    def caption(self, id: str, max_new_tokens: Any, num_beams: Any, prefix: str = "", **wishes: Any) -> dict[str, Any]:
+        """Caption what has no caption yet. `wishes` are those of `Decoding`, empty for none."""
         checked = check_settings(max_new_tokens=max_new_tokens, num_beams=num_beams)
         store = self._store(id)
-        self.runs.start(id, store, Decoding(**checked, prefix=prefix or None))
+        decoding = Decoding(**checked, prefix=prefix or None, **{name: it for name, it in wishes.items() if it})
+        Wishes(self.runs.processor, **decoding.wishes)  # an error is said now, not by the run
+        self.runs.start(id, store, decoding)
         return self._about(id, store)
 
     @answering
@@ -235,7 +238,8 @@ class Service:
 
 
 def _json(row: Row) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in ("number", "name", "text", "error", "score", "keep", "version")}
+    columns = ("number", "name", "text", "error", "keep", "version", *SCORES)
+    return {name: getattr(row, name) for name in columns}
 
 
 def _changed(count: int, what: str = "changed") -> dict[str, Any]:

@@ -17,7 +17,9 @@ CREATE TABLE IF NOT EXISTS images (
     error TEXT,                       -- why it could not be captioned
     score REAL,
     keep INTEGER NOT NULL DEFAULT 1,  -- 0: it is skipped when the collection is saved
-    version INTEGER NOT NULL DEFAULT 0
+    version INTEGER NOT NULL DEFAULT 0,
+    explained REAL,                   -- these two are written by `vlv score`
+    likelihood REAL
 );
 CREATE TABLE IF NOT EXISTS changes (batch INTEGER NOT NULL, number INTEGER NOT NULL, before TEXT NOT NULL, after TEXT);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -29,8 +31,10 @@ SHOWN = {
     "skipped": "keep = 0",
     "failed": "error IS NOT NULL",
 }
-ORDERS = {"as added": "number", "worst score first": "score IS NULL, score, number", "by name": "name"}
-COLUMNS = "number, name, location, text, error, score, keep, version"
+SCORES = ("score", "explained", "likelihood")  # what captions come with; a larger one is better
+WORST = {f"worst {name} first": f"{name} IS NULL, {name}, number" for name in SCORES}
+ORDERS = {"as added": "number", **WORST, "by name": "name"}
+COLUMNS = f"number, name, location, text, error, keep, version, {', '.join(SCORES)}"
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,11 @@ class Row:
     location: str
     text: str
     error: str | None
-    score: float | None
     keep: int
     version: int  # grows with each change of the caption
+    score: float | None
+    explained: float | None
+    likelihood: float | None
 
 
 class Store:
@@ -60,6 +66,11 @@ class Store:
         self.path = path
         with self._connection() as database:
             database.executescript(SCHEMA)
+            # A collection from before `vlv score` lacks its columns.
+            there = {column for _, column, *_ in database.execute("PRAGMA table_info(images)")}
+            for name in SCORES:
+                if name not in there:
+                    database.execute(f"ALTER TABLE images ADD COLUMN {name} REAL")
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -76,21 +87,24 @@ class Store:
 
     def add(self, images: Iterable[dict[str, Any]]) -> int:
         """
-        Add images: `name` and `location`, and `text`, `saved` and `score` where there are any. An image whose name is
-        there already is left as it is. Returns how many are new.
+        Add images: `name` and `location`, and `text`, `saved` and scores where there are any. Of an image that is
+        there already only the scores are taken over, if its caption is still the one that was scored. Returns how many
+        are new.
         """
-        rows = [
-            {"text": "", "saved": None, "score": None, **{k: v for k, v in image.items() if v is not None}}
-            for image in images
-        ]
+        empty = {"text": "", "saved": None, **dict.fromkeys(SCORES)}
+        rows = [{**empty, **{k: v for k, v in image.items() if v is not None}} for image in images]
         with self._connection() as database:
             before = database.total_changes
             database.executemany(
-                "INSERT OR IGNORE INTO images (name, location, text, saved, score) "
-                "VALUES (:name, :location, :text, :saved, :score)",
+                f"INSERT OR IGNORE INTO images (name, location, text, saved, {', '.join(SCORES)}) "
+                f"VALUES (:name, :location, :text, :saved, {', '.join(f':{name}' for name in SCORES)})",
                 rows,
             )
-            return database.total_changes - before
+            new = database.total_changes - before
+            changed = ", ".join(f"{name} = coalesce(:{name}, {name})" for name in SCORES)
+            scored = [row for row in rows if any(row[name] is not None for name in SCORES)]
+            database.executemany(f"UPDATE images SET {changed} WHERE name = :name AND text = :text", scored)
+            return new
 
     def row(self, number: int) -> Row:
         """Raises ValueError where there is no such image."""
@@ -122,7 +136,7 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """How many images there are, and of each kind."""
-        kinds = {**SHOWN, "scored": "score IS NOT NULL"}
+        kinds = {**SHOWN, **{f"with {name}": f"{name} IS NOT NULL" for name in SCORES}}
         sums = ", ".join(f"coalesce(sum({condition}), 0)" for condition in kinds.values())
         with self._connection() as database:
             return dict(zip(kinds, database.execute(f"SELECT {sums} FROM images").fetchone(), strict=True))

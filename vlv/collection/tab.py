@@ -9,7 +9,7 @@ import gradio as gr
 
 from vlv.collection.opening import MOST_IMAGES
 from vlv.collection.service import Service
-from vlv.collection.store import ORDERS, SHOWN
+from vlv.collection.store import ORDERS, SCORES, SHOWN
 from vlv_app.parts import Fields, Page
 from vlv_app.settings import SETTINGS
 
@@ -37,6 +37,8 @@ def collection_tab(is_local: bool) -> Callable[[Page], Fields]:
             "most": MOST_IMAGES,
             "show": list(SHOWN),
             "orders": list(ORDERS),
+            "scores": list(SCORES),
+            "styles": list(page.studio.styles) if page.studio.takes_prompts else None,
             "settings": {
                 name: {"label": SETTINGS[name].label, "value": SETTINGS[name].default}
                 for name in ("max_new_tokens", "num_beams")

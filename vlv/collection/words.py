@@ -1,6 +1,9 @@
 """Changes of many captions at once."""
 
 from collections.abc import Callable
+from functools import partial
+
+from wording_vlv import add_words
 
 Change = Callable[[str], str]
 
@@ -19,26 +22,11 @@ def replacing(find: str, by: str) -> Change:
 
 def adding(before: str = "", behind: str = "", triggers: str = "") -> Change:
     """
-    Put words around each caption, unless they are there already.
-
-    Args:
-        before, behind: put at the beginning and at the end, with a space.
-        triggers: words with commas between them; those that the caption lacks come first, with commas.
+    Put words around each caption, as `wording_vlv.add_words` does.
 
     Raises:
         ValueError: there is nothing to add.
     """
-    before, behind = before.strip(), behind.strip()
-    words = [word.strip() for word in triggers.split(",") if word.strip()]
-    if not (before or behind or words):
+    if not any(words.strip(" ,") for words in (before, behind, triggers)):
         raise ValueError("There is nothing to add: write words to put before or behind, or trigger words.")
-
-    def change(text: str) -> str:
-        if before and not text.startswith(before):
-            text = f"{before} {text}"
-        if behind and not text.endswith(behind):
-            text = f"{text} {behind}" if behind[0].isalnum() else f"{text}{behind}"
-        present = {part.strip() for part in text.split(",")}
-        return ", ".join([*(word for word in words if word not in present), text])
-
-    return change
+    return partial(add_words, before=before, behind=behind, triggers=triggers)

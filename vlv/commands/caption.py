@@ -1,22 +1,16 @@
 """`vlv caption`: write a caption for each image."""
 
-import math
-import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from vlv import tiny_checkpoint
 from vlv.arguments import CommandParser
 from vlv.captioning.journal import Row
 from vlv.captioning.outputs import EXISTING, FORMATS, Output, is_suffix, open_output
-from vlv.captioning.settings import Decoding, ModelOptions, RowOptions, option
+from vlv.captioning.settings import Decoding, ModelOptions, RowOptions, model_name, option
 from vlv.captioning.sink import Printer, Sink
 from vlv.captioning.sources import Source, open_source
 from vlv.files import locked
@@ -46,6 +40,11 @@ class CaptionArguments:
         "images, overwrite replaces them as --overwrite does, append and prepend add the caption after or before "
         "their text. An empty file counts as missing.",
         choices=list(EXISTING),
+    )
+    prompt_file: str | None = option(
+        None,
+        "JSON Lines with a prompt for some of the images: file_name (as in the output) and prompt. An image without "
+        "one gets that of --prompt or --style, if there is any.",
     )
     batch_size: str = option(
         "auto",
@@ -103,15 +102,19 @@ def main(argv: list[str]) -> int | None:
 
     try:
         with working_together():
-            _caption(open_source(inputs.paths, rows), arguments, decoding, model)
+            source = open_source(inputs.paths, rows, arguments.prompt_file)
+            _caption(source, arguments, decoding, model, rows.prompt_column)
     except KeyboardInterrupt:
         hint = ("the same command with --resume continues from here",) if arguments.output else ()
         raise KeyboardInterrupt(*hint) from None
 
 
-def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions) -> None:
+def _caption(
+    source: Source, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions, prompt_column: str | None
+) -> None:
     # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
     from vlv.captioning.engine import Writer, caption_locally, make_captioner
+    from vlv.captioning.filling import Words, fill
     from vlv.models.loading import find_captioner
     from vlv.processes import join_processes
 
@@ -121,10 +124,14 @@ def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, mo
             f"--engine {arguments.engine} starts its own processes: run it without torchrun or accelerate launch."
         )
     find_captioner(model.model)
+    if decoding.best_of is not None and arguments.engine != "local":
+        raise ValueError(
+            f"--engine {arguments.engine} does not follow --best_of: leave it out, or take --engine local."
+        )
     output = _open_output(source, arguments, decoding)
     with locked(output.path) if output is not None and processes.is_main_process else nullcontext():
         processes.wait_for_everyone()  # the first process has checked that no other run writes to this output
-        sink = _open_sink(output, arguments, decoding, model)
+        sink = _open_sink(output, arguments, decoding, model, prompt_column)
         processes.wait_for_everyone()  # until all have seen what was done before
         batch_size = None if arguments.batch_size == "auto" else int(arguments.batch_size)
         make: Callable[[], Writer] = partial(make_captioner, model, decoding, batch_size)
@@ -132,75 +139,59 @@ def _caption(source: Source, arguments: CaptionArguments, decoding: Decoding, mo
             from vlv.captioning.vllm_engine import VllmCaptioner
 
             make = partial(VllmCaptioner, model, decoding, batch_size)
-        if arguments.engine == "ray":
+        if decoding.best_of is not None:
+            batches = _choose(source, sink.done, arguments, decoding, model, batch_size, processes)
+        elif arguments.engine == "ray":
             from vlv.captioning.ray_engine import caption_with_ray
 
             batches = caption_with_ray(source, sink.done, make, model.model, batch_size)
         else:
             part, parts = processes.process_index, processes.num_processes
             batches = caption_locally(source, sink.done, make(), arguments.num_workers, part, parts)
-        _fill(sink, batches, source, processes)
+        fill(sink, batches, source.total, processes, Words("vlv caption", "Captioning", "captioned", "read"))
+
+
+def _choose(
+    source: Source,
+    done: Collection[str],
+    arguments: CaptionArguments,
+    decoding: Decoding,
+    model: ModelOptions,
+    batch_size: int | None,
+    processes: "PartialState",
+) -> Iterator[list[Row]]:
+    """Captions by --best_of."""
+    from vlv.judging.best_of import BestOf, choose_locally
+    from vlv.judging.loading import check_scores, load_judge
+
+    for name in ("quantization", "device_map", "attn_implementation", "compile"):
+        if getattr(model, name):
+            raise ValueError(f"--best_of does not follow --{name}: leave it out.")
+    names = ("explained", "likelihood") if decoding.best_of == "both" else (str(decoding.best_of),)
+    check_scores(model.model, names)
+    judge = load_judge(model.model, names, model.device, model.dtype, batch_size=batch_size, captions=True)
+    best_of = BestOf(judge, decoding, batch_size)
+    return choose_locally(
+        source, done, best_of, arguments.num_workers, processes.process_index, processes.num_processes
+    )
 
 
 def _open_output(source: Source, arguments: CaptionArguments, decoding: Decoding) -> Output | None:
     if arguments.output is None:
         return None
     existing = "overwrite" if arguments.overwrite else arguments.existing
-    return open_output(arguments.output, source.files, decoding.num_captions > 1, existing)
+    return open_output(arguments.output, source.files, decoding.writes_several, existing)
 
 
 def _open_sink(
-    output: Output | None, arguments: CaptionArguments, decoding: Decoding, model: ModelOptions
+    output: Output | None,
+    arguments: CaptionArguments,
+    decoding: Decoding,
+    model: ModelOptions,
+    prompt_column: str | None,
 ) -> Printer | Sink:
     if output is None:
         return Printer()
-    settings = {"model": _name(model.model), "dtype": model.dtype, "quantization": model.quantization}
-    settings |= asdict(decoding)
+    settings = {"model": model_name(model.model), "dtype": model.dtype, "quantization": model.quantization}
+    settings |= asdict(decoding) | {"prompt_file": arguments.prompt_file, "prompt_column": prompt_column}
     return Sink(output, settings, arguments.resume, arguments.overwrite)
-
-
-def _name(model: str | None) -> str:
-    """A model's name that is the same wherever the command is run."""
-    if model is None:
-        return Path(tiny_checkpoint()).name
-    return os.path.realpath(model) if os.path.isdir(model) else model
-
-
-def _fill(sink: Printer | Sink, batches: Iterable[list[Row]], source: Source, processes: "PartialState") -> None:
-    """Collect the captions as they are written, and write the output."""
-    total = None if source.total is None else math.ceil(source.total / processes.num_processes)
-    before = len(sink.done) // processes.num_processes
-    with tqdm(
-        total=total, initial=before, desc="Captioning", unit="image", disable=processes.process_index > 0
-    ) as bar:
-        for rows in batches:
-            for row in rows:
-                if "error" in row:
-                    tqdm.write(f"vlv caption: left out: {row['error']}", file=sys.stderr)
-            sink.add(rows)
-            bar.update(len(rows))
-    captioned, failures = _finish(sink, processes)
-    if not processes.is_main_process:
-        return
-    elapsed = bar.format_dict["elapsed"]
-    rate = (bar.n - bar.initial) * processes.num_processes / elapsed
-    where = f", listed in {sink.failures}" if failures and isinstance(sink, Sink) else ""
-    print(
-        f"vlv caption: {captioned} captioned, {len(failures)} left out{where}; "
-        f"{tqdm.format_interval(elapsed)}, {rate:.1f} images/s",
-        file=sys.stderr,
-    )
-    if failures and not captioned and not sink.done:
-        raise ValueError("None of the images could be read.")
-
-
-def _finish(sink: Printer | Sink, processes: "PartialState") -> tuple[int, list[Row]]:
-    """Wait for all processes. Returns how many images were captioned, and the rows of those left out."""
-    if isinstance(sink, Printer):
-        from accelerate.utils import gather_object
-
-        parts = gather_object([sink.finish()])  # each has printed its own
-        failures = [row for _, rows in parts for row in rows]
-        return sum(captioned for captioned, _ in parts), sorted(failures, key=lambda row: row["order"])
-    processes.wait_for_everyone()
-    return sink.finish() if processes.is_main_process else (0, [])

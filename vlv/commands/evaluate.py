@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
-from vlv import tiny_checkpoint
+from vlv import find_bundled
 from vlv.arguments import CommandParser
 from vlv.evaluation.scores import FAMILIES, SCENES, check_options, find_scores
 from vlv.files import check_source, locked, writing_to
@@ -114,6 +114,13 @@ class EvaluateArguments:
     shots: int = field(
         default=0, metadata={"help": "questions: solved examples about other images to show with each question."}
     )
+    answer_from: Literal["caption", "image"] = field(
+        default="caption",
+        metadata={
+            "help": "questions: who answers: caption, the language model --llm, which reads the model's captions; or "
+            "image, the model itself, which must take prompts."
+        },
+    )
     batch_size: int = field(default=50, metadata={"help": "Images at once."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the accelerator."})
 
@@ -124,13 +131,19 @@ class EvaluateArguments:
                 raise ValueError(f"--{name} is {value}; it must be at least 1.")
         if self.shots < 0:
             raise ValueError(f"--shots is {self.shots}; it must be at least 0.")
+        if self.answer_from == "image":
+            for name in ("llm", "shots"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} is for --answer_from caption: with image, the model itself answers.")
         if self.metrics == SCENES:
             if self.dataset is not None:
                 raise ValueError(
                     f"--metrics scenes draws its own images; for {self.dataset}, choose from {', '.join(FAMILIES)}."
                 )
             return
-        check_options(find_scores(self.metrics), vars(self))
+        # The model that answers from the image takes the place of the language model.
+        given = vars(self) | ({"llm": self.model or ""} if self.answer_from == "image" else {})
+        check_options(find_scores(self.metrics), given)
         for name in ("dataset", "output"):
             if getattr(self, name) is None:
                 raise ValueError(f"--metrics {self.metrics} needs --{name}.")
@@ -167,7 +180,7 @@ def _output(arguments: EvaluateArguments) -> Path | None:
     """The file of the results. Without --output it is `None`, unless the default file can be written."""
     if arguments.output is not None:
         return Path(arguments.output)
-    folder = Path(arguments.model or tiny_checkpoint())
+    folder = Path(find_bundled(arguments.model))
     return folder / "results.json" if folder.is_dir() and os.access(folder, os.W_OK) else None
 
 
@@ -261,7 +274,7 @@ _SETTINGS = {
         *("max_new_tokens", "num_beams", "seed", "num_inference_steps", "guidance_scales", "text_to_image"),
         *("clip", "feature_extractor"),
     ),
-    "questions": ("max_new_tokens", "num_beams", "questions", "llm", "shots", "seed"),
+    "questions": ("max_new_tokens", "num_beams", "questions", "llm", "shots", "seed", "answer_from"),
 }
 _MODELS = ("clip", "sentence_encoder", "feature_extractor", "text_to_image", "llm")
 _OF_DATA = ("dataset", "split", "image_column", "caption_column", "num")

@@ -23,16 +23,34 @@ def main(argv: list[str]) -> None:
     (inputs,) = parser.parse(argv)
 
     # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
-    from vlv import tiny_checkpoint
+    from vlv import find_bundled
     from vlv.models.info import count_parts, format_parts
     from vlv.models.loading import read_config
     from vlv.training.recipe import recipe_names
 
-    source = inputs.model or tiny_checkpoint()
+    source = find_bundled(inputs.model)
     if Path(source).suffix in (".yaml", ".yml") or (source in recipe_names() and not Path(source).exists()):
         _print_recipe(source)
     else:
         print(format_parts(count_parts(read_config(source))))
+        _print_prompts(source)
+
+
+def _print_prompts(source):
+    """The styles of a model that takes prompts; nothing of another one, or of a config alone."""
+    from transformers import ProcessorMixin
+
+    if Path(source).is_file():
+        return
+    try:
+        settings, _ = ProcessorMixin.get_processor_dict(source)
+    except OSError:
+        return
+    if settings.get("takes_prompts"):
+        styles = settings.get("styles") or {}
+        print(f"\nIt takes prompts{', and has the styles:' if styles else '.'}")
+        for name, prompt in styles.items():
+            print(f"  {name}: {prompt}")
 
 
 def _print_recipe(name):

@@ -52,6 +52,15 @@ class ScenesArguments:
         },
     )
 
+    prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "Make text a list of descriptions in several styles and of answers to questions, and prompt the "
+            "list of what each was asked for. Also write questions.jsonl for vlv evaluate, and styles.json for vlv "
+            "train."
+        },
+    )
+
     def __post_init__(self):
         if self.world != "emoji":
             for name in ("artwork", "artists", "varied"):
@@ -76,5 +85,7 @@ def main(argv: list[str]) -> None:
         settings |= {"artwork": artwork, "artists": arguments.artists, "varied": arguments.varied}
     drawn = world(arguments.world, **settings)
     with locked(arguments.output, beside=True), writing_to(arguments.output):
-        folder = write_scenes(arguments.output, arguments.num, arguments.seed, arguments.split, drawn)
+        folder = write_scenes(
+            arguments.output, arguments.num, arguments.seed, arguments.split, drawn, arguments.prompts
+        )
     print(f"{arguments.num} {arguments.split} scenes are in {folder}.")

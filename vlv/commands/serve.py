@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from vlv import tiny_checkpoint
+from vlv import find_bundled
 from vlv.arguments import CommandParser
 from vlv.captioning.settings import Decoding, ModelOptions, option
 
@@ -78,7 +78,7 @@ def _serve(listener: socket.socket, arguments: ServeArguments, decoding: Decodin
     batch_size = None if arguments.batch_size == "auto" else int(arguments.batch_size)
     limits = Limits(int(arguments.max_image_mb * MEGABYTE), arguments.timeout, arguments.max_requests)
     captioner = make_captioner(model, decoding, batch_size)
-    source = model.model or tiny_checkpoint()
+    source = find_bundled(model.model)
     name = Path(source).resolve().name if os.path.isdir(source) else source
     service = Service(captioner, name, limits.image_bytes, batch_size)
     app = make_app(service, limits)

@@ -64,7 +64,7 @@ def _rows_of_metadata(folder: str, metadata: list[str], images: list[str]) -> It
     composed = {unicodedata.normalize("NFC", name): image for name, image in known.items() if not name.isascii()}
     for file in metadata:
         path = os.path.join(folder, file)
-        for number, row in enumerate(_read_metadata(path), start=1):
+        for number, row in enumerate(read_metadata(path), start=1):
             try:
                 inside = _inside(folder, os.path.dirname(file), row.pop("file_name", None))
             except ValueError as error:
@@ -86,7 +86,8 @@ def _inside(folder: str, above: str, file_name: Any) -> str:
     return inside
 
 
-def _read_metadata(path: str) -> list[Row]:
+def read_metadata(path: str) -> list[Row]:
+    """The rows of a .jsonl, .csv or .parquet file; raises ValueError if it cannot be read."""
     try:
         if path.endswith(".jsonl"):
             return list(_read_json_lines(path))

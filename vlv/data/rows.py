@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from PIL import Image
 
 from processing_vlv import load_image
+from prompts_vlv import as_prompt
 from vlv.data.image_folder import SPLITS, image_folder
 from vlv.images import list_folder, location_of, report_passed_over
 
@@ -114,8 +115,11 @@ def row_number(rows: Dataset, index: int) -> int:
     return index if rows._indices is None else rows._indices.column(0)[index].as_py()
 
 
-def require_text(rows: Dataset | IterableDataset, column: str) -> None:
-    """Raises ValueError when the type of a column of captions is neither text nor lists of text."""
+def require_text(rows: Dataset | IterableDataset, column: str, setting: str = "caption_column") -> None:
+    """
+    Raises ValueError when the type of a column of captions or prompts, which `setting` chooses, is neither text nor
+    lists of text.
+    """
     feature = (rows.features or {}).get(column)
     if feature is None:
         return
@@ -124,8 +128,8 @@ def require_text(rows: Dataset | IterableDataset, column: str) -> None:
     # A column without any caption has the type null; the error for that is raised later.
     if kind not in ("string", "large_string", "null"):
         raise ValueError(
-            f"The column '{column}' holds {kind}, not text: write each caption as text, in quotes in a metadata.jsonl,"
-            " or choose another column with caption_column."
+            f"The column '{column}' holds {kind}, not text: write each {setting.partition('_')[0]} as text, in quotes"
+            f" in a metadata.jsonl, or choose another column with {setting}."
         )
 
 
@@ -142,12 +146,40 @@ def captions_of(value: str | Sequence[str] | None) -> list[str]:
     return [caption for caption in captions if caption and not caption.isspace()]
 
 
-def read_captions(row: dict[str, Any], column: str) -> dict[str, list[str]]:
-    """All `captions` of a row; raises ValueError if there are none."""
-    captions = captions_of(row[column])
-    if not captions:
+def pairs_of(captions: Any, prompts: Any) -> list[tuple[str, str]]:
+    """
+    The captions of one image, each with its prompt, or "" where it has none. Empty captions are ignored.
+
+    Args:
+        captions: one, a list, or none.
+        prompts: one for all captions; a list as long as that of the captions; a list of prompts that all ask for one
+            caption; or none.
+
+    Raises:
+        ValueError: when one is not text, or the lists do not fit.
+    """
+    captions = list(captions) if isinstance(captions, list | tuple) else [captions]
+    prompts = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
+    if len(captions) == 1:
+        captions *= max(1, len(prompts))
+    if len(prompts) <= 1:
+        prompts = (prompts or [None]) * len(captions)
+    if len(prompts) != len(captions):
+        raise ValueError(f"there are {len(captions)} captions, but {len(prompts)} prompts: give each its own.")
+    return [
+        (text, as_prompt(prompt))
+        for given, prompt in zip(captions, prompts, strict=True)
+        for text in captions_of(given)
+    ]
+
+
+def read_captions(row: dict[str, Any], column: str, prompt_column: str | None = None) -> dict[str, list[str]]:
+    """All `captions` of a row, and with a column of prompts the `prompts` of each; raises ValueError for none."""
+    pairs = pairs_of(row[column], row.get(prompt_column))
+    if not pairs:
         raise ValueError("there is no caption.")
-    return {"captions": captions}
+    captions = {"captions": [caption for caption, _ in pairs]}
+    return captions if prompt_column is None else {**captions, "prompts": [prompt for _, prompt in pairs]}
 
 
 def open_image(source: Any) -> Image.Image:

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components_vlv import reading_part
+from vlv.evaluation.images import EvaluationData
 from vlv.evaluation.vqa import normalise
 
 MAX_NEW_TOKENS = 16  # of a short answer
@@ -61,6 +62,29 @@ def read_questions(file: str) -> list[Question]:
     if not questions:
         raise ValueError(f"There are no questions in {file}.")
     return questions
+
+
+def questions_about(data: EvaluationData, file: str) -> list[Question]:
+    """
+    The questions of a file, as [`read_questions`], about the images that are measured on.
+
+    Raises:
+        OSError, ValueError: those of `read_questions`; or a question is about no image of the dataset, or about
+            several of one name; or there are none about these images.
+    """
+    questions, known = read_questions(file), Counter(data.all_names)
+    for question in questions:
+        if known[question.image] != 1:
+            which = "no image" if question.image not in known else f"the name of {known[question.image]} images"
+            raise ValueError(
+                f"{file} asks about {question.image}, which is {which} of the dataset {data.name}: image must be a "
+                "path below its folder."
+            )
+    measured = set(data.names)
+    asked = [question for question in questions if question.image in measured]
+    if not asked:
+        raise ValueError(f"{file} asks nothing about the first {len(data)} images.")
+    return asked
 
 
 def _question(row) -> Question:

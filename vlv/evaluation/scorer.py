@@ -1,6 +1,5 @@
 """Scores on a dataset of images: of captions, reconstructions, pictures drawn from captions, and answers."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,17 +14,21 @@ from transformers import AutoConfig
 from components_vlv import reading_part
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint
+from prompts_vlv import takes_prompts
+from vlv import find_bundled
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
+from vlv.evaluation.answering import ImageAnswerer
 from vlv.evaluation.embedding import is_clip
 from vlv.evaluation.images import EvaluationData
 from vlv.evaluation.metrics import compute
 from vlv.evaluation.pictures import decoder_tokenizer, draw, embed_captions, encode_images
-from vlv.evaluation.questions import Answerer, Question, most_shots, read_questions, write_prompts
+from vlv.evaluation.questions import Answerer, Question, most_shots, questions_about, write_prompts
 from vlv.evaluation.results import Measurement
-from vlv.evaluation.scores import FAMILIES, REFERENCED
+from vlv.evaluation.scores import FAMILIES, JUDGE, REFERENCED
 from vlv.evaluation.work import Work
+from vlv.judging.judge import Judge
+from vlv.judging.scores import NUM_DRAWS, missing_parts
 from vlv.models.loading import find_device, load_autoencoder, load_captioner, read_config
 from vlv.provenance import digest, fingerprint
 
@@ -52,6 +55,7 @@ class DatasetScorer:
         clip, sentence_encoder, feature_extractor, llm: folders or ids of the models that scores need.
         questions: a file for [`read_questions`]; `image` is the path of an image below the dataset's folder.
         shots: solved questions before each question.
+        answer_from: `"caption"`, which `llm` reads, or `"image"`, from which the VLV itself answers.
     """
 
     data: EvaluationData
@@ -73,6 +77,7 @@ class DatasetScorer:
     questions: str | None = None
     llm: str | None = None
     shots: int = 0
+    answer_from: str = "caption"
 
     def measure(self) -> dict[str, Measurement]:
         """
@@ -107,7 +112,7 @@ class DatasetScorer:
                 )
         if any(score.metric in REFERENCED for score in scores):
             _ = self.data.references
-        for option in dict.fromkeys(score.model for score in scores if score.model is not None):
+        for option in dict.fromkeys(score.model for score in scores if getattr(self, score.model or "", None)):
             with reading_part(f"model of --{option}", getattr(self, option)):
                 config = AutoConfig.from_pretrained(getattr(self, option))
                 if option == "clip" and not is_clip(config):
@@ -121,8 +126,15 @@ class DatasetScorer:
             with reading_part("pipeline of --text_to_image", self.text_to_image):
                 DiffusionPipeline.load_config(self.text_to_image)
         config = read_config(self._source)
+        if self._answers and config.caption_config is not None and not takes_prompts(self._processor):
+            raise ValueError(
+                f"{self._source} takes no prompts and cannot answer questions about images: take --answer_from "
+                "caption, or a --model that was trained with prompts."
+            )
         if config.caption_config is None and self._families != {"reconstruction"}:
             raise ValueError(f"{self._source} has no caption head and cannot caption; choose another --model.")
+        if self._judges and (missing := missing_parts(config, self._processor, self._source).get("explained")):
+            raise ValueError(f"{missing}, so it cannot compute captions/explained: leave that score out.")
         if config.decoder_config is None and self._decodes:
             raise ValueError(f"{self._source} has no diffusion decoder and cannot draw; choose another --model.")
 
@@ -134,7 +146,28 @@ class DatasetScorer:
                 return {"ended": [row["ended"] for row in self._written]}
             return {"references": self.data.references if metric in REFERENCED else self.data.images[:]}
 
-        return self._measured("captions", self.data.name, names, self._texts, inputs)
+        own = [name for name in names if FAMILIES["captions"][name].metric == JUDGE]
+        others = [name for name in names if name not in own]
+        metrics = self._measured("captions", self.data.name, others, self._texts, inputs)
+        for name in own:
+            values = [row[name] for row in self._judged(name)]
+            metrics[f"captions/{self.data.name}/{name}"] = Measurement.of(values, len(values))
+        return metrics
+
+    def _judged(self, name: str) -> list[dict[str, Any]]:
+        """A row for each image: the score of its caption by the model itself."""
+
+        def score(start):
+            judge = Judge(*self._vlv, [name], batch_size=self.batch_size)
+            for first in range(start, len(self.data), self.batch_size):
+                numbers = range(first, min(first + self.batch_size, len(self.data)))
+                contents = [judge.read(self.data.load(number)) for number in numbers]
+                for (scores,) in judge(contents, [[self._texts[number]] for number in numbers]):
+                    yield scores
+
+        settings = {"model": self._fingerprint, "images": self.data.fingerprint, "captions": digest(self._texts)}
+        settings["num_draws"] = NUM_DRAWS
+        return self.work.rows(name, settings, len(self.data), score)
 
     def _reconstruction(self, names):
         settings = {**self._sampling(self.guidance_scale), "images": self.data.fingerprint}
@@ -181,16 +214,27 @@ class DatasetScorer:
         return metrics
 
     def _questions(self, names):
-        captions = dict(zip(self.data.names, self._texts, strict=True))
-        prompts = write_prompts(self._asked, captions, self.shots, self.seed)
+        if self._answers:
+            settings = {"model": self._fingerprint, "images": self.data.fingerprint}
+            settings["questions"] = digest([repr(question) for question in self._asked])
+            numbers = {name: number for number, name in enumerate(self.data.names)}
+
+            def answers_from(start):
+                answerer = ImageAnswerer(*self._vlv, self.batch_size)
+                return answerer.answer(self._asked[start:], lambda name: self.data.load(numbers[name]))
+        else:
+            captions = dict(zip(self.data.names, self._texts, strict=True))
+            prompts = write_prompts(self._asked, captions, self.shots, self.seed)
+            settings = {"prompts": digest(prompts), "llm": fingerprint(self.llm)}
+
+            def answers_from(start):
+                answerer = Answerer(self.llm, str(self._device), self.batch_size)
+                return answerer.answer(self._asked[start:], prompts[start:])
 
         def answer(start):
-            answerer = Answerer(self.llm, str(self._device), self.batch_size)
-            answers = answerer.answer(self._asked[start:], prompts[start:])
-            for question, text in zip(self._asked[start:], answers, strict=True):
+            for question, text in zip(self._asked[start:], answers_from(start), strict=True):
                 yield {"image": question.image, "question": question.question, "answer": text}
 
-        settings = {"prompts": digest(prompts), "llm": fingerprint(self.llm)}
         answers = self.work.rows("answers", settings, len(self._asked), answer)
         scores = compute(
             "answers",
@@ -232,13 +276,23 @@ class DatasetScorer:
         return {family for family, _ in self.wanted}
 
     @property
+    def _answers(self) -> bool:
+        """Whether the VLV itself answers questions."""
+        return "questions" in self._families and self.answer_from == "image"
+
+    @property
     def _draws_captions(self) -> bool:
         """Whether the model's own decoder draws the captions."""
         return "caption_to_image" in self._families and self.text_to_image is None
 
     @property
     def _decodes(self) -> bool:
-        return "reconstruction" in self._families or self._draws_captions
+        return "reconstruction" in self._families or self._draws_captions or self._judges
+
+    @property
+    def _judges(self) -> bool:
+        """Whether the model scores its own captions."""
+        return any(FAMILIES[family][name].metric == JUDGE for family, name in self.wanted)
 
     @cached_property
     def _written(self) -> list[dict[str, Any]]:
@@ -266,20 +320,7 @@ class DatasetScorer:
     @cached_property
     def _asked(self) -> list[Question]:
         """The questions about the images that are measured on."""
-        questions = read_questions(self.questions)
-        known = Counter(self.data.all_names)
-        for question in questions:
-            if known[question.image] != 1:
-                which = "no image" if question.image not in known else f"the name of {known[question.image]} images"
-                raise ValueError(
-                    f"{self.questions} asks about {question.image}, which is {which} of the dataset "
-                    f"{self.data.name}: image must be a path below its folder."
-                )
-        measured = set(self.data.names)
-        asked = [question for question in questions if question.image in measured]
-        if not asked:
-            raise ValueError(f"{self.questions} asks nothing about the first {len(self.data)} images.")
-        return asked
+        return questions_about(self.data, self.questions)
 
     def _sampling(self, guidance_scale: float) -> dict[str, Any]:
         return {
@@ -297,7 +338,7 @@ class DatasetScorer:
 
     @property
     def _source(self) -> str:
-        return self.model or str(tiny_checkpoint())
+        return find_bundled(self.model)
 
     @cached_property
     def _fingerprint(self) -> str:

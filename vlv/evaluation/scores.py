@@ -41,12 +41,14 @@ FAMILIES = {
         **{name: Score("overlap", name) for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")},
         "clip_score": Score("clip_score", "clip_score", "clip"),
         "text_similarity": Score("text_similarity", "text_similarity", "sentence_encoder"),
+        "explained": Score("judge", "explained"),
         **{name: Score("wording", name) for name in ("length", "repetition", "distinct_1", "distinct_2", "ended")},
     },
     "reconstruction": {"psnr": Score("pixels", "psnr"), "ssim": Score("pixels", "ssim"), **PICTURES},
     "caption_to_image": PICTURES,
     "questions": {"accuracy": Score("answers", "accuracy", "llm", also=("questions",))},
 }
+JUDGE = "judge"  # not a module in `metrics/`: the model itself scores the captions
 SCENES = "scenes"  # `SceneScorer` measures it on drawn scenes, not on a dataset
 REFERENCED = ("cider", "overlap", "text_similarity")  # the metrics that compare with the dataset's own captions
 

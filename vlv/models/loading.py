@@ -13,7 +13,7 @@ from transformers.utils import logging
 from configuration_vlv import VLVConfig
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint
+from vlv import find_bundled
 from vlv.files import check_source
 from vlv.models.reference import is_reference
 
@@ -54,7 +54,7 @@ def load_captioner(
 
 def find_captioner(source: str | None) -> str:
     """The folder or Hub id of a captioner. Only its config is checked; the errors are those of [`load_captioner`]."""
-    source = source or tiny_checkpoint()
+    source = find_bundled(source)
     if read_config(source).caption_config is None:
         raise ValueError(
             f"{source} has no caption head and cannot caption: train one with `vlv train`, or take another --model."
@@ -67,7 +67,7 @@ def load_autoencoder(source: str | None, device: str = "auto", **config: Any) ->
     Load the whole model, including its decoder, and its processor, as [`load_captioner`] does. `config` overrides the
     checkpoint's config, as in `from_pretrained`: with `caption_config=None` the caption head is not read.
     """
-    source = source or tiny_checkpoint()
+    source = find_bundled(source)
     if read_config(source).decoder_config is None:
         raise ValueError(f"{source} has no diffusion decoder and cannot reconstruct: take another --model.")
     return _load(VLVModel, source, device, **config)
@@ -75,7 +75,7 @@ def load_autoencoder(source: str | None, device: str = "auto", **config: Any) ->
 
 def load_whole(source: str | None) -> tuple[VLVModel, VLVProcessor]:
     """Load all parts that a checkpoint has, on the CPU, in the dtype that it was saved in."""
-    source = source or tiny_checkpoint()
+    source = find_bundled(source)
     read_config(source)
     return _load(VLVModel, source, "cpu", dtype="auto")
 

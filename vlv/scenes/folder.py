@@ -7,8 +7,11 @@ from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
+import numpy as np
 from tqdm.auto import tqdm
 
+from vlv.scenes.grammar import GridScene
+from vlv.scenes.questions import STYLES, ask, describes
 from vlv.scenes.shapes import WORLD
 from vlv.scenes.world import World
 
@@ -17,13 +20,21 @@ _CHUNK = 500
 
 
 def write_scenes(
-    output_dir: str | os.PathLike, num: int, seed: int = 0, split: str = "test", world: World = WORLD
+    output_dir: str | os.PathLike,
+    num: int,
+    seed: int = 0,
+    split: str = "test",
+    world: World = WORLD,
+    prompts: bool = False,
 ) -> Path:
     """Draw `num` scenes of a world's split into a Hugging Face ImageFolder.
 
     The folder gets 000000.png, 000001.png, ... and metadata.jsonl with the columns `file_name`, `text` (the caption)
     and `short` (the list of a scene's `short_captions`). metadata.jsonl is written last and atomically, so an
     interrupted run leaves none. The same arguments give the same files.
+
+    With `prompts`, `text` is a list: answers to the prompts in the list `prompt`, where "" stands for the caption (see
+    `vlv.scenes.questions`). questions.jsonl then has the questions for `vlv evaluate`, and styles.json the styles.
 
     Returns:
         the folder.
@@ -36,10 +47,12 @@ def write_scenes(
         raise ValueError(f"The number of scenes must be at least 1, not {num}.")
     world.key(split, 0, seed)
     settings = {"num": num, "seed": seed, "split": split, "world": world.name}
+    if prompts:
+        settings["prompts"] = True
     folder = _prepare_folder(Path(output_dir), settings)
 
     chunks = [range(start, min(start + _CHUNK, num)) for start in range(0, num, _CHUNK)]
-    write_chunk = partial(_write_chunk, folder, world, split, seed)
+    write_chunk = partial(_write_chunk, folder, world, split, seed, prompts)
     rows = []
     with tqdm(total=num, desc=f"Drawing {split} scenes", unit="scene") as progress:
         if len(chunks) == 1:
@@ -52,10 +65,17 @@ def write_scenes(
                     rows += written
                     progress.update(len(written))
 
-    unfinished = folder / ".metadata.jsonl.unfinished"
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    unfinished.replace(folder / "metadata.jsonl")
+    if prompts:
+        _write_lines(folder / "questions.jsonl", [question for row in rows for question in row.pop("questions")])
+        (folder / "styles.json").write_text(json.dumps(STYLES, indent=1) + "\n", encoding="utf-8")
+    _write_lines(folder / "metadata.jsonl", rows)
     return folder
+
+
+def _write_lines(file: Path, rows: list[dict]) -> None:
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    unfinished.replace(file)
 
 
 def _prepare_folder(folder: Path, settings: dict) -> Path:
@@ -68,16 +88,34 @@ def _prepare_folder(folder: Path, settings: dict) -> Path:
         )
     (folder / _MARK).write_text(json.dumps(settings) + "\n", encoding="utf-8")
     (folder / "metadata.jsonl").unlink(missing_ok=True)
+    for name in ("questions.jsonl", "styles.json"):
+        (folder / name).unlink(missing_ok=True)
     for picture in folder.glob("[0-9]" * 6 + ".png"):
         picture.unlink()
     return folder
 
 
-def _write_chunk(folder: Path, world: World, split: str, seed: int, indices: range) -> list[dict]:
+def _write_chunk(folder: Path, world: World, split: str, seed: int, prompts: bool, indices: range) -> list[dict]:
     rows = []
     for index in indices:
         picture, scene = world.sample_picture(split, index, seed)
         name = f"{index:06d}.png"
         picture.save(folder / name)
-        rows.append({"file_name": name, "text": scene.caption, "short": list(scene.short_captions())})
+        row = {"file_name": name, "text": scene.caption, "short": list(scene.short_captions())}
+        rows.append(row | _prompts(scene, world, world.key(split, index, seed), name) if prompts else row)
     return rows
+
+
+def _prompts(scene: GridScene, world: World, key: tuple[int, ...], name: str) -> dict:
+    """The columns `text` and `prompt` of a scene, and its questions for `vlv evaluate`."""
+    asked = ask(scene, world, np.random.default_rng((*key, 2)))  # the 2: see World.sample_picture
+    questions = [
+        {"image": name, "question": it.prompt, "answer": it.answer} | ({"choices": it.choices} if it.choices else {})
+        for it in asked
+        if not describes(it)
+    ]
+    return {
+        "text": [it.answer for it in asked],
+        "prompt": [it.prompt for it in asked],
+        "questions": questions,
+    }

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from vlv.captioning.captioner import Caption, Captioner, CaptionReader, largest_batch
+from vlv.captioning.batches import largest_batch
+from vlv.captioning.captioner import Caption, Captioner, CaptionReader
 from vlv.captioning.decoding import Spelling
 from vlv.captioning.settings import Decoding
+from wording_vlv import Wording
 
 # Clients that were answered together ask again together. A batch of the first of them alone would cost as many steps
 # as one of all, so the next batch waits for as many as the last one had, for this part of the time that it took.
@@ -30,6 +32,7 @@ class Request:
     pixel_values: torch.Tensor  # (3, H, W)
     decoding: Decoding  # only requests of equal settings share a batch
     seed: str  # of what is drawn
+    prompt: str = ""  # its own, in place of that of the settings
     # Called in the model's thread, as captions are written: which of them, and its text so far.
     listener: Callable[[int, str], object] | None = None
     captions: Future[list[Caption]] = field(default_factory=Future)
@@ -121,13 +124,16 @@ class _RequestCaptioner(Captioner):
 
     def caption_requests(self, requests: Sequence[Request]) -> list[list[Caption]]:
         self._requests = {str(number): request for number, request in enumerate(requests)}
-        return self(list(self._requests), [request.pixel_values for request in requests])
+        prompts = [request.prompt for request in requests]
+        pixel_values = [request.pixel_values for request in requests]
+        return self(list(self._requests), pixel_values, prompts if any(prompts) else None)
 
     def generation_arguments(self, names: Sequence[str], spelling: Spelling) -> dict[str, Any]:
         requests = [self._requests[name] for name in names]
         arguments = super().generation_arguments([request.seed for request in requests], spelling)
-        # Beams change their text until the search ends, and cleaning may drop what was written.
-        if self.decoding.num_beams == 1 and self.repetition is None:
+        # Beams change their text until the search ends, and cleaning and other wishes may drop what was written.
+        as_written = all(self.wishes.wording_for(request.prompt).changes_nothing for request in requests)
+        if self.decoding.num_beams == 1 and self.repetition is None and as_written:
             progress = _Progress(requests, self.decoding.num_captions, self.reading, spelling)
             arguments["logits_processor"].append(progress)
         return arguments
@@ -160,7 +166,7 @@ class _Progress(LogitsProcessor):
             request, number = self.rows[row]
             ids = [*self.input_ids[row].tolist(), self.reading.eos_token_ids[0]]
             ended = self.ended[request]
-            ended[number] = self.reading(ids, self.spelling)
+            ended[number] = self.reading(ids, self.spelling, Wording())
             if len(ended) == self.num_captions:
                 request.finish([ended[number] for number in range(self.num_captions)])
         self.rows = [self.rows[row] for row in kept]

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from vlv.captioning.settings import Decoding
+from vlv.captioning.settings import WISHES, Decoding
 
 # Settings of the interface that would change the answer, and that are not followed here.
 UNSUPPORTED = (
@@ -33,13 +33,21 @@ class ChatRequest(BaseModel, extra="allow"):
     n: int | None = Field(None, ge=1, le=MOST_CAPTIONS)
     seed: int | None = None
     repetition_penalty: float | None = Field(None, gt=0, le=100)
+    # Fields that OpenAI's interface lacks: those of `Decoding` of the same names.
+    style: str | None = None
+    words: str | None = None
+    trigger_words: str | None = None
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    clean_tags: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     def decoding(self, default: Decoding, prefix: str | None) -> Decoding:
         """
         What the captions are to be like: the server's settings, and what the request changes of them. No caption gets
-        longer than the server's own.
+        longer than the server's own. The user's words are not part of it, so that requests with different ones can
+        share a batch.
 
         Raises:
             ValueError: the settings contradict each other.
@@ -52,6 +60,7 @@ class ChatRequest(BaseModel, extra="allow"):
             "num_captions": self.n,
             "repetition_penalty": self.repetition_penalty,
             "prefix": prefix,
+            **{name: getattr(self, name) for name in WISHES if name not in ("prompt", "style")},
         }
         asked = {name: value for name, value in asked.items() if value is not None}
         asked["max_new_tokens"] = most = min(
@@ -64,6 +73,8 @@ class ChatRequest(BaseModel, extra="allow"):
             raise ValueError(f"min_tokens is {self.min_tokens}, but a caption has at most {most} tokens.")
         if temperature == 0 and num_captions > num_beams:
             raise ValueError(f"n is {num_captions}: give a temperature above 0, which draws different captions.")
+        if self.style is not None:  # in place of the server's own
+            asked |= {"style": self.style, "prompt": None}
         least = min(default.min_new_tokens, most)
         return replace(default, **{"min_new_tokens": least, **asked, "num_beams": num_beams, "seed": 0})
 

@@ -11,8 +11,10 @@ from vlv.captioning.captioner import Caption
 class Completion:
     """The objects of one answer, whole or in chunks."""
 
-    def __init__(self, model: str, num_prompt_tokens: int, max_new_tokens: int):
+    def __init__(self, model: str, num_prompt_tokens: int, max_new_tokens: int, warning: str | None = None):
         self.about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        if warning is not None:  # a field of our own, which OpenAI's clients pass over
+            self.about["warning"] = warning
         self.num_prompt_tokens, self.max_new_tokens = num_prompt_tokens, max_new_tokens
 
     def whole(self, captions: Sequence[Caption], contents: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
-from chat_vlv import find_image
+from chat_vlv import find_image, find_words
+from prompts_vlv import PROMPT_END, WORDS_READ_OVER, prompt_ids, takes_prompts
 from vlv.captioning.captioner import Caption, Captioner
 from vlv.captioning.decoding import Spelling
 from vlv.captioning.engine import read_pixels
@@ -15,6 +16,7 @@ from vlv.serving.batching import Batcher, Request
 from vlv.serving.chat import ChatRequest
 from vlv.serving.completion import Completion
 from vlv.serving.pictures import fetch
+from wording_vlv import Wishes
 
 PART_OF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what the first of its bytes decode to
 
@@ -71,17 +73,23 @@ class Service:
         """
         processor, default = self.captioner.processor, self.captioner.decoding
         url = find_image(chat.messages)
-        begun = processor.apply_chat_template(chat.messages)
+        words = find_words(chat.messages)
+        prompt = words if takes_prompts(processor) else ""
+        begun = processor.apply_chat_template(chat.messages).removeprefix(prompt + PROMPT_END)
         decoding = chat.decoding(default, begun or None)
+        own = prompt if chat.style is None else ""  # a style that the request names counts more
+        wishes = Wishes(processor, **decoding.wishes)
         spelling = Spelling(decoding, processor.tokenizer, ())
         num_queries = decoding.num_queries or self.captioner.model.config.num_queries
-        num_prompt_tokens = num_queries + len(spelling.prefix_ids)
-        self._check_length(num_prompt_tokens + decoding.max_new_tokens)
+        num_asked = len(prompt_ids(processor.tokenizer, wishes.prompt_for(own)))
+        num_prompt_tokens = num_queries + num_asked + len(spelling.prefix_ids)
+        self._check_length(num_prompt_tokens + decoding.max_new_tokens, num_asked > 0)
         image = await fetch(url, self.largest_image)
         loop = asyncio.get_running_loop()
         pixel_values = await loop.run_in_executor(self.threads, self.readers, {"bytes": image})
-        request = Request(pixel_values, decoding, chat.draw(default))
-        completion = Completion(self.name, num_prompt_tokens, decoding.max_new_tokens)
+        request = Request(pixel_values, decoding, chat.draw(default), own)
+        warning = WORDS_READ_OVER if words and not prompt else None
+        completion = Completion(self.name, num_prompt_tokens, decoding.max_new_tokens, warning)
         return Job(request, completion, begun)
 
     async def answer(self, job: Job) -> dict[str, Any]:
@@ -116,12 +124,13 @@ class Service:
         finally:
             captions.cancel()  # the client may have left
 
-    def _check_length(self, tokens):
+    def _check_length(self, tokens, has_prompt):
         positions = getattr(self.captioner.model.config.caption_config, "max_position_embeddings", None)
         if positions is not None and tokens > positions:
+            what = "The prompt" if has_prompt else "The assistant's message"
             raise ValueError(
-                f"The assistant's message is too long: image, message and caption would have {tokens} tokens, and the "
-                f"model has {positions} positions. Shorten it, or lower max_tokens."
+                f"{what} is too long: image, message and caption would have {tokens} tokens, and the model has "
+                f"{positions} positions. Shorten it, or lower max_tokens."
             )
 
 

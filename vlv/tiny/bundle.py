@@ -1,39 +1,49 @@
 """
-Copies a trained checkpoint into the package: `python -m vlv.tiny.bundle OUTPUTS [vlv-tiny | vlv-emoji]`.
+Copies a trained checkpoint into the package:
+`python -m vlv.tiny.bundle OUTPUTS [vlv-tiny | vlv-tiny-prompts | vlv-emoji]`.
 
-OUTPUTS is the folder that `make tiny` or `make emoji` wrote.
+OUTPUTS is the folder that `make tiny`, `make tiny-prompts` or `make emoji` wrote.
 """
 
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from modeling_vlv import CODE_FILES
+from modeling_vlv import CODE_FILES, VLVForConditionalGeneration
+from processing_vlv import VLVProcessor
 from vlv import tiny_checkpoint
 from vlv.training.recipe import RECIPES
 
 STEPS = ("vae", "teacher", "encoder", "language", "autoencode", "caption")
+PROMPTS = ("prompts",)
 
 
-def bundle(outputs: Path, checkpoint: Path, recipes: str) -> None:
+def bundle(outputs: Path, checkpoint: Path, recipes: str, steps: Sequence[str] = STEPS) -> None:
     """
-    Copies the final model of `outputs` to `checkpoint`. Its folder `training/` gets the recipe of each step and the
-    record of its run (settings, seed, commit, versions, loss log).
+    Copies the final model of `outputs` to `checkpoint`: that of the last step. Its folder `training/` gets the recipe
+    of each step and the record of its run (settings, seed, commit, versions, loss log).
 
     Raises:
         FileNotFoundError: when the training of a step is not finished.
     """
-    for step in STEPS:
+    for step in steps:
         if not (outputs / step / "training.json").is_file():
             raise FileNotFoundError(f"{outputs / step} holds no finished training: run `make {recipes}` first.")
     root = Path(__file__).resolve().parents[2]
     shutil.rmtree(checkpoint, ignore_errors=True)
-    left_behind = ("checkpoint-*", "cache", "samples", "*.py", "training.json", "failures.jsonl")
-    shutil.copytree(outputs / "caption", checkpoint, ignore=shutil.ignore_patterns(*left_behind))
+    if steps == PROMPTS:  # what draws pictures is in vlv-tiny
+        VLVForConditionalGeneration.from_pretrained(outputs / steps[-1], dtype="auto").save_pretrained(checkpoint)
+        VLVProcessor.from_pretrained(outputs / steps[-1]).save_pretrained(checkpoint)
+    else:
+        left_behind = ("checkpoint-*", "cache", "samples", "*.py", "training.json", "failures.jsonl")
+        shutil.copytree(outputs / steps[-1], checkpoint, ignore=shutil.ignore_patterns(*left_behind))
+    (checkpoint / "chat_template.jinja").unlink(missing_ok=True)  # the code has the template
     for name in CODE_FILES:  # links, so that the repository has one copy of the code; a wheel has copies
+        (checkpoint / name).unlink(missing_ok=True)
         (checkpoint / name).symlink_to(os.path.relpath(root / name, checkpoint))
-    for step in STEPS:
+    for step in steps:
         folder = checkpoint / "training" / step
         folder.mkdir(parents=True)
         shutil.copy(outputs / step / "training.json", folder)
@@ -42,4 +52,6 @@ def bundle(outputs: Path, checkpoint: Path, recipes: str) -> None:
 
 if __name__ == "__main__":
     name = sys.argv[2] if len(sys.argv) > 2 else "vlv-tiny"
-    bundle(Path(sys.argv[1]), Path(tiny_checkpoint()).with_name(name), name.removeprefix("vlv-"))
+    taught = name == "vlv-tiny-prompts"
+    recipes, steps = ("tiny", PROMPTS) if taught else (name.removeprefix("vlv-"), STEPS)
+    bundle(Path(sys.argv[1]), Path(tiny_checkpoint()).with_name(name), recipes, steps)

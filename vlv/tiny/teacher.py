@@ -206,7 +206,7 @@ class TeacherStage(Stage):
         captions, read = rows.select_columns([column]), partial(read_captions, column=column)
         return rows, Examples(captions, read, [as_tensors(latents)], self.args.seed, self.left_out.add)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # weights that are moved in inference mode could not be trained or saved as usual
     def encode(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         vae = self.vae.to(self.args.device)
         posterior = vae.encode(to_unit_range(batch["images"].to(vae.device))).latent_dist

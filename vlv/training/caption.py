@@ -6,22 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from datasets import Dataset, IterableDataset
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel, VLVOutput
 from processing_vlv import VLVProcessor
+from prompts_vlv import check_styles, prompt_ids
 from stopping_vlv import stop_at_repetition
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
-from vlv.data.rows import captions_of
+from vlv.data.rows import pairs_of, require_column, require_text
 from vlv.models.loading import read_config
-from vlv.training.examples import draw_captions, merge
+from vlv.training.examples import draw_pairs, merge
 from vlv.training.lora import LoraSettings, add_adapters, merge_adapters
 from vlv.training.samples import markdown_table
 from vlv.training.vlv_settings import VLVSettings
 from vlv.training.vlv_stage import VLVStage
+
+SHORT_PROMPT = 64  # bytes
 
 
 @dataclass
@@ -30,6 +35,20 @@ class CaptionSettings(LoraSettings, VLVSettings):
         default=None, metadata={"help": "Folder or id of a language model, if --model has no caption head yet."}
     )
     max_length: int = field(default=300, metadata={"help": "Longest caption in tokens; longer ones are cut."})
+    prompt_column: str = field(
+        default="prompt",
+        metadata={
+            "help": "Column with the prompt of each caption: one, a list as long as that of the captions, or none. A"
+            " dataset without it trains captions alone."
+        },
+    )
+    styles: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON or YAML file that maps the names of styles to their prompts, which the model keeps for its"
+            " users (vlv caption --style NAME)."
+        },
+    )
 
 
 class CaptionStage(VLVStage):
@@ -46,6 +65,7 @@ class CaptionStage(VLVStage):
         if settings.caption_head is None and read_config(self.source).caption_config is None:
             raise ValueError(f"{self.source} has no caption head yet: name a language model with --caption_head.")
         self.model, self.processor = self.load(VLVForConditionalGeneration)
+        self.styles = {} if settings.styles is None else read_styles(settings.styles)
         self.choose_parts()
         if settings.lora_rank is not None:
             add_adapters(self.model, self.train_parts, settings)
@@ -55,6 +75,33 @@ class CaptionStage(VLVStage):
     def prepare(self) -> None:
         features = {"cache_features": self.features()}
         self.prepare_data(train=features, evaluation=features)
+
+    def find_prompts(self, *datasets: Dataset | IterableDataset) -> None:
+        """
+        The dataset has prompts if the column is there. The checkpoint then records that it takes them, and its styles.
+
+        Raises:
+            ValueError: the column is not text; or it is missing, but was named or is needed for styles.
+        """
+        column = self.settings.prompt_column
+        found = [
+            rows for rows in datasets if column in (rows.column_names or ()) and column != self.settings.caption_column
+        ]
+        if not found:
+            if not self.styles and column == CaptionSettings.prompt_column:
+                return
+            require_column(datasets[0], column, "prompt_column")  # a stream may not know its columns
+        for rows in found:
+            require_text(rows, column, "prompt_column")
+        self.prompt_column = column
+        self.processor.learn_prompts(self.styles)
+        self.tell(f"prompts: from the column '{column}'.")
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        for prompt in prompts:
+            # A token is at least a byte, so that a short prompt need not be counted.
+            if prompt and len(prompt.encode()) > SHORT_PROMPT:
+                self.model.check_text_length(len(prompt_ids(self.processor.tokenizer, prompt)))
 
     def load(self, model_class: type[VLVModel]) -> tuple[VLVModel, VLVProcessor]:
         """The model to start from. It gets a new caption head if it has none, and here learns to end its captions."""
@@ -82,7 +129,8 @@ class CaptionStage(VLVStage):
     def collate(self, batch: dict[str, Any] | list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """One caption of each image, padded to the longest caption of the batch."""
         batch = batch if isinstance(batch, dict) else merge(batch)
-        text = self.processor(text=draw_captions(batch), return_labels=True, max_length=self.settings.max_length)
+        captions, prompts = draw_pairs(batch)
+        text = self.processor(text=captions, prompt=prompts, return_labels=True, max_length=self.settings.max_length)
         return {**super().collate(batch), **text}
 
     def loss_function(self) -> Callable[..., torch.Tensor] | None:
@@ -104,16 +152,36 @@ class CaptionStage(VLVStage):
 
     def lengths(self) -> list[int]:
         # Lengths are counted in bytes, which is cheap. Lengths in tokens would give nearly the same order.
-        captions = self.train_dataset.rows[self.settings.caption_column][:]
-        return [max(len(caption.encode()) for caption in captions_of(value)) for value in captions]
+        rows = self.train_dataset.rows
+        captions = rows[self.settings.caption_column][:]
+        prompts = rows[self.prompt_column][:] if self.prompt_column in rows.column_names else [None] * len(captions)
+        return [longest_pair(*row) for row in zip(captions, prompts, strict=True)]
 
     def samples(self) -> str:
         rows, _, pixel_values = self.sample_rows()
-        truths = [captions_of(row[self.settings.caption_column])[0] for row in rows]
+        column = self.prompt_column
+        pairs = [self.usable_pairs(row) for row in rows]
+        kept = [number for number, found in enumerate(pairs) if found]
+        if not kept:
+            return "None of these rows can be used: failures.jsonl says why.\n"
+        # A different one of each row's captions, so that the prompts are not all alike.
+        truths, prompts = zip(*(pairs[number][number % len(pairs[number])] for number in kept), strict=True)
+        rows, pixel_values = [rows[number] for number in kept], pixel_values[kept]
         length = self.processor(text=truths)["input_ids"].shape[1] + 8
         captioner = Captioner(self.model.eval(), self.processor, Decoding(max_new_tokens=length), len(rows))
-        written = [best.text for best, *_ in captioner(range(len(rows)), pixel_values)]
-        return markdown_table(("written", "true"), list(zip(written, truths, strict=True)))
+        written = [best.text for best, *_ in captioner(range(len(rows)), pixel_values, prompts)]
+        if column is None:
+            return markdown_table(("written", "true"), list(zip(written, truths, strict=True)))
+        return markdown_table(("prompt", "written", "true"), list(zip(prompts, written, truths, strict=True)))
+
+    def usable_pairs(self, row: dict[str, Any]) -> list[tuple[str, str]]:
+        """The captions of a row with their prompts; none of a row that the training leaves out."""
+        try:
+            pairs = pairs_of(row[self.settings.caption_column], row.get(self.prompt_column))
+            self.check_prompts([prompt for _, prompt in pairs])
+        except ValueError:
+            return []
+        return pairs
 
     @torch.no_grad()
     def whole(self) -> VLVModel:
@@ -139,15 +207,40 @@ class CaptionStage(VLVStage):
         """Shares of the evaluation captions that greedy search writes exactly, and that end by themselves."""
         model, right, ended, total = self.model.eval(), 0, 0, 0
         rows = Subset(self.eval_dataset, range(min(num, len(self.eval_dataset))))
-        for batch in DataLoader(rows, batch_size=100, collate_fn=self.collate):
-            truth = self.processor.batch_decode(batch["input_ids"])
-            length = batch["input_ids"].shape[1] + 8
+        for samples in DataLoader(rows, batch_size=100, collate_fn=dict):
+            captions, prompts = draw_pairs(samples)
+            whole = self.processor(text=captions, return_labels=True, max_length=self.settings.max_length)["input_ids"]
+            truth, length = self.processor.batch_decode(whole), whole.shape[1] + 8
+            batch = super().collate(samples)
             if "caption_embeds" not in batch:
                 image = {name: batch[name] for name in ("pixel_values", "image_features") if name in batch}
                 batch["caption_embeds"] = model.encode(**image)
             captioner = Captioner(model, self.processor, Decoding(max_new_tokens=length), len(truth))
-            written = [best for best, *_ in captioner.write(truth, batch["caption_embeds"])]
+            written = [best for best, *_ in captioner.write(truth, batch["caption_embeds"], prompts)]
             right += sum(said.text == true for said, true in zip(written, truth, strict=True))
             ended += sum(said.ended for said in written)
             total += len(written)
         return {"exact_captions": right / total, "ended": ended / total}
+
+
+def read_styles(file: str) -> dict[str, str]:
+    """
+    The styles of a JSON or YAML file.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is not a mapping of names to prompts.
+    """
+    try:
+        styles = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))  # JSON is YAML, too
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is neither JSON nor YAML: {' '.join(str(error).split())}") from error
+    return check_styles({} if styles is None else styles, file)
+
+
+def longest_pair(captions: Any, prompts: Any) -> int:
+    """The length in bytes of the longest caption of a row, with its prompt."""
+    try:
+        return max(len(f"{prompt}{caption}".encode()) for caption, prompt in pairs_of(captions, prompts))
+    except ValueError:  # the row is left out when it is read
+        return 0

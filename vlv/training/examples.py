@@ -25,10 +25,18 @@ from vlv.data.rows import image_digest, row_number
 
 def draw_captions(batch: dict[str, Any]) -> list[str]:
     """One caption for each sample, drawn from its `captions` with its `random`."""
-    return [
-        captions[random.integers(len(captions))]
-        for captions, random in zip(batch["captions"], batch["random"], strict=True)
+    return draw_pairs(batch)[0]
+
+
+def draw_pairs(batch: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """One caption for each sample, drawn from its `captions` with its `random`, and its prompt, "" for none."""
+    drawn = [
+        random.integers(len(captions)) for captions, random in zip(batch["captions"], batch["random"], strict=True)
     ]
+    captions = [captions[number] for captions, number in zip(batch["captions"], drawn, strict=True)]
+    if "prompts" not in batch:
+        return captions, [""] * len(captions)
+    return captions, [prompts[number] for prompts, number in zip(batch["prompts"], drawn, strict=True)]
 
 
 class Table(torch.utils.data.Dataset):

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from modeling_vlv import STAGES, VLVModel
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint
+from vlv import find_bundled
 from vlv.data.rows import image_digest, open_image, read_captions, require_column
 from vlv.models.loading import read_config
 from vlv.reading import Reader
@@ -55,10 +55,20 @@ def read_tensors(source: Any, processor: VLVProcessor, names: Collection[str]) -
 
 
 def read_row(
-    row: dict[str, Any], read: Callable[[Any], dict[str, torch.Tensor]], image_column: str, caption_column: str | None
+    row: dict[str, Any],
+    read: Callable[[Any], dict[str, torch.Tensor]],
+    image_column: str,
+    caption_column: str | None,
+    prompt_column: str | None = None,
+    check_prompts: Callable[[list[str]], None] | None = None,
 ) -> dict[str, Any]:
-    """One row as a sample: its captions, if there is a column of them, and the tensors of its image from `read`."""
-    captions = {} if caption_column is None else read_captions(row, caption_column)
+    """
+    One row as a sample: its captions, if there is a column of them, their prompts, and the tensors of its image from
+    `read`.
+    """
+    captions = {} if caption_column is None else read_captions(row, caption_column, prompt_column)
+    if check_prompts is not None and "prompts" in captions:
+        check_prompts(captions["prompts"])
     return {**captions, **read(row.get(image_column))}
 
 
@@ -75,6 +85,7 @@ class VLVStage(Stage):
     stage: str
     image_inputs: tuple[str, ...]  # the processor's tensors of an image that the model needs
     reads_captions = False
+    prompt_column: str | None = None  # with the prompts of captions, if the dataset has one
     eval_rows: Dataset
     model: VLVModel
     processor: VLVProcessor
@@ -86,8 +97,7 @@ class VLVStage(Stage):
             raise ValueError("average_decay needs whole weights, which FSDP shards: leave it out, or train with DDP.")
         if settings.save_dtype is not None and not isinstance(getattr(torch, settings.save_dtype, None), torch.dtype):
             raise ValueError(f"save_dtype is {settings.save_dtype!r}: name a torch dtype, e.g. float16.")
-        bundled = settings.model == "vlv-tiny" and not Path(settings.model).is_dir()
-        self.source = tiny_checkpoint() if bundled else settings.model
+        self.source = settings.model and find_bundled(settings.model)
 
     def load_model(self, model_class: type[VLVModel], **kwargs) -> VLVModel:
         """The model to start from, in fp32, because weights that train need that precision."""
@@ -162,6 +172,7 @@ class VLVStage(Stage):
             raise ValueError("streaming needs max_steps, because the length of the data is not known beforehand.")
         train_rows, eval_rows = self.load_data(settings.streaming)
         require_column(eval_rows, settings.image_column, "image_column")
+        self.find_prompts(train_rows, eval_rows)
         if self.reads_captions:
             eval_rows = self.captioned(eval_rows)
             train_rows = train_rows if settings.streaming else self.captioned(train_rows)
@@ -228,6 +239,7 @@ class VLVStage(Stage):
         columns = [
             *([self.settings.image_column] if names else []),
             *([self.settings.caption_column] if self.reads_captions else []),
+            *([self.prompt_column] if self.prompt_column in rows.column_names else []),
         ]
         return rows, Examples(
             rows.select_columns(columns) if columns else rows,  # without columns it would have no length
@@ -267,7 +279,15 @@ class VLVStage(Stage):
             read=Reader(read) if names else _read_nothing,
             image_column=self.settings.image_column,
             caption_column=self.settings.caption_column if self.reads_captions else None,
+            prompt_column=self.prompt_column,
+            check_prompts=self.check_prompts,
         )
+
+    def find_prompts(self, *datasets: Dataset | IterableDataset) -> None:
+        """Sets `prompt_column` where the stage reads prompts and the data have some."""
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises ValueError for prompts of a row that cannot be trained on."""
 
     def features(self) -> tuple[str, ...]:
         """What the frozen parts of the encoder can compute once for an image."""
@@ -280,7 +300,7 @@ class VLVStage(Stage):
         parts = self.parts()
         return any(weight.requires_grad for name in names for weight in parts[name].parameters())
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode, the weights that this moves to the GPU could not be trained afterwards
     def compute(self, batch: dict[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
         """
         The tensors called `names`, computed from `pixel_values` and `decoder_pixel_values`. When training runs in half
@@ -305,7 +325,10 @@ class VLVStage(Stage):
         """All that the result of `compute` depends on: settings, and the weights of the parts that it uses."""
         config, parts = self.model.config, self.parts()
         sources = {COMPUTED_FROM[name] for name in computed}
-        key = [sorted(computed), self.processor.to_dict(), self.args.bf16, self.args.fp16]
+        processor = self.processor.to_dict()
+        for name in ("takes_prompts", "styles"):  # no image depends on them
+            processor.pop(name, None)
+        key = [sorted(computed), processor, self.args.bf16, self.args.fp16]
         if "pixel_values" in sources:
             names = ENCODER_PARTS if "caption_embeds" in computed else VISION_PARTS
             key += [config.encoder_config.to_dict(), config.prompt_ids, *(parts[name] for name in names)]

@@ -17,8 +17,12 @@ class JsonLines(CaptionFile):
         with self.journal.replacing(self.path) as file:
             if kept:
                 file.writelines(line for name, line in self._lines() if name in kept)
-            file.writelines(json_line({"file_name": row["file_name"], "text": row["text"]}) for row in rows)
+            file.writelines(map(self.line, rows))
         return []
+
+    def line(self, row: Row) -> bytes:
+        """A row of the journal as a line of the file."""
+        return json_line({"file_name": row["file_name"], "text": row["text"]})
 
     def _lines(self) -> Iterator[tuple[str, bytes]]:
         if not self.exists:
