@@ -19,7 +19,7 @@ import measure
 import torch
 from transformers import DynamicCache
 
-from vlv.captioning.captioner import LARGEST_BATCH
+from vlv.captioning.batches import LARGEST_BATCH
 from vlv.models.loading import load_captioner
 
 BATCH = LARGEST_BATCH["cpu"]

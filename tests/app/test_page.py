@@ -405,6 +405,7 @@ def test_queries_are_offered_where_a_model_was_trained_for_fewer(repo, tiny_repo
     assert len(offered(repo)) - len(offered(tiny_repo)) == 2  # in Caption and Reconstruct
 
 
+@pytest.mark.slow
 def test_an_example(page, client):
     picture(page).get_by_role("button", name="Example 1").click()
     picture(page).locator(".drop img").wait_for()

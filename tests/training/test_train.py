@@ -119,6 +119,7 @@ def test_checkpoint_of_another_model_is_refused(parts, scenes, tmp_path, capsys)
 # ---- the two stages of a VLV -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_stages_from_the_parts(parts, scenes, tmp_path):
     starts = {"encoder": parts / "encoder", "decoder": parts / "teacher", "caption_head": parts / "language"}
     first = run("tiny/autoencode", tmp_path / "one", dataset=scenes, **starts)

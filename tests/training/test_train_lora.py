@@ -52,6 +52,7 @@ def test_adapters_and_the_merged_model_give_the_same(trained, tiny_repo, tiny_pr
     torch.testing.assert_close(through_peft, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_class", [VLVModel, VLVForConditionalGeneration])
 def test_loading_the_folder_loads_the_adapters(model_class, trained, tiny_processor):
     expected = logits(VLVModel.from_pretrained(trained["merged"]), tiny_processor)
@@ -59,6 +60,7 @@ def test_loading_the_folder_loads_the_adapters(model_class, trained, tiny_proces
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_are_in_the_layers_of_both_language_models(trained):
     config = json.loads((trained["adapters"] / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None  # not the local folder of the base model
