@@ -89,3 +89,11 @@ def page(browser, app):
     page.close()
     assert {host for host in hosts if host} == {urlsplit(app.url).netloc}
     assert not errors
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests in a browser are slow."""
+    for item in items:
+        if "browser" in item.fixturenames:
+            item.add_marker("slow")

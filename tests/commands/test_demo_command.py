@@ -38,6 +38,7 @@ def test_demo_shows_file_caption_and_truth(tiny_repo, tmp_path):
         assert sheet.width > 1000 and sheet.height > 800
 
 
+@pytest.mark.slow
 def test_demo_runs_again_over_its_own_output(tiny_repo, tmp_path):
     for seed in ("1", "2"):
         assert main(["demo", "--model", str(tiny_repo), "--output", str(tmp_path / "out"), "--seed", seed]) == 0

@@ -59,6 +59,7 @@ def test_as_a_process(photos, tiny_repo, tiny_model, tmp_path):
             assert np.abs(np.asarray(shown, int) - np.asarray(expected, int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_seed_changes_the_reconstruction(photos, tiny_repo, tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
         arguments = ["--model", tiny_repo, "--num_inference_steps", 2, "--seed", seed]

@@ -15,6 +15,7 @@ sys.path.append(str(FIXTURES / "teachers"))
 import record  # noqa: E402
 
 
+@pytest.mark.slow
 def test_recorded_results_are_unchanged():
     """Bit for bit with the libraries and the processor of the recording. Otherwise up to rounding."""
     recorded, found = load_file(record.RECORDED), record.record()

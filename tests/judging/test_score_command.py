@@ -199,6 +199,7 @@ def test_images_without_any_caption(tiny_repo, photos, tmp_path, capsys):
     assert "has no captions" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_nothing(tiny_repo, dataset, tmp_path, truth):
     output = tmp_path / "scores.jsonl"
     command = [sys.executable, "-c", KILLED, "score", dataset, "--model", tiny_repo, "--output", output]

@@ -89,6 +89,7 @@ def test_a_dataset_without_prompts_trains_as_before(folder, tmp_path):
     assert losses(run(CAPTION, tmp_path / "b", dataset=str(asked), model="vlv-tiny")) == losses(plain)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_prompts_and_styles_and_resumes(folder, tmp_path):
     settings = {"dataset": str(folder), "model": "vlv-tiny", "styles": str(folder / "styles.json")}
     grouped = {"train_sampling_strategy": "group_by_length", "lora_rank": 4, "merge_lora": True}

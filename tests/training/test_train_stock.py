@@ -19,6 +19,7 @@ def dataset(scenes):
     return load_dataset("imagefolder", data_dir=str(scenes), split="train").select(range(8))
 
 
+@pytest.mark.slow
 def test_the_readmes_example_trains_stage_2(scenes, tmp_path, monkeypatch):
     (example,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Trainer(" in code)
     monkeypatch.chdir(tmp_path)
