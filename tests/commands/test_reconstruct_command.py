@@ -117,6 +117,7 @@ def test_defaults_are_the_models_own():
         assert getattr(ReconstructArguments(output=""), name) == defaults[name].default
 
 
+@pytest.mark.slow
 def test_pictures_of_the_leading_queries(photos, tiny_repo, tiny_model, tmp_path, capsys):
     output = tmp_path / "rebuilt"
     assert _main(photos / "a.png", "--output", output, "--model", tiny_repo, "--num_queries", 3) == 0

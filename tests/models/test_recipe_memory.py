@@ -10,6 +10,7 @@ from vlv.training.recipe import find_recipe, read_recipe_file
 
 
 @pytest.mark.parametrize("family", ["SD 2 (velocity)", "SD 3.5", "Sana"])
+@pytest.mark.slow
 def test_activations_are_those_of_a_real_step(family):
     """A step in fp32 on real tensors keeps what the estimate counts. (Lumina2 and Z-Image cannot be estimated.)"""
     config = teachers.config(family, caption_config=None)

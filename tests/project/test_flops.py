@@ -68,6 +68,7 @@ def test_captioning_by_hand_token_by_token(config):
     assert fewer["vision tower"] == parts["vision tower"]
 
 
+@pytest.mark.slow
 def test_parts_of_stage_1_add_up_to_the_whole_model(config):
     parts = flops.stage_1(config, Stage1(32))
     model = flops.build(tiny.config()).set_stage("autoencode").train()

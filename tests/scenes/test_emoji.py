@@ -99,6 +99,7 @@ def test_novel_combinations_occur_in_no_other_split(splits):
     assert set().union(*map(combinations, splits["train"])) == every - novel
 
 
+@pytest.mark.slow
 def test_only_one_artist_draws_the_split_artist():
     assert len(ARTISTS) == 4 and EMOJI.artists_of("artist") == (UNSEEN_ARTIST,)
     for split in ("train", "validation", "test", "novel"):

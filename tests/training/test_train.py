@@ -31,6 +31,7 @@ def parts(tmp_path_factory, scenes):
 # ---- the parts -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parts_load_in_their_own_libraries(parts):
     vae = AutoencoderKL.from_pretrained(parts / "vae")
     assert vae.config.scaling_factor == 1.0

@@ -80,6 +80,7 @@ def test_batches_hold_each_caption_behind_its_prompt(streaming, folder, tmp_path
     assert set(read) <= known and len({prompt for _, prompt in read}) > 2
 
 
+@pytest.mark.slow
 def test_a_dataset_without_prompts_trains_as_before(folder, tmp_path):
     """The same captions in the same order give the same losses, with an empty column of prompts or without one."""
     rows = [{"text": f"a picture {number}"} for number in range(16)]
