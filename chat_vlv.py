@@ -3,7 +3,7 @@ Conversations in the form of chat models: `[{"role": "user", "content": [{"type"
 
 A VLV reads the one image of a conversation. The user's last words are the prompt, where the checkpoint takes prompts
 (see `prompts_vlv.py`), and a last message of the assistant begins the caption. System messages, earlier questions and
-earlier answers are read over.
+earlier answers are ignored.
 """
 
 from collections.abc import Mapping, Sequence

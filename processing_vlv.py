@@ -18,14 +18,14 @@ try:
     from .chat_vlv import choose_template, find_image, find_words, is_conversation
     from .configuration_vlv import VLVConfig  # noqa: F401
     from .images_vlv import cut_centre, list_images, load_image
-    from .prompts_vlv import PROMPT_END, WORDS_READ_OVER, check_styles, prompt_ids, prompts_of
+    from .prompts_vlv import PROMPT_END, WORDS_IGNORED, check_styles, prompt_ids, prompts_of
     from .stopping_vlv import clean_caption
     from .wording_vlv import Wishes
 except ImportError:
     from chat_vlv import choose_template, find_image, find_words, is_conversation
     from configuration_vlv import VLVConfig  # noqa: F401
     from images_vlv import cut_centre, list_images, load_image
-    from prompts_vlv import PROMPT_END, WORDS_READ_OVER, check_styles, prompt_ids, prompts_of
+    from prompts_vlv import PROMPT_END, WORDS_IGNORED, check_styles, prompt_ids, prompts_of
     from stopping_vlv import clean_caption
     from wording_vlv import Wishes
 
@@ -214,7 +214,7 @@ class VLVProcessor(ProcessorMixin):
         """
         One conversation or several, in the form of chat models (see `chat_vlv.py`). Of each, the model sees the one
         image, the user's last words, which are the prompt, and the text of a last message of the assistant, which
-        begins the caption. All other text is read over. So are the user's words where the checkpoint takes no prompts:
+        begins the caption. All other text is ignored. So are the user's words where the checkpoint takes no prompts:
         a warning says so.
 
         Args:
@@ -245,7 +245,7 @@ class VLVProcessor(ProcessorMixin):
         """The prompt in a conversation; "", with a warning, where the checkpoint takes none."""
         words = find_words(conversation)
         if words and not self.takes_prompts:
-            logger.warning_once(WORDS_READ_OVER)
+            logger.warning_once(WORDS_IGNORED)
         return words if self.takes_prompts else ""
 
     def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool = True, **kwargs) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 PROMPT_END = "\n"
 WORDS = "{words}"  # in a style, where the wished number of words stands, such as 20-40
 TAKES_NONE = "This checkpoint takes no prompts"
-WORDS_READ_OVER = f"{TAKES_NONE}: the user's words are read over, and the image is captioned."
+WORDS_IGNORED = f"{TAKES_NONE}: the user's words are ignored, and the image is captioned."
 
 
 def check_styles(styles: Any, source: str = "styles") -> dict[str, str]:
@@ -142,7 +142,7 @@ __all__ = [
     *(
         "PROMPT_END",
         "WORDS",
-        "WORDS_READ_OVER",
+        "WORDS_IGNORED",
         "as_prompt",
         "asks_for_words",
         "check_styles",

@@ -168,7 +168,7 @@ def test_the_endpoint_follows_the_same_wishes(prompted_repo, expected):
 def test_the_endpoint_of_a_model_without_prompts(tiny_repo, expected):
     answer, refused = ask(tiny_repo, ("why?", {}), ("", {"style": "short"}))
     assert contents(answer) == [expected(0)]
-    sentence = "This checkpoint takes no prompts: the user's words are read over, and the image is captioned."
+    sentence = "This checkpoint takes no prompts: the user's words are ignored, and the image is captioned."
     assert answer.json()["warning"] == sentence
     assert complaint(refused).startswith("This checkpoint takes no prompts, and the style 'short' is given")
 

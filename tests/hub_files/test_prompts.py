@@ -227,7 +227,7 @@ def test_words_that_are_read_over_are_said(tiny_processor, images, caplog, monke
     monkeypatch.setattr("processing_vlv.logger.warning_once", said.append)
     parts = [{"type": "image", "image": images[0]}, {"type": "text", "text": "why?"}]
     assert tiny_processor.apply_chat_template([{"role": "user", "content": parts}]) == ""
-    assert said == ["This checkpoint takes no prompts: the user's words are read over, and the image is captioned."]
+    assert said == ["This checkpoint takes no prompts: the user's words are ignored, and the image is captioned."]
 
 
 # ---- a number of words ----------------------------------------------------------------------------------------

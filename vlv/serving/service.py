@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from chat_vlv import find_image, find_words
-from prompts_vlv import PROMPT_END, WORDS_READ_OVER, prompt_ids, takes_prompts
+from prompts_vlv import PROMPT_END, WORDS_IGNORED, prompt_ids, takes_prompts
 from vlv.captioning.captioner import Caption, Captioner
 from vlv.captioning.decoding import Spelling
 from vlv.captioning.engine import read_pixels
@@ -88,7 +88,7 @@ class Service:
         loop = asyncio.get_running_loop()
         pixel_values = await loop.run_in_executor(self.threads, self.readers, {"bytes": image})
         request = Request(pixel_values, decoding, chat.draw(default), own)
-        warning = WORDS_READ_OVER if words and not prompt else None
+        warning = WORDS_IGNORED if words and not prompt else None
         completion = Completion(self.name, num_prompt_tokens, decoding.max_new_tokens, warning)
         return Job(request, completion, begun)
 
