@@ -23,14 +23,14 @@ OLDEST_TESTS := $(wildcard tests/hub_files/test_model*.py tests/*/test_*loading.
 demo: $(RUNNABLE)
 	$(BIN)/vlv demo
 
-# Two workers with one thread each, because more threads would slow each other down. One worker runs all tests of a file,
-# so that what they share is made once.
+# Two workers with one thread each, because more threads would slow each other down. Each gets half of the files, so that
+# what the tests of a file share is made once; who is done first takes tests from the other.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Skips the tests that take more than a few seconds.
 test-fast: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # Trains the bundled checkpoint again, part by part, and copies it into the package. After an interruption it resumes.
 OUT ?= outputs

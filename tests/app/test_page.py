@@ -363,6 +363,7 @@ def test_an_edited_caption_is_downloaded_and_a_link_opens_the_result(page, brows
     address = link.get_attribute("href")
     asked = dict(parse_qsl(urlsplit(address).query))
     settings = {"max_new_tokens": "24", "num_beams": "1", "temperature": "0", "num_captions": "1"}
+    settings |= {"seed": "0", "num_queries": "10"}
     words = {"trigger_words": "ohwx", "clean_tags": "true"}
     assert asked == {"tab": "Caption", "image": asked["image"], **settings, **words}  # as the API names them
     caption_box(page).fill("my own words")

@@ -53,7 +53,7 @@ def leave_the_stream(app, picture):
     """As a browser whose tab is closed: the connection ends in the middle of the answer."""
     with picture.open("rb") as file:
         (path,) = httpx.post(f"{app.url}/gradio_api/upload", files={"files": file}).json()
-    data = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, 50, 2, 0]}
+    data = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, 50, 2, 0, None]}
     before = steps(app)
     event = httpx.post(f"{app.url}/gradio_api/call/reconstruct", json=data).json()["event_id"]
     with httpx.stream("GET", f"{app.url}/gradio_api/call/reconstruct/{event}", timeout=600) as answer:
