@@ -167,7 +167,19 @@ window.vlv = (() => {
     }
   }
 
-  function started() {
+  // The ids of the statuses whose run was stopped. A click is noted at once, because what a cancelled run has already
+  // sent, Gradio's own answer to the cancelling and ours come in any order.
+  const stoppedRuns = new Set();
+
+  document.addEventListener("click", (event) => {
+    if (!event.target.closest("button.stop")) return;
+    for (const status of document.querySelectorAll(".status:has(progress)")) {
+      if (status.offsetParent) stoppedRuns.add(status.id);
+    }
+  }, true);
+
+  function started(id) {
+    stoppedRuns.delete(id);
     // The result lies below the fold of a phone.
     requestAnimationFrame(() => {
       const shown = [...document.querySelectorAll(".status:has(progress)")].find((each) => each.offsetParent);
@@ -180,9 +192,10 @@ window.vlv = (() => {
     return '<p>Waiting for its turn</p><progress aria-label="Waiting for its turn"></progress>';
   }
 
-  const failed = (values, cleared) => (values.at(-1).includes("Stopped.") ? values : cleared);
+  const stopped = (id, status) => (stoppedRuns.has(id) ? "<p data-done>Stopped.</p>" : status);
 
-  const stopped = (status) => (status && status.includes("<progress") ? "<p data-done>Stopped.</p>" : status);
+  const failed = (id, values, cleared) =>
+    stoppedRuns.has(id) ? [...values.slice(0, -1), stopped(id)] : cleared;
 
   document.addEventListener("input", (event) => {
     if (event.target.matches(".comparison input")) {

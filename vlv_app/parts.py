@@ -160,7 +160,7 @@ def run_buttons(*labels: str) -> list[gr.Button]:
                 gr.Button(label, variant="secondary" if place else "primary", elem_classes=["run"], scale=3)
                 for place, label in enumerate(labels)
             ),
-            gr.Button("Stop", scale=1, min_width=80),
+            gr.Button("Stop", elem_classes=["stop"], scale=1, min_width=80),
         ]
 
 
@@ -192,8 +192,8 @@ def connect(
             yield *filled, step
 
     blank = [""] * len(outputs)
-    cleared = json.dumps([*blank, ""])
-    button.click(None, None, [status], js="() => vlv.started()")
+    cleared, key = json.dumps([*blank, ""]), json.dumps(status.elem_id)
+    button.click(None, None, [status], js=f"() => vlv.started({key})")
     event = button.click(
         page.on_gpu(said(runs)),
         list(inputs),
@@ -206,8 +206,8 @@ def connect(
     )
     everything = [*outputs, status]
     # A stopped run counts as failed, too: what it has made stays.
-    event.failure(None, everything, everything, js=f"(...values) => vlv.failed(values, {cleared})")
-    stop.click(None, [status], [status], js="status => vlv.stopped(status)", cancels=[event])
+    event.failure(None, everything, everything, js=f"(...values) => vlv.failed({key}, values, {cleared})")
+    stop.click(None, [status], [status], js=f"status => vlv.stopped({key}, status)", cancels=[event])
     for picture in pictures:
         picture.input(None, None, everything, js=f"() => {cleared}", cancels=[event])
 

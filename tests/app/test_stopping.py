@@ -109,6 +109,25 @@ def test_stop_in_the_page_ends_the_run(slow_app, browser, pictures):
 
 
 @pytest.mark.slow
+def test_stop_has_the_last_word(slow_app, browser, pictures):
+    """Whatever moment it is pressed at: what the run has sent before must not come after it."""
+    page = new_page(browser)
+    page.goto(slow_app.url)
+    tab = open_tab(page, "Reconstruct")
+    choose_file(page, pictures[0])
+    set_number(tab, "Steps", 50)
+    for moment in range(12):
+        press(page, "Reconstruct")
+        status(page).get_by_text("Rebuilding: step").wait_for()
+        page.wait_for_timeout(20 * moment)
+        press(page, "Stop")
+        status(page).get_by_text("Stopped.").wait_for()
+        page.wait_for_timeout(300)
+        assert status(page).inner_text() == "Stopped."
+    page.close()
+
+
+@pytest.mark.slow
 def test_progress_tells_which_half_is_running(slow_app, browser, pictures):
     """Also while a beam search runs, which has no text until its end."""
     page = new_page(browser)
