@@ -23,7 +23,8 @@ PROMPTS = ("prompts",)
 def bundle(outputs: Path, checkpoint: Path, recipes: str, steps: Sequence[str] = STEPS) -> None:
     """
     Copies the final model of `outputs` to `checkpoint`: that of the last step. Its folder `training/` gets the recipe
-    of each step and the record of its run (settings, seed, commit, versions, loss log).
+    of each step and the record of its run (settings, seed, commit, versions, loss log), in which `outputs` is called
+    "outputs". A README.md of `checkpoint` stays.
 
     Raises:
         FileNotFoundError: when the training of a step is not finished.
@@ -32,6 +33,8 @@ def bundle(outputs: Path, checkpoint: Path, recipes: str, steps: Sequence[str] =
         if not (outputs / step / "training.json").is_file():
             raise FileNotFoundError(f"{outputs / step} holds no finished training: run `make {recipes}` first.")
     root = Path(__file__).resolve().parents[2]
+    readme = checkpoint / "README.md"
+    words = readme.read_text(encoding="utf-8") if readme.exists() else None
     shutil.rmtree(checkpoint, ignore_errors=True)
     if steps == PROMPTS:  # what draws pictures is in vlv-tiny
         VLVForConditionalGeneration.from_pretrained(outputs / steps[-1], dtype="auto").save_pretrained(checkpoint)
@@ -39,6 +42,8 @@ def bundle(outputs: Path, checkpoint: Path, recipes: str, steps: Sequence[str] =
     else:
         left_behind = ("checkpoint-*", "cache", "samples", "*.py", "training.json", "failures.jsonl")
         shutil.copytree(outputs / steps[-1], checkpoint, ignore=shutil.ignore_patterns(*left_behind))
+    if words is not None:
+        readme.write_text(words, encoding="utf-8")
     (checkpoint / "chat_template.jinja").unlink(missing_ok=True)  # the code has the template
     for name in CODE_FILES:  # links, so that the repository has one copy of the code; a wheel has copies
         (checkpoint / name).unlink(missing_ok=True)
@@ -46,7 +51,8 @@ def bundle(outputs: Path, checkpoint: Path, recipes: str, steps: Sequence[str] =
     for step in steps:
         folder = checkpoint / "training" / step
         folder.mkdir(parents=True)
-        shutil.copy(outputs / step / "training.json", folder)
+        record = (outputs / step / "training.json").read_text(encoding="utf-8")
+        (folder / "training.json").write_text(record.replace(str(outputs.resolve()), "outputs"), encoding="utf-8")
         shutil.copy(RECIPES / recipes / f"{step}.yaml", folder / "recipe.yaml")
 
 
