@@ -1,7 +1,10 @@
 """The six recipes of vlv-emoji, each for a few steps. Together they give one VLV."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 from running_train import run
 
 from vlv.cli import main as vlv
@@ -54,4 +57,21 @@ def test_a_model_of_one_world_is_not_measured_on_the_other(outputs, capsys):
     for model, other in ((["--model", str(outputs / "caption")], "shapes"), ([], "emoji")):
         assert vlv(["evaluate", *model, *arguments, other]) == 2
         (complaint,) = capsys.readouterr().err.splitlines()
-        assert f"cannot be measured on the world {other}" in complaint
+        assert f"which is not the size of the world {other}" in complaint
+
+
+@pytest.mark.slow
+def test_the_demo_shows_the_models_own_world(outputs, tmp_path, capsys):
+    assert vlv(["demo", "--model", str(outputs / "caption"), "--output", str(tmp_path / "demo")]) == 0
+    captions = [
+        json.loads(line)["file_name"] for line in (tmp_path / "demo" / "captions.jsonl").read_text().splitlines()
+    ]
+    assert captions == [
+        *(f"scenes/{number:06d}.png" for number in range(8)),
+        *(f"unseen-artist/{number:06d}.png" for number in range(4)),
+    ]
+    for name in captions:
+        folder, file = name.split("/")
+        picture, _ = EMOJI.sample_picture("artist" if folder == "unseen-artist" else "test", int(file[:6]))
+        assert Image.open(tmp_path / "demo" / name).tobytes() == picture.tobytes()
+    assert "of 12 captions are exactly right" in capsys.readouterr().out

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from vlv.arguments import CommandParser
 from vlv.files import atomic_writer, locked, writing_to
-from vlv.scenes import write_scenes
+from vlv.scenes import World, world_of, write_scenes
 from vlv.sheets import Pair, contact_sheet
 
 NUM_SCENES = 12
+UNSEEN_ARTIST = 4  # of them are by an artist that no training saw, in a world that has artists
 
 
 @dataclass
@@ -34,8 +35,8 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(
         DemoArguments,
         prog="vlv demo",
-        description=f"Draw {NUM_SCENES} scenes that the bundled checkpoint never saw, caption them, and rebuild them "
-        "from their caption embeddings.",
+        description=f"Draw {NUM_SCENES} scenes that the model never saw, caption them, and rebuild them from their "
+        "caption embeddings. The scenes are those of the model's world.",
     )
     (arguments,) = parser.parse(argv)
     folder = Path(arguments.output)
@@ -53,23 +54,22 @@ def _run(arguments: DemoArguments, folder: Path) -> None:
     from vlv.models.rebuilding import reconstruct_images, see
 
     model, processor = load_autoencoder(arguments.model, arguments.device)
-    scenes = write_scenes(folder / "scenes", NUM_SCENES, arguments.seed, split="test")
-    rows = [json.loads(line) for line in (scenes / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-    truths = {row["file_name"]: row["text"] for row in rows}
-    images = [(name, load_image(scenes / name)) for name in truths]
+    drawn = world_of(processor.decoder_image_size, arguments.model or "vlv-tiny")
+    truths = _draw(drawn, folder, arguments.seed)
+    images = [(name, load_image(folder / name)) for name in truths]
     captioner = Captioner(model, processor, Decoding(), batch_size=8)
     progress = tqdm(captioner.caption_images(images), desc="Captioning", total=NUM_SCENES, unit="image")
     captions = {name: best.text for name, (best, *_) in progress}
     seen = ((name, see(processor, image)) for name, image in images)
     progress = tqdm(reconstruct_images(model, seen), desc="Rebuilding", total=NUM_SCENES, unit="image")
     pairs = [
-        Pair(image, reconstruction, captions[name], captions[name] == truths[name])
+        Pair(image, reconstruction, _label(name, captions[name]), captions[name] == truths[name])
         for name, image, reconstruction in progress
     ]
 
     with atomic_writer(folder / "captions.jsonl") as file:
         for name, caption in captions.items():
-            file.write(json.dumps({"file_name": f"{scenes.name}/{name}", "text": caption}) + "\n")
+            file.write(json.dumps({"file_name": name, "text": caption}) + "\n")
     sheet = contact_sheet(
         pairs,
         "Vision, language, vision",
@@ -82,6 +82,23 @@ def _run(arguments: DemoArguments, folder: Path) -> None:
     right = sum(captions[name] == truths[name] for name in truths)
     print(f"{right} of {NUM_SCENES} captions are exactly right.")
     print(f"The captions are in {folder / 'captions.jsonl'}; look at {folder / 'reconstructions.png'}.")
+
+
+def _draw(drawn: World, folder: Path, seed: int) -> dict[str, str]:
+    """Draw scenes into folders of `folder`. Returns their true captions by file."""
+    numbers = {"scenes": ("test", NUM_SCENES)}
+    if "artist" in drawn.splits:
+        numbers = {"scenes": ("test", NUM_SCENES - UNSEEN_ARTIST), "unseen-artist": ("artist", UNSEEN_ARTIST)}
+    truths = {}
+    for name, (split, num) in numbers.items():
+        scenes = write_scenes(folder / name, num, seed, split, drawn)
+        rows = map(json.loads, (scenes / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+        truths |= {f"{name}/{row['file_name']}": row["text"] for row in rows}
+    return truths
+
+
+def _label(name: str, caption: str) -> str:
+    return f"An artist it never saw: {caption}" if name.startswith("unseen-artist") else caption
 
 
 def _table(rows: list[tuple[str, str, str]]) -> Table:

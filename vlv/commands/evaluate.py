@@ -17,7 +17,6 @@ from vlv.files import check_source, locked, writing_to
 
 if TYPE_CHECKING:
     from vlv.evaluation.results import Measurement
-    from vlv.scenes import World
 
 NUM_SCENES = 1000
 
@@ -191,11 +190,12 @@ def _measure(arguments: EvaluateArguments) -> "dict[str, Measurement]":
 def measure_scenes(arguments: EvaluateArguments) -> "dict[str, Measurement]":
     """Ceilings, reconstructions, floors and captions on drawn scenes."""
     from vlv.models.loading import load_autoencoder
+    from vlv.scenes import world_of
     from vlv.scenes.scorer import SceneScorer, mirror
 
     arguments.num = arguments.num or NUM_SCENES
     model, processor = load_autoencoder(arguments.model, arguments.device)
-    drawn = world_of(arguments.world, processor.decoder_image_size, arguments.model or "vlv-tiny")
+    drawn = world_of(processor.decoder_image_size, arguments.model or "vlv-tiny", arguments.world)
     arguments.world = drawn.name
     scorer = SceneScorer(
         model,
@@ -221,26 +221,6 @@ def measure_scenes(arguments: EvaluateArguments) -> "dict[str, Measurement]":
         for name, images in {"test": pictures["test"], "mirrored": mirror(pictures["test"]), **pictures}.items():
             metrics |= scorer.captions(images, name)
     return metrics
-
-
-def world_of(name: str | None, size: int, source: str) -> "World":
-    """
-    The world that a model is measured on: the one whose pictures have the `size` that the model rebuilds.
-
-    Raises:
-        ValueError: when there is no such world, or when `name` is another world.
-    """
-    from vlv.scenes import WORLDS, world
-
-    worlds = [world(known) for known in WORLDS]
-    for drawn in worlds:
-        if drawn.image_size == size and name in (None, drawn.name):
-            return drawn
-    known = ", ".join(f"{drawn.name} ({drawn.image_size} pixels)" for drawn in worlds)
-    raise ValueError(
-        f"{source} rebuilds pictures of {size} pixels and cannot be measured on "
-        f"{f'the world {name}' if name else 'any world of scenes'}; the worlds are {known}."
-    )
 
 
 def measure_dataset(arguments: EvaluateArguments) -> "dict[str, Measurement]":

@@ -39,6 +39,7 @@ __all__ = [
     "sample_scene",
     "split_of",
     "world",
+    "world_of",
     "write_scenes",
 ]
 
@@ -62,3 +63,25 @@ def world(name: str, **settings) -> World:
 
         return EmojiWorld(**settings)
     raise ValueError(f"There is no world '{name}'; the worlds are: {', '.join(WORLDS)}.")
+
+
+def world_of(size: int, source: str, name: str | None = None) -> World:
+    """
+    The world that a model is shown and measured on: the one whose pictures have the `size` that the model rebuilds.
+
+    Args:
+        source: the model's name, for the message.
+        name: a world that must be the one.
+
+    Raises:
+        ValueError: when there is no such world, or when `name` is another world.
+    """
+    worlds = [world(known) for known in WORLDS]
+    for drawn in worlds:
+        if drawn.image_size == size and name in (None, drawn.name):
+            return drawn
+    known = ", ".join(f"{drawn.name} ({drawn.image_size} pixels)" for drawn in worlds)
+    raise ValueError(
+        f"{source} rebuilds pictures of {size} pixels, which is not the size of "
+        f"{f'the world {name}' if name else 'any world of scenes'}; the worlds are {known}."
+    )
