@@ -5,7 +5,8 @@ from typing import Literal
 
 from vlv.arguments import CommandParser
 from vlv.files import locked, writing_to
-from vlv.scenes import world, write_scenes
+from vlv.scenes import World, world, write_scenes
+from vlv.scenes.doodles import Doodles
 
 
 @dataclass
@@ -28,9 +29,13 @@ class ScenesArguments:
             "the artist whose drawings no training sees."
         },
     )
-    world: Literal["shapes", "emoji"] = field(
+    world: Literal["shapes", "emoji", "doodles"] = field(
         default="shapes",
-        metadata={"help": "shapes: coloured shapes, 32 pixels wide. emoji: things drawn by artists, 64 pixels wide."},
+        metadata={
+            "help": "shapes: coloured shapes, 32 pixels wide. emoji: things drawn by artists, 64 pixels wide. "
+            "doodles: crayon drawings, 64 pixels wide, with captions of another grammar, to fine-tune on (splits "
+            "train and test)."
+        },
     )
     max_objects: int = field(
         default=2, metadata={"help": "Most objects of a scene; the bundled models were trained with 2."}
@@ -66,6 +71,8 @@ class ScenesArguments:
             for name in ("artwork", "artists", "varied"):
                 if getattr(self, name):
                     raise ValueError(f"--{name} is for --world emoji; the world {self.world} has no artists.")
+        if self.world == "doodles" and self.max_objects != 2:
+            raise ValueError("--max_objects is for the worlds shapes and emoji; doodles have one or two things.")
 
 
 def main(argv: list[str]) -> None:
@@ -77,15 +84,21 @@ def main(argv: list[str]) -> None:
         "vlv scenes --world emoji --artists twemoji --output twemoji-scenes",
     )
     (arguments,) = parser.parse(argv)
-    settings = {"max_objects": arguments.max_objects}
-    if arguments.world == "emoji":
-        from vlv.scenes.artwork import load_artwork
-
-        artwork = load_artwork(arguments.artwork) if arguments.artwork else None
-        settings |= {"artwork": artwork, "artists": arguments.artists, "varied": arguments.varied}
-    drawn = world(arguments.world, **settings)
+    drawn = _world(arguments)
     with locked(arguments.output, beside=True), writing_to(arguments.output):
         folder = write_scenes(
             arguments.output, arguments.num, arguments.seed, arguments.split, drawn, arguments.prompts
         )
     print(f"{arguments.num} {arguments.split} scenes are in {folder}.")
+
+
+def _world(arguments: ScenesArguments) -> World | Doodles:
+    if arguments.world == "doodles":
+        return Doodles()
+    if arguments.world == "shapes":
+        return world("shapes", max_objects=arguments.max_objects)
+    from vlv.scenes.artwork import load_artwork
+
+    artwork = load_artwork(arguments.artwork) if arguments.artwork else None
+    settings = {"artists": arguments.artists, "varied": arguments.varied, "max_objects": arguments.max_objects}
+    return world("emoji", artwork=artwork, **settings)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from vlv.scenes.doodles import Doodles
 from vlv.scenes.grammar import GridScene
 from vlv.scenes.questions import STYLES, ask, describes
 from vlv.scenes.shapes import WORLD
@@ -24,7 +25,7 @@ def write_scenes(
     num: int,
     seed: int = 0,
     split: str = "test",
-    world: World = WORLD,
+    world: World | Doodles = WORLD,
     prompts: bool = False,
 ) -> Path:
     """Draw `num` scenes of a world's split into a Hugging Face ImageFolder.
@@ -46,6 +47,8 @@ def write_scenes(
     if num < 1:
         raise ValueError(f"The number of scenes must be at least 1, not {num}.")
     world.key(split, 0, seed)
+    if prompts and isinstance(world, Doodles):
+        raise ValueError("Prompts are drawn for the worlds shapes and emoji, not for doodles.")
     settings = {"num": num, "seed": seed, "split": split, "world": world.name}
     if prompts:
         settings["prompts"] = True
@@ -95,14 +98,18 @@ def _prepare_folder(folder: Path, settings: dict) -> Path:
     return folder
 
 
-def _write_chunk(folder: Path, world: World, split: str, seed: int, prompts: bool, indices: range) -> list[dict]:
+def _write_chunk(
+    folder: Path, world: World | Doodles, split: str, seed: int, prompts: bool, indices: range
+) -> list[dict]:
     rows = []
     for index in indices:
         picture, scene = world.sample_picture(split, index, seed)
         name = f"{index:06d}.png"
         picture.save(folder / name)
         row = {"file_name": name, "text": scene.caption, "short": list(scene.short_captions())}
-        rows.append(row | _prompts(scene, world, world.key(split, index, seed), name) if prompts else row)
+        if prompts and isinstance(world, World):
+            row |= _prompts(scene, world, world.key(split, index, seed), name)
+        rows.append(row)
     return rows
 
 

@@ -105,11 +105,7 @@ class World(ABC):
         return self.draw(scene, key), scene
 
     def key(self, split: str, index: int, seed: int) -> tuple[int, int, int]:
-        if split not in self.splits:
-            raise ValueError(f"There is no split '{split}'; the splits are: {', '.join(self.splits)}.")
-        if seed < 0 or index < 0:
-            raise ValueError(f"Seeds and indices of scenes start at 0; got seed {seed}, index {index}.")
-        return (seed, self.splits.index(split), index)
+        return key_among(self.splits, split, index, seed)
 
     @cached_property
     def _attributes(self) -> tuple[tuple[str, ...], ...]:
@@ -125,6 +121,15 @@ class World(ABC):
             for place, choices in zip(places, names.tolist(), strict=True)
         )
         return self.scene_type(objects, tuple(self.backgrounds)[rng.integers(len(self.backgrounds))])
+
+
+def key_among(splits: Sequence[str], split: str, index: int, seed: int) -> tuple[int, int, int]:
+    """The numbers that stand for one scene; raises ValueError for an unknown split or a negative number."""
+    if split not in splits:
+        raise ValueError(f"There is no split '{split}'; the splits are: {', '.join(splits)}.")
+    if seed < 0 or index < 0:
+        raise ValueError(f"Seeds and indices of scenes start at 0; got seed {seed}, index {index}.")
+    return (seed, splits.index(split), index)
 
 
 def share_of(text: str) -> float:
