@@ -26,6 +26,7 @@ COMMANDS = {
     "info": Command("vlv.commands.info", "count a model's parameters, part by part"),
     "evaluate": Command("vlv.commands.evaluate", "measure captions and reconstructions"),
     "score": Command("vlv.commands.score", "score how well captions fit their images", in_parts=True),
+    "search": Command("vlv.commands.search", "find images by the words of their captions"),
     "publish": Command("vlv.commands.publish", "build the Hub repo of a model, check it, and push it"),
     "serve": Command("vlv.commands.serve", "answer chat completions over HTTP with captions"),
     "app": Command("vlv.commands.app", "caption, rebuild and compose images in the browser"),

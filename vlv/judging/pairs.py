@@ -1,13 +1,13 @@
 """Where images and their captions come from: a dataset that has both, or images and a file of captions."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vlv.captioning.settings import RowOptions
 from vlv.captioning.sources import Picture, Pictures, open_source
-from vlv.data.image_folder import read_metadata
+from vlv.data.caption_file import read_caption_file
 from vlv.data.rows import captions_of, load_rows, local_path, reading, require_column, require_text
 from vlv.images import name_of, say
 
@@ -67,7 +67,7 @@ class CaptionedPictures:
 
     def __init__(self, pictures: Pictures, file: str, caption_column: str):
         self.source, self.total = pictures, pictures.total
-        self.captions = _read_captions(file, caption_column)
+        self.captions = read_caption_file(file, caption_column)
 
     def pictures(self, part: int = 0, parts: int = 1) -> Iterator[Picture]:
         for picture in self.source.pictures(part, parts):
@@ -99,22 +99,6 @@ def with_captions(picture: Picture, captions: Any) -> Picture:
     if not texts:
         return picture._replace(source=ValueError(f"{picture.name}: there is no caption."))
     return picture._replace(captions=texts)
-
-
-def _read_captions(file: str, column: str) -> Mapping[str, Any]:
-    if Path(file).suffix not in (".jsonl", ".csv", ".parquet"):
-        raise ValueError(f"--captions {file} must be a .jsonl, .csv or .parquet file with file_name and {column}.")
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"There is no file {file}, which --captions names.")
-    captions = {}
-    for number, row in enumerate(read_metadata(file), start=1):
-        for key in ("file_name", column):
-            if key not in row:
-                raise ValueError(f"{file}, row {number}: there is no {key}.")
-        captions[row["file_name"]] = row[column]
-    if not captions:
-        raise ValueError(f"{file} holds no captions.")
-    return captions
 
 
 def _source(image, name):
