@@ -64,7 +64,8 @@ def test_training(follow, tmp_path):
 
 @pytest.mark.slow
 def test_captioning(follow, tmp_path):
-    by_message, begun, alone = follow("docs/captioning").splitlines()[-3:]
+    by_message, begun, alone, found = follow("docs/captioning").splitlines()[-4:]
+    assert found.startswith("0000") and (tmp_path / "found.png").is_file()
     (first, _) = rows(tmp_path / "scenes" / "metadata.jsonl")
     assert first["text"] in by_message and first["text"] in alone
     assert "'role': 'assistant', 'content': [{'type': 'text', 'text': 'a large " in begun
@@ -72,7 +73,12 @@ def test_captioning(follow, tmp_path):
 
 @pytest.mark.slow
 def test_prompts(follow, tmp_path):
-    follow("docs/prompts")
+    printed = follow("docs/prompts")
+    for row in rows(tmp_path / "scenes" / "metadata.jsonl"):
+        things, _, ground = row["text"].partition(" on a ")
+        tags = dict.fromkeys([re.sub(r"^a | at the .*", "", thing) for thing in things.split(" and a ")])
+        assert f"{row['file_name']}\t{', '.join(tags)}, {ground}\n" in printed
+        assert f"{row['file_name']}\t{ground.removesuffix(' background')}\n" in printed
     plain, titles = ([row["text"] for row in rows(tmp_path / f"{name}.jsonl")] for name in ("plain", "titles"))
     assert sum(text.startswith("title: a ") for text in titles) > 180
     assert sum(text.startswith("a ") for text in plain) > 180

@@ -1,6 +1,6 @@
 """Crayon drawings with captions, to fine-tune on: pictures that no bundled model was trained on, as a user's own are.
 
-Their captions have another grammar than those of the worlds. docs/vlv-emoji.md fine-tunes on them.
+Their captions have another grammar than those of the worlds.
 """
 
 import math
