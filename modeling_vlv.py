@@ -168,6 +168,9 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         width = config.caption_embeds_width
         # Where nothing follows the projection, the context may be very wide: its inner width is the encoder's then.
         inner = encoder_width if config.text_encoder_config is None else None
+        # Parts that transformers builds from a config have the dtype that it names, which is that of an earlier run.
+        dtype = torch.get_default_dtype()
+        config.encoder_config.text_config.dtype = dtype
         self.encoder = Florence2Model(config.encoder_config)
         self.queries = torch.nn.Parameter(torch.empty(config.num_queries, encoder_width))
         self.projection = VLVProjection(encoder_width, width, inner)
@@ -191,7 +194,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
         self.prefix_projection = self.caption_head = None
         if config.caption_config is not None:
             self.prefix_projection = VLVProjection(width, config.caption_config.hidden_size)
-            self.caption_head = AutoModelForCausalLM.from_config(config.caption_config)
+            self.caption_head = AutoModelForCausalLM.from_config(config.caption_config, dtype=dtype)
         # A checkpoint may hold parts that this model leaves out. Their weights are skipped without a warning.
         absent = [name for name in PARTS_LEFT_OUT if getattr(self, name, None) is None]
         self._keys_to_ignore_on_load_unexpected = [rf"^{name}(\.|$)" for name in absent]

@@ -9,4 +9,7 @@ measurement is a `vlv.evaluation.results.Measurement` as a dict. The other exper
 see experiments/trained.py.
 """
 
-MEASURED = ("sampling", "spatial", "composition", "words", "lengths", "judge", "best_of", "search", "styles", "questions")
+MEASURED = (
+    *("sampling", "spatial", "composition", "words", "lengths", "judge", "best_of"),
+    *("search", "styles", "questions"),
+)

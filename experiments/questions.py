@@ -98,7 +98,7 @@ def plot(rows: list[dict], figure: Figure) -> None:
         shown = [row for row in rows if row[source] is not None]
         labels, values = [row["questions"] for row in shown], [row[source]["value"] for row in shown]
         errors = [row[source]["standard_error"] for row in shown]
-        axes.errorbar(labels, values, errors, marker="o", linestyle="none", label=source)
-    axes.set(ylabel="right")
-    axes.tick_params(axis="x", rotation=40)
+        axes.errorbar(values, labels, xerr=errors, marker="o", linestyle="none", label=source)
+    axes.set(xlabel="right")
+    axes.invert_yaxis()
     axes.legend()

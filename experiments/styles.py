@@ -92,7 +92,7 @@ def plot(rows: list[dict], figure: Figure) -> None:
     for name in SPLITS.values():
         scores = [row[f"{name}, exact"] for row in rows]
         errors = [it["standard_error"] for it in scores]
-        axes.errorbar(labels, [it["value"] for it in scores], errors, marker="o", linestyle="none", label=name)
-    axes.set(ylabel="exact")
-    axes.tick_params(axis="x", rotation=40)
+        axes.errorbar([it["value"] for it in scores], labels, xerr=errors, marker="o", linestyle="none", label=name)
+    axes.set(xlabel="exact")
+    axes.invert_yaxis()
     axes.legend()

@@ -15,6 +15,7 @@ from paths import FIXTURES, ROOT
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPTextModel, Florence2ForConditionalGeneration
 
+from configuration_vlv import VLVConfig
 from modeling_vlv import CODE_FILES, VLVForConditionalGeneration, VLVModel
 from processing_vlv import VLVProcessor
 
@@ -70,6 +71,23 @@ def test_weights_come_back_bitwise_from_shards_and_in_half_precision(tmp_path, t
     half.save_pretrained(tmp_path / "half")
     assert_same_weights(VLVModel.from_pretrained(tmp_path / "half"), half)  # in the dtype that it was saved in
     assert_same_weights(VLVModel.from_pretrained(tmp_path / "half", dtype=torch.float32), copy.deepcopy(half).float())
+
+
+@pytest.mark.parametrize("saved, asked", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "auto")])
+def test_all_weights_have_one_dtype_whatever_the_nested_configs_name(tiny_repo, tmp_path, saved, asked):
+    """A model that was loaded before it was saved has configs of parts, and of their parts, that name its dtype."""
+    VLVModel.from_pretrained(tiny_repo, dtype=saved).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part in (config["encoder_config"], config["encoder_config"]["text_config"], config["caption_config"]):
+        part["dtype"] = "float32" if saved == "float16" else saved  # as a checkpoint that was halved for publishing
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = getattr(torch, saved if asked == "auto" else asked)
+    for model_class in (VLVModel, VLVForConditionalGeneration):
+        model = model_class.from_pretrained(tmp_path, dtype=asked)
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    model = VLVModel(VLVConfig.from_pretrained(tmp_path))  # as any torch module, in the default dtype
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
 
 
 def test_an_untied_caption_head_stays_untied(tmp_path):
