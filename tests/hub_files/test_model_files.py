@@ -89,7 +89,6 @@ def test_all_weights_have_one_dtype_whatever_the_nested_configs_name(tiny_repo, 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-
 def test_an_untied_caption_head_stays_untied(tmp_path):
     caption_config = tiny.caption_config()
     caption_config.tie_word_embeddings = False
