@@ -182,7 +182,7 @@ def test_what_a_model_lacks_is_said(photos, tmp_path, capsys, caplog):
         (["--scores", "round_trip"], "--scores round_trip needs --feature_extractor."),
         (["--sheet", "sheet.txt"], "--sheet sheet.txt must end in .png"),
         (["--scores", "likelihood", "--keep", "0.9", "--by", "both"], "--by both needs the score explained"),
-        (["--captions", "nothing.jsonl"], "There is no file nothing.jsonl"),
+        (["--captions", "nothing.jsonl"], "There is no file of captions nothing.jsonl"),
         (["--caption_column", "title"], "has no captions: no column 'title'"),
         (["--output", "scores.csv"], "must end in .jsonl"),
     ],
