@@ -2,10 +2,12 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+SUFFIXES = (".png", ".jpg", ".webp")
 PAPER, FRAME = (255, 255, 255), (224, 226, 230)
 INK, FAINT, RIGHT, WRONG = (28, 32, 38), (120, 126, 136), (32, 140, 84), (204, 60, 52)
 GAP, MARGIN = 8, 40
@@ -17,6 +19,12 @@ class Pair(NamedTuple):
     reconstruction: Image.Image | None  # `None` in all pairs of a sheet that shows images alone
     label: str
     right: bool | None = None  # marks the label with a tick or a cross
+
+
+def check_name(sheet: str | None) -> None:
+    """Raises ValueError if the file that --sheet names cannot be a picture."""
+    if sheet is not None and Path(sheet).suffix not in SUFFIXES:
+        raise ValueError(f"--sheet {sheet} must end in {', '.join(SUFFIXES)}.")
 
 
 def side_by_side(image: Image.Image, reconstruction: Image.Image) -> Image.Image:

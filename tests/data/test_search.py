@@ -98,6 +98,7 @@ def test_what_is_found_is_written_and_drawn(scenes, tmp_path, capsys):
         (["cat", "captions.txt"], "must be a .jsonl, .csv or .parquet file with file_name and text"),
         (["cat", "FOLDER", "--num", "0"], "--num is 0; it must be at least 1."),
         (["cat", "FOLDER", "--sheet", "found.pdf"], "--sheet found.pdf must end in .png, .jpg, .webp."),
+        (["cat", "FOLDER", "--output", __file__], "must end in .jsonl"),
         (["cat", "FOLDER", "--caption_column", "words"], "no column 'words'"),
     ],
 )
@@ -105,6 +106,14 @@ def test_wrong_arguments(scenes, capsys, arguments, complaint):
     assert main(["search", *(str(scenes) if it == "FOLDER" else it for it in arguments)]) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert complaint in line
+
+
+def test_the_captions_are_not_overwritten(scenes, capsys):
+    file = scenes / "metadata.jsonl"
+    before = file.read_bytes()
+    assert main(["search", "circle", str(file), "--output", str(file)]) == 2
+    assert "exists already: move or delete it." in capsys.readouterr().err
+    assert file.read_bytes() == before
 
 
 def test_nothing_found_is_said(scenes, capsys, caplog):

@@ -11,6 +11,7 @@ from vlv.arguments import CommandParser
 from vlv.captioning.settings import model_name, option
 from vlv.files import check_source, locked
 from vlv.judging.scores import CHOICES, NUM_DRAWS, SCORES, value_of
+from vlv.sheets import SUFFIXES, check_name
 
 if TYPE_CHECKING:
     from vlv.captioning.engine import Prepared
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from vlv.captioning.sources import Pictures
     from vlv.judging.judge import Judge
     from vlv.judging.output import ScoreFile
-
-SHEETS = (".png", ".jpg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class ScoreArguments:
         "Copy the images whose captions are best into a new folder beside the output, OUTPUT without .jsonl and with "
         ".kept: a share of them, such as 0.9. It is an ImageFolder to train on; its files are hard links if possible.",
     )
-    sheet: str | None = option(None, f"Picture to write ({', '.join(SHEETS)}): the worst and the best captions.")
+    sheet: str | None = option(None, f"Picture to write ({', '.join(SUFFIXES)}): the worst and the best captions.")
     by: str | None = option(
         None,
         "What --keep and --sheet order images by. both is the mean of explained and exp(likelihood) (default: both, "
@@ -96,8 +95,7 @@ class ScoreArguments:
             raise ValueError(f"--seed is {self.seed}; it must be at least 0.")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ValueError(f"--keep is {self.keep}; it is a share, above 0 and at most 1.")
-        if self.sheet is not None and Path(self.sheet).suffix not in SHEETS:
-            raise ValueError(f"--sheet {self.sheet} must end in {', '.join(SHEETS)}.")
+        check_name(self.sheet)
         if "round_trip" in (self.scores or ()) and self.feature_extractor is None:
             raise ValueError("--scores round_trip needs --feature_extractor.")
 

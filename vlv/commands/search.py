@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from vlv.arguments import CommandParser
 from vlv.files import atomic_writer
+from vlv.sheets import SUFFIXES, check_name
 
 if TYPE_CHECKING:
     from vlv.data.caption_index import Found
-
-SHEETS = (".png", ".jpg", ".webp")
 
 
 @dataclass
@@ -23,7 +22,7 @@ class SearchArguments:
         default=None,
         metadata={"help": "Folder that the file names are relative to, for --sheet (default: that of the captions)."},
     )
-    sheet: str | None = field(default=None, metadata={"help": f"Picture of what is found ({', '.join(SHEETS)})."})
+    sheet: str | None = field(default=None, metadata={"help": f"Picture of what is found ({', '.join(SUFFIXES)})."})
     output: str | None = field(
         default=None, metadata={"help": "Also write what is found to this .jsonl: file_name, text, score."}
     )
@@ -32,10 +31,11 @@ class SearchArguments:
     def __post_init__(self):
         if self.num < 1:
             raise ValueError(f"--num is {self.num}; it must be at least 1.")
-        if self.sheet is not None and Path(self.sheet).suffix not in SHEETS:
-            raise ValueError(f"--sheet {self.sheet} must end in {', '.join(SHEETS)}.")
+        check_name(self.sheet)
         if self.output is not None and Path(self.output).suffix != ".jsonl":
             raise ValueError(f"--output {self.output} must end in .jsonl.")
+        if self.output is not None and os.path.exists(self.output):  # it may be the captions themselves
+            raise FileExistsError(f"--output {self.output} exists already: move or delete it.")
 
 
 def main(argv: list[str]) -> None:
