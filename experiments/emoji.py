@@ -65,14 +65,14 @@ class EmojiPlan:
 
     def vlv(self, seed: int) -> Training:
         parts = {"model": Bundled("vlv-emoji"), "caption_head": f"{self.parts}/language"}
-        return self.training("recipes/emoji/caption.yaml", self.steps, seed, **parts)
+        return self.training("emoji/caption", self.steps, seed, **parts)
 
     def florence(self, seed: int) -> Training:
         settings = {"encoder": f"{self.parts}/encoder", "caption_column": "text", "max_length": 32}
-        return self.training("recipes/emoji/encoder.yaml", self.steps, seed, **settings)
+        return self.training("emoji/encoder", self.steps, seed, **settings)
 
     def llava(self, seed: int) -> Training:
-        language = self.training("recipes/emoji/language.yaml", self.language, 0, **LLAVAS)
+        language = self.training("emoji/language", self.language, 0, **LLAVAS)
         parts = {"encoder": f"{self.parts}/encoder", "language": language, "bf16": True}
         return self.training("experiments/recipes/llava.yaml", self.steps, seed, **parts)
 
