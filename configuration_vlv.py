@@ -52,6 +52,9 @@ class VLVConfig(PreTrainedConfig):
             Weights the denoising loss by min(SNR, gamma) (arXiv 2303.09556). `None` weights all timesteps equally.
         timestep_density (`str`, defaults to `"uniform"`):
             How training draws timesteps: `"uniform"`, or `"logit_normal"` or `"mode"` (arXiv 2403.03206).
+        timestep_shift (`float`, defaults to 1.0):
+            Moves the drawn timesteps towards noise (above 1) or towards the image (below 1): with t from 0 to 1, the
+            image to noise, t becomes `shift * t / (1 + (shift - 1) * t)` (arXiv 2403.03206, section 5.3.2).
         noise_draws (`int`, defaults to 1):
             How many noise levels training draws for each image. The encoder runs once for all of them.
         nested_queries (`bool`, defaults to `False`):
@@ -93,6 +96,7 @@ class VLVConfig(PreTrainedConfig):
         denoising_loss="mse",
         min_snr_gamma=None,
         timestep_density="uniform",
+        timestep_shift=1.0,
         noise_draws=1,
         nested_queries=False,
         context_dropout=0.0,
@@ -116,6 +120,7 @@ class VLVConfig(PreTrainedConfig):
         self.denoising_loss = denoising_loss
         self.min_snr_gamma = min_snr_gamma
         self.timestep_density = timestep_density
+        self.timestep_shift = timestep_shift
         self.noise_draws = noise_draws
         self.nested_queries = nested_queries
         self.context_dropout = context_dropout
@@ -154,6 +159,8 @@ class VLVConfig(PreTrainedConfig):
             raise ValueError(f"noise_draws is {self.noise_draws!r}: draw at least 1 noise level for each image.")
         if self.timestep_density not in TIMESTEP_DENSITIES:
             raise ValueError(f"timestep_density is {self.timestep_density!r}: choose {', '.join(TIMESTEP_DENSITIES)}.")
+        if not 0 < self.timestep_shift < float("inf"):
+            raise ValueError(f"timestep_shift is {self.timestep_shift}: give a number above 0; 1 moves no timestep.")
         if self.decoder_config is None:
             return
         # Imported only now: it brings torch and diffusers along, which a captioner's config does not need.

@@ -221,17 +221,24 @@ class Decoder:
         settings = self.config["scheduler"]
         return getattr(diffusers, settings["_class_name"]).from_config(settings)
 
-    def draw_timesteps(self, count: int, density: str, device: torch.device) -> torch.Tensor:
+    def draw_timesteps(self, count: int, density: str, shift: float, device: torch.device) -> torch.Tensor:
         """
         Timesteps (count,) to train on, int64 in 0..T-1. Any `density` but `"uniform"` is one of diffusers'
-        `compute_density_for_timestep_sampling`, with the defaults of its training scripts (arXiv 2403.03206).
+        `compute_density_for_timestep_sampling`, with the defaults of its training scripts (arXiv 2403.03206). `shift`
+        then moves them (see the config's `timestep_shift`).
         """
+        number = self.num_timesteps
         if density == "uniform":
-            return torch.randint(self.num_timesteps, (count,), device=device)
-        from diffusers.training_utils import compute_density_for_timestep_sampling
+            timesteps = torch.randint(number, (count,), device=device)
+        else:
+            from diffusers.training_utils import compute_density_for_timestep_sampling as sample
 
-        share = compute_density_for_timestep_sampling(density, count, logit_mean=0.0, logit_std=1.0, mode_scale=1.29)
-        return (self.num_timesteps - 1 - (share * self.num_timesteps).long()).clamp(min=0).to(device)
+            share = sample(density, count, logit_mean=0.0, logit_std=1.0, mode_scale=1.29)
+            timesteps = (number - 1 - (share * number).long()).clamp(min=0).to(device)
+        if shift == 1:
+            return timesteps
+        time = (timesteps + torch.rand(count, device=device)) / number
+        return (shift * time / (1 + (shift - 1) * time) * number).long().clamp(max=number - 1)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Noisy latents, shaped as `latents`."""

@@ -135,7 +135,8 @@ class VLVDiffusionMixin:
         if noise is None:
             noise = torch.randn_like(latents)
         if timesteps is None:
-            timesteps = self.teacher.draw_timesteps(len(latents), self.config.timestep_density, latents.device)
+            density, shift = self.config.timestep_density, self.config.timestep_shift
+            timesteps = self.teacher.draw_timesteps(len(latents), density, shift, latents.device)
         noise, timesteps = noise.to(latents.device), timesteps.to(latents.device)
         if self.training and self.config.context_dropout > 0:
             rows, length = prompt.context.shape[:2]

@@ -297,12 +297,13 @@ def test_the_captioner_alone(family, models, tmp_path):
             loaded.reconstruct(tiny.pixels(1)[0])
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
 @pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode"])
-def test_timestep_density(density, models):
-    """Shares of early, middle and late timesteps, against the densities of the paper (arXiv 2403.03206)."""
+def test_timestep_density(density, shift, models):
+    """Shares of early, middle and late timesteps, against the formulas of the paper (arXiv 2403.03206)."""
     teacher = models("SD 3.5").teacher
     torch.manual_seed(0)
-    drawn = teacher.draw_timesteps(200_000, density, torch.device("cpu"))
+    drawn = teacher.draw_timesteps(200_000, density, shift, torch.device("cpu"))
     assert drawn.dtype == torch.int64 and drawn.min() >= 0 and drawn.max() <= 999
     thirds = torch.histc(drawn.float(), 3, 0, 1000) / len(drawn)
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
@@ -312,6 +313,7 @@ def test_timestep_density(density, models):
         times = 1 - (1 - u - 1.29 * (torch.cos(torch.pi / 2 * u) ** 2 - 1 + u))
     else:
         times = u
+    times = shift * times / (1 + (shift - 1) * times)
     expected = torch.histc(times.float(), 3, 0, 1) / len(times)
     torch.testing.assert_close(thirds, expected, rtol=0, atol=0.01)
 
@@ -324,6 +326,7 @@ def test_timestep_density(density, models):
         ("Lumina2", {"image_size": 40}, "40x40 pixels, but Lumina2Pipeline draws multiples of 16"),
         ("Lumina2", {"num_queries": 512}, "num_queries is 512, but the transformer has positions for .* 511"),
         ("Z-Image", {"num_queries": 300}, "num_queries is 300, but the transformer has positions for .* 224"),
+        ("SD 3.5", {"timestep_shift": 0.0}, "timestep_shift is 0.0: give a number above 0"),
         ("SD 3.5", {"timestep_density": "cosine"}, "timestep_density is 'cosine': choose uniform, logit_normal, mode"),
     ],
 )

@@ -20,7 +20,13 @@ def levers(tmp_path_factory, tiny_components, scenes):
     """The output folder of a stage 1 with all of them, and a checkpoint of every step."""
     folder = tmp_path_factory.mktemp("levers") / "stage1"
     settings = {name: tiny_components / name for name in ("encoder", "decoder", "caption_head")}
-    settings |= {"noise_draws": 3, "nested_queries": True, "encoder_image_size": 16, "projection_start": "mean"}
+    settings |= {
+        "noise_draws": 3,
+        "timestep_shift": 3.0,
+        "nested_queries": True,
+        "encoder_image_size": 16,
+        "projection_start": "mean",
+    }
     settings |= {"average_decay": DECAY, "save_steps": 1, "save_total_limit": 9, "sample_latents": False}
     run(AUTOENCODE, folder, dataset=scenes, **settings)
     return folder, settings
@@ -58,7 +64,7 @@ def test_a_resumed_run_continues_the_average(levers, scenes, tmp_path):
 def test_what_the_levers_leave_in_the_model(levers):
     folder, _ = levers
     config, processor = VLVModel.from_pretrained(folder).config, VLVProcessor.from_pretrained(folder)
-    assert config.noise_draws == 3 and config.nested_queries
+    assert config.noise_draws == 3 and config.timestep_shift == 3 and config.nested_queries
     assert (processor.image_height, processor.image_width, processor.decoder_image_size) == (16, 16, 32)
 
 
@@ -79,6 +85,7 @@ def test_stage_2_learns_nested_queries_and_leaves_an_average(levers, scenes, tmp
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        ({"timestep_shift": -1}, "timestep_shift is -1.0: give a number above 0; 1 moves no timestep."),
         ({"noise_draws": 0}, "noise_draws is 0: draw at least 1 noise level for each image."),
         ({"average_decay": 1.5}, "average_decay is 1.5: it must be above 0 and below 1."),
         ({"average_decay": 0}, "average_decay is 0: it must be above 0 and below 1."),

@@ -24,6 +24,7 @@ LOSS_SETTINGS = (
     "denoising_loss",
     "min_snr_gamma",
     "timestep_density",
+    "timestep_shift",
     "noise_draws",
     "context_dropout",
 )
@@ -74,6 +75,9 @@ class AutoencodeSettings(VLVSettings):
     timestep_density: str = field(
         default="uniform", metadata={"help": "How timesteps are drawn: uniform, logit_normal or mode."}
     )
+    timestep_shift: float = field(
+        default=1.0, metadata={"help": "Moves the drawn timesteps towards noise (above 1) or the image (below 1)."}
+    )
     noise_draws: int = field(
         default=1, metadata={"help": "Noise levels that a step draws for each image, which is encoded once."}
     )
@@ -82,6 +86,8 @@ class AutoencodeSettings(VLVSettings):
     def __post_init__(self):
         super().__post_init__()
         self.cache_latents = parse_switch("cache_latents", self.cache_latents)
+        if not 0 < self.timestep_shift < float("inf"):
+            raise ValueError(f"timestep_shift is {self.timestep_shift}: give a number above 0; 1 moves no timestep.")
         if self.noise_draws < 1:
             raise ValueError(f"noise_draws is {self.noise_draws}: draw at least 1 noise level for each image.")
 
