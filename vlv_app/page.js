@@ -249,13 +249,14 @@ window.vlv = (() => {
     return type === "boolean" ? text === "true" : text;
   }
 
-  let sayRestored;
-  const isRestored = new Promise((resolve) => { sayRestored = resolve; });
+  // The picture that a link names may be shown before or after Gradio has built the rest of the page.
+  const isShown = new Promise((resolve) => {
+    document.addEventListener("vlv:picture", ({ detail }) => { if (detail === "image") resolve(); });
+  });
 
   function restore(tab, names, values) {
     const fields = fieldsBefore(tab);
     const here = asked.get("tab") === tab;
-    if (here) setTimeout(sayRestored);  // when Gradio has taken what this returns
     const samePicture = !asked.has("image") && kept.get("image");
     return values.map((value, place) => {
       const name = names[place];
@@ -285,14 +286,20 @@ window.vlv = (() => {
     new MutationObserver(announce).observe(document.body, { childList: true, subtree: true });
     const tab = asked.get("tab");
     if (tab) tabButton(tab)?.click();
-    if (tab && asked.has("image")) {  // a link to a result: make it again
-      document.addEventListener("vlv:picture", async ({ detail }) => {
-        if (detail !== "image") return;
-        await isRestored;
-        setTimeout(() => [...document.querySelectorAll("button.run")].find((each) => each.offsetParent)?.click());
-      }, { once: true });
-    }
   }
 
-  return { picture, started, stopped, failed, copy, saveText, link, restore, keep, tabSelected, loaded, element };
+  const isOpen = (name) => tabButton(name)?.getAttribute("aria-selected") === "true";
+  const visibleRunButton = () => [...document.querySelectorAll("button.run")].find((each) => each.offsetParent);
+
+  // The fields of a tab have their values. Where the page was opened by a link to a result, make it again.
+  async function restored(tab) {
+    if (asked.get("tab") !== tab || !asked.has("image")) return;
+    await isShown;
+    while (!isOpen(tab) || !visibleRunButton()) await new Promise(requestAnimationFrame);
+    visibleRunButton().click();
+  }
+
+  return {
+    picture, started, stopped, failed, copy, saveText, link, restore, restored, keep, tabSelected, loaded, element,
+  };
 })();

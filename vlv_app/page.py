@@ -101,7 +101,8 @@ def _keep(app: gr.Blocks, tab: str, fields: Fields) -> None:
         return
     names, components = json.dumps(list(fields)), list(fields.values())
     arguments = f"{json.dumps(tab)}, {names}, values"
-    app.load(None, components, components, js=f"(...values) => vlv.restore({arguments})")
+    restored = app.load(None, components, components, js=f"(...values) => vlv.restore({arguments})")
+    restored.then(None, None, None, js=f"() => vlv.restored({json.dumps(tab)})")
     changes = [component.change for component in components]
     gr.on(changes, None, components, None, js=f"(...values) => vlv.keep({arguments})")
 
