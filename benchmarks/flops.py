@@ -31,6 +31,7 @@ from vlv.files import atomic_writer
 from vlv.models.loading import read_config
 from vlv.models.published import CAPTION_HEADS, published_config
 from vlv.provenance import git_commit
+from vlv.training.muon import matrices_of
 
 STAGE_1_SAMPLES, STAGE_2_CAPTIONS = 200_000 * 512, 100_000 * 64
 LONGEST = 300  # tokens, to which the paper pads its captions
@@ -75,6 +76,7 @@ class Stage1:
         cached: image features and latents are read from the disk.
         checkpointing: the denoiser runs forward twice, to save memory.
         num_queries: leading queries of those that the model has.
+        muon_batch: images of a step, if Muon trains the matrices; each image bears its share of Muon's operations.
     """
 
     encoder_size: int = 768
@@ -82,6 +84,7 @@ class Stage1:
     cached: bool = False
     checkpointing: bool = False
     num_queries: int | None = None
+    muon_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,18 @@ def stage_1(config: VLVConfig, how: Stage1) -> Parts:
     if model.text_encoder is not None:
         embeds = counter.trained("text encoder", lambda: model.encode_context(embeds))
     counter.trained("denoiser", lambda: model.compute_denoising_loss(latents, embeds))
+    if how.muon_batch is not None:
+        counter.parts["Muon"] = muon_step(model) / how.muon_batch
     return counter.parts
+
+
+def muon_step(model: VLVModel) -> float:
+    """Operations of one step of Muon."""
+    matrices = matrices_of(model, (weight for weight in model.parameters() if weight.requires_grad))
+    for matrix in matrices:
+        matrix.grad = torch.empty_like(matrix)
+    operations, _ = count(torch.optim.Muon(matrices).step)
+    return operations
 
 
 def stage_2(config: VLVConfig, how: Stage2) -> Parts:

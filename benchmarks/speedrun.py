@@ -160,9 +160,11 @@ def operations(run: Run, start: Path) -> tuple[float, int]:
     for name, value in run.settings.items():
         argv += [f"--{name}", str(value)]
     _, settings, args = read_recipe(argv)
-    how = flops.Stage1(settings.encoder_image_size or SIDE, settings.noise_draws)
+    batch = args.per_device_train_batch_size
+    muon = {} if settings.muon_learning_rate is None else {"muon_batch": batch}
+    how = flops.Stage1(settings.encoder_image_size or SIDE, settings.noise_draws, **muon)
     parts = flops.stage_1(read_config(str(start)), how)
-    return sum(parts.values()), args.per_device_train_batch_size
+    return sum(parts.values()), batch
 
 
 def measure(name: str, run: Run, seed: int, work: Path) -> dict[str, Any]:

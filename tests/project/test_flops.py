@@ -82,6 +82,19 @@ def test_parts_of_stage_1_add_up_to_the_whole_model(config):
 
 
 @pytest.mark.slow
+def test_muon_by_hand(config):
+    plain, muon = flops.stage_1(config, Stage1(32)), flops.stage_1(config, Stage1(32, muon_batch=4))
+    text = config.encoder_config.text_config
+    width, inner, embeds = text.d_model, text.encoder_ffn_dim, config.caption_embeds_width
+    square, wide = 4, 2  # matrices of an attention, and of its feed-forward part
+    layers = [(width, width)] * (square * text.encoder_layers + 2 * square * text.decoder_layers)
+    layers += [(width, inner)] * (wide * (text.encoder_layers + text.decoder_layers))
+    shapes = [sorted(shape) for shape in (*layers, (width, embeds), (embeds, embeds))]
+    # Five times: a matrix with its transpose, the square of that, and both with the matrix again.
+    expected = 5 * sum(2 * linear(short, long, short) + linear(short, short, short) for short, long in shapes)
+    assert muon.pop("Muon") == expected / 4 and muon == plain
+
+
 def test_what_each_setting_of_stage_1_changes(config):
     plain = flops.stage_1(config, Stage1(32))
     drawn = flops.stage_1(config, Stage1(32, noise_draws=4))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.cli import main as vlv
+from vlv.training import muon
 
 AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
 DECAY = 0.3  # less than the average begins with, so that the formula is simple
@@ -26,6 +27,7 @@ def levers(tmp_path_factory, tiny_components, scenes):
         "nested_queries": True,
         "encoder_image_size": 16,
         "projection_start": "mean",
+        "muon_learning_rate": 1e-3,
     }
     settings |= {"average_decay": DECAY, "save_steps": 1, "save_total_limit": 9, "sample_latents": False}
     run(AUTOENCODE, folder, dataset=scenes, **settings)
@@ -94,6 +96,7 @@ def test_stage_2_learns_nested_queries_and_leaves_an_average(levers, scenes, tmp
             "encoder_image_size is 20, but the encoder reads multiples of 8 pixels, its strides, up to 64, which its"
             " positions reach: choose one of them, such as 16.",
         ),
+        ({"muon_learning_rate": 0}, "muon_learning_rate is 0: it must be above 0."),
         ({"encoder_image_size": 72}, "encoder_image_size is 72, but the encoder reads multiples of 8 pixels"),
         ({"encoder_image_size": 0}, "encoder_image_size is 0, but the encoder reads multiples of 8 pixels"),
     ],
@@ -102,6 +105,20 @@ def test_settings_that_cannot_be_are_refused_in_one_sentence(settings, sentence,
     assert vlv(["train", *arguments(AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo, **settings)]) == 2
     error = capsys.readouterr().err
     assert sentence in error and "Traceback" not in error
+
+
+def test_muon_is_refused_where_weights_are_sharded(tiny_repo, scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(muon, "asks_for_fsdp", lambda args: True)
+    argv = arguments(AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo, muon_learning_rate=1e-3)
+    assert vlv(["train", *argv]) == 2
+    assert "muon_learning_rate needs whole matrices, which FSDP and DeepSpeed shard" in capsys.readouterr().err
+
+
+def test_muon_needs_a_release_of_pytorch_that_has_it(tiny_repo, scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(torch.optim, "Muon")
+    argv = arguments(AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo, muon_learning_rate=1e-3)
+    assert vlv(["train", *argv]) == 2
+    assert "muon_learning_rate needs PyTorch 2.9 or newer, and this is" in capsys.readouterr().err
 
 
 def test_an_average_of_sharded_weights_is_refused(tiny_repo, scenes, tmp_path, monkeypatch, capsys):

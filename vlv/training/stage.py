@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from PIL.Image import Image
 from torch import nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
 from vlv.data.rows import captions_of, load_rows, reading, require_column, require_text, row_number
@@ -92,6 +93,10 @@ class Stage:
     def learning_rates(self) -> dict[nn.Parameter, float]:
         """The rates of the parameters that do not use the Trainer's `learning_rate`."""
         return {}
+
+    def optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """The optimizer to train with, made of that which the Trainer's arguments ask for."""
+        return optimizer
 
     def load_data(self, streaming: bool = False) -> tuple[Dataset | IterableDataset, Dataset]:
         """The rows to train on and the rows to evaluate on. No row is in both.

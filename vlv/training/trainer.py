@@ -82,7 +82,8 @@ class StageTrainer(Trainer):
             if own and group["lr"] != rates[own[0]]:
                 group["params"] = [weight for weight in group["params"] if weight not in rates]
                 optimizer.add_param_group({**group, "params": own, "lr": rates[own[0]]})
-        return optimizer
+        self.optimizer = self.stage.optimizer(optimizer)
+        return self.optimizer
 
     def compute_loss(
         self,
