@@ -97,16 +97,18 @@ def test_two_processes_average_to_the_gradients_of_one_on_the_same_batches(tiny_
         (CAPTION, {"gradient_checkpointing_parts": ["encoder", "caption_head"], "dataloader_num_workers": 1}),
         (CAPTION, {"lora_rank": 4, "lora_dropout": 0.1, "train_parts": ["caption_head", "language_model"]}),
         (AUTOENCODE, {"gradient_checkpointing_parts": ["unet"], "encoder_learning_rate": 1e-4}),
+        (AUTOENCODE, {"muon_learning_rate": 1e-3}),
     ],
-    ids=["caption", "lora", "autoencode"],
+    ids=["caption", "lora", "autoencode", "muon"],
 )
 def test_a_killed_and_resumed_run_has_the_losses_of_an_uninterrupted_run(
     recipe, settings, tiny_repo, scenes, tmp_path
 ):
     """
     Evaluation with samples, a checkpoint, a kill, the remaining steps and the final model, with FSDP2 and with DDP.
-    Both are compared with an uninterrupted run with DDP.
+    Both are compared with an uninterrupted run with DDP. Muon needs DDP.
     """
+    kinds = ("ddp",) if "muon_learning_rate" in settings else ("fsdp2", "ddp")
     settings |= {"dataset": scenes, "model": tiny_repo, "save_dtype": "float32", "save_total_limit": 3}
     settings |= {"eval_strategy": "steps", "eval_steps": 2}
     unbroken = train("ddp", recipe, tmp_path / "unbroken", **settings)
@@ -114,7 +116,7 @@ def test_a_killed_and_resumed_run_has_the_losses_of_an_uninterrupted_run(
     samples = {file.name for file in (tmp_path / "unbroken" / "samples").iterdir()}
     assert len(samples) == 2  # after steps 2 and 4
 
-    for kind in ("fsdp2", "ddp"):
+    for kind in kinds:
         output = tmp_path / kind
         train(kind, recipe, output, killed_at_step=3, **settings)
         assert {file.name for file in (output / "checkpoint-2").iterdir()} >= {"rng_state_0.pth", "rng_state_1.pth"}
