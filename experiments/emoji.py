@@ -34,8 +34,9 @@ class EmojiPlan:
     Args:
         parts: the folder of `make emoji` with the encoder and the language model.
         captions: number of scenes to learn captions from.
-        steps: training steps of the captioners.
+        steps: training steps of Florence-2 and LLaVA.
         language: training steps of LLaVA's language model, on text alone.
+        batch: captions of such a step. VLV takes twice the steps, of half as many captions, as its recipe does.
     """
 
     parts: str = "outputs-emoji"
@@ -64,8 +65,9 @@ class EmojiPlan:
         return [row.runs[number] for number in range(len(self.seeds)) for row in experiment.rows]
 
     def vlv(self, seed: int) -> Training:
-        parts = {"model": Bundled("vlv-emoji"), "caption_head": f"{self.parts}/language"}
-        return self.training("emoji/caption", self.steps, seed, **parts)
+        settings = {"model": Bundled("vlv-emoji"), "caption_head": f"{self.parts}/language"}
+        settings["per_device_train_batch_size"] = self.batch // 2
+        return self.training("emoji/caption", 2 * self.steps, seed, **settings)
 
     def florence(self, seed: int) -> Training:
         settings = {"encoder": f"{self.parts}/encoder", "caption_column": "text", "max_length": 32}
