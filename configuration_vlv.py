@@ -133,9 +133,10 @@ class VLVConfig(PreTrainedConfig):
         # Set last and always, so that every saved config names the code that is saved beside it.
         self.auto_map = dict(AUTO_MAP)
         self.custom_pipelines = {task: dict(options) for task, options in CUSTOM_PIPELINES.items()}
-        self._check()
+        self.check()
 
-    def _check(self):
+    def check(self):
+        """Raises ValueError for a setting that cannot be. Call it again after changing a setting."""
         if self.text_encoder_config is not None and self.context_width is not None:
             raise ValueError(
                 f"context_width is {self.context_width}, but there is a text encoder, which is "
@@ -155,6 +156,10 @@ class VLVConfig(PreTrainedConfig):
             )
         if self.denoising_loss not in ("mse", "l1"):
             raise ValueError(f"denoising_loss is {self.denoising_loss!r}: choose 'mse' or 'l1'.")
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}: give a number above 0, such as 5.")
+        if not 0 <= self.context_dropout <= 1:
+            raise ValueError(f"context_dropout is {self.context_dropout}: it is a share, between 0 and 1.")
         if not isinstance(self.noise_draws, int) or self.noise_draws < 1:
             raise ValueError(f"noise_draws is {self.noise_draws!r}: draw at least 1 noise level for each image.")
         if self.timestep_density not in TIMESTEP_DENSITIES:

@@ -1,6 +1,7 @@
 """Saving and loading: nothing changes, nothing is missing, and nothing unnecessary is read."""
 
 import copy
+import gc
 import json
 import logging
 import warnings
@@ -34,6 +35,7 @@ def said(caplog):
     loggers = [logging.getLogger(name) for name in ("transformers", "diffusers", "accelerate")]
     for logger in loggers:
         logger.addHandler(caplog.handler)
+    gc.collect()  # what earlier tests left open warns now
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield lambda: [record.getMessage() for record in caplog.records] + [str(warning.message) for warning in caught]

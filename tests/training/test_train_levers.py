@@ -88,6 +88,10 @@ def test_stage_2_learns_nested_queries_and_leaves_an_average(levers, scenes, tmp
     ("settings", "sentence"),
     [
         ({"timestep_shift": -1}, "timestep_shift is -1.0: give a number above 0; 1 moves no timestep."),
+        ({"denoising_loss": "huber"}, "denoising_loss is 'huber': choose 'mse' or 'l1'."),
+        ({"timestep_density": "beta"}, "timestep_density is 'beta': choose uniform, logit_normal, mode."),
+        ({"min_snr_gamma": 0}, "min_snr_gamma is 0.0: give a number above 0, such as 5."),
+        ({"context_dropout": 2}, "context_dropout is 2.0: it is a share, between 0 and 1."),
         ({"noise_draws": 0}, "noise_draws is 0: draw at least 1 noise level for each image."),
         ({"average_decay": 1.5}, "average_decay is 1.5: it must be above 0 and below 1."),
         ({"average_decay": 0}, "average_decay is 0: it must be above 0 and below 1."),

@@ -86,10 +86,6 @@ class AutoencodeSettings(VLVSettings):
     def __post_init__(self):
         super().__post_init__()
         self.cache_latents = parse_switch("cache_latents", self.cache_latents)
-        if not 0 < self.timestep_shift < float("inf"):
-            raise ValueError(f"timestep_shift is {self.timestep_shift}: give a number above 0; 1 moves no timestep.")
-        if self.noise_draws < 1:
-            raise ValueError(f"noise_draws is {self.noise_draws}: draw at least 1 noise level for each image.")
 
 
 class AutoencodeStage(VLVStage):
@@ -120,6 +116,7 @@ class AutoencodeStage(VLVStage):
             raise ValueError("There is no model to start from: give --model, or --encoder and --decoder.")
         for name in LOSS_SETTINGS:
             setattr(self.model.config, name, getattr(settings, name))
+        self.model.config.check()
         self.choose_parts()
 
     def prepare(self) -> None:
