@@ -161,7 +161,11 @@ class VLVStage(Stage):
         rate = self.settings.muon_learning_rate
         if rate is None:
             return optimizer
-        return MuonAndOther(optimizer, matrices_of(self.model, self.trained().values()), rate)
+        matrices = matrices_of(self.model, self.trained().values())
+        if not matrices:
+            parts = ", ".join(sorted(self.train_parts))
+            raise ValueError(f"muon_learning_rate is set, but no matrix of a linear layer trains, only {parts}.")
+        return MuonAndOther(optimizer, matrices, rate)
 
     def prepare_data(
         self,
