@@ -163,7 +163,7 @@ def stage_1(config: VLVConfig, how: Stage1) -> Parts:
 
 def muon_step(model: VLVModel) -> float:
     """Operations of one step of Muon."""
-    matrices = matrices_of(model, (weight for weight in model.parameters() if weight.requires_grad))
+    matrices = matrices_of(model)
     for matrix in matrices:
         matrix.grad = torch.empty_like(matrix)
     operations, _ = count(torch.optim.Muon(matrices).step)

@@ -5,7 +5,7 @@ The speed run: stage 1 of the tiny world until 0.90 of the objects in validation
 
 All runs start from the same four parts: vlv-tiny's teacher (UNet, VAE and text encoder) and the tiny Florence-2 of
 `experiments/parts`, with new queries and projections. `paper` is the paper's recipe; its learning rate is tuned, by
-the runs `paper at ...`. `ours` is our recipe. The other runs change one thing of it.
+the runs `paper at ...`. `ours` is our recipe with Muon. The other runs change one thing of it.
 
 A run measures itself while it trains, with the weights that it would save, and leaves a curve of objects right against
 steps. flops.py counts the operations of an image for the same settings; what measuring takes is left out. An
@@ -92,7 +92,7 @@ RUNS = {
     "AdamW for all, at one rate": Run("ours", LEVER_STEPS, {"learning_rate": 3.5e-4}),
     "Muon at 1e-3": lever(muon_learning_rate=1e-3),
     "Muon at 4e-3": lever(muon_learning_rate=4e-3),
-    "higher rate for new parts": lever(learning_rate=2e-3),
+    "higher AdamW rate for new parts": lever(learning_rate=2e-3),
     "timesteps not shifted": lever(timestep_shift=1),
     "timesteps shifted by 3": lever(timestep_shift=3),
     "timesteps logit-normal": lever(timestep_shift=1, timestep_density="logit_normal"),
@@ -171,8 +171,8 @@ def operations(run: Run, start: Path) -> tuple[float, int]:
         argv += [f"--{name}", str(value)]
     _, settings, args = read_recipe(argv)
     batch = args.per_device_train_batch_size
-    muon = {} if settings.muon_learning_rate is None else {"muon_batch": batch}
-    how = flops.Stage1(settings.encoder_image_size or SIDE, settings.noise_draws, **muon)
+    muon_batch = None if settings.muon_learning_rate is None else batch
+    how = flops.Stage1(settings.encoder_image_size or SIDE, settings.noise_draws, muon_batch=muon_batch)
     parts = flops.stage_1(read_config(str(start)), how)
     return sum(parts.values()), batch
 

@@ -288,14 +288,14 @@ window.vlv = (() => {
     if (tab) tabButton(tab)?.click();
   }
 
-  const isOpen = (name) => tabButton(name)?.getAttribute("aria-selected") === "true";
+  const isClosed = (name) => tabButton(name)?.getAttribute("aria-selected") === "false";
   const visibleRunButton = () => [...document.querySelectorAll("button.run")].find((each) => each.offsetParent);
 
   // The fields of a tab have their values. Where the page was opened by a link to a result, make it again.
   async function restored(tab) {
     if (asked.get("tab") !== tab || !asked.has("image")) return;
     await isShown;
-    while (!isOpen(tab) || !visibleRunButton()) await new Promise(requestAnimationFrame);
+    while (isClosed(tab) || !visibleRunButton()) await new Promise(requestAnimationFrame);
     visibleRunButton().click();
   }
 

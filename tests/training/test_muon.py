@@ -42,13 +42,13 @@ def take_steps(model, *optimizers, number=3):
 
 def test_only_the_matrices_of_linear_layers_are_chosen():
     model = small_model()
-    (chosen,) = matrices_of(model, trained(model))
+    (chosen,) = matrices_of(model)
     assert chosen is model[1].weight
 
 
 def test_each_weight_moves_as_with_its_own_optimizer():
     together, apart = small_model(), small_model()
-    take_steps(together, MuonAndOther(adamw(together), matrices_of(together, trained(together)), RATE))
+    take_steps(together, MuonAndOther(adamw(together), matrices_of(together), RATE))
     matrix = apart[1].weight
     rest = [{"params": [apart[0].weight], "weight_decay": DECAY}]
     rest += [{"params": [weight for weight in trained(apart)[2:] if weight is not matrix], "weight_decay": 0.0}]
@@ -61,7 +61,7 @@ def test_each_weight_moves_as_with_its_own_optimizer():
 def test_no_direction_of_a_matrix_is_left_behind():
     model = small_model()
     before = model[1].weight.detach().clone()
-    take_steps(model, MuonAndOther(adamw(model), matrices_of(model, trained(model)), RATE), number=1)
+    take_steps(model, MuonAndOther(adamw(model), matrices_of(model), RATE), number=1)
     update = model[1].weight.detach() - (1 - RATE * DECAY) * before
     sizes = torch.linalg.svdvals(update)[:7] / (RATE * 0.2 * 16**0.5)  # of 7 words, the gradient has 7 directions
     gradient = torch.linalg.svdvals(model[1].weight.grad)[:7]
@@ -71,10 +71,10 @@ def test_no_direction_of_a_matrix_is_left_behind():
 
 def test_a_loaded_state_continues_exactly():
     model = small_model()
-    optimizer = MuonAndOther(adamw(model), matrices_of(model, trained(model)), RATE)
+    optimizer = MuonAndOther(adamw(model), matrices_of(model), RATE)
     take_steps(model, optimizer)
     copy, state = deepcopy(model), deepcopy(optimizer.state_dict())
-    again = MuonAndOther(adamw(copy), matrices_of(copy, trained(copy)), 0.5)
+    again = MuonAndOther(adamw(copy), matrices_of(copy), 0.5)
     again.load_state_dict(state)
     take_steps(model, optimizer)
     take_steps(copy, again)

@@ -1,6 +1,6 @@
 """Muon for the weight matrices and another optimizer for all other weights, as the one optimizer of a Trainer."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -43,10 +43,8 @@ class MuonAndOther(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Loading a checkpoint replaces the groups and the state of this optimizer.
-        self.other.param_groups, self.muon.param_groups = (
-            self.param_groups[: self.others],
-            self.param_groups[self.others :],
-        )
+        self.other.param_groups = self.param_groups[: self.others]
+        self.muon.param_groups = self.param_groups[self.others :]
         for part in (self.other, self.muon):
             part.state = self.state
             part.step()
@@ -61,9 +59,9 @@ def require_muon(args: TrainingArguments) -> None:
         raise ValueError("muon_learning_rate needs whole matrices, which FSDP and DeepSpeed shard: train with DDP.")
 
 
-def matrices_of(model: nn.Module, trained: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+def matrices_of(model: nn.Module) -> list[nn.Parameter]:
     """The weights of linear layers that train, without those that are tables of words at the same time."""
     modules = list(model.modules())
     tables = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
     linear = {id(module.weight) for module in modules if isinstance(module, nn.Linear)} - tables
-    return [weight for weight in trained if id(weight) in linear]
+    return [weight for weight in model.parameters() if weight.requires_grad and id(weight) in linear]

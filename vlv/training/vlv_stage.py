@@ -161,7 +161,7 @@ class VLVStage(Stage):
         rate = self.settings.muon_learning_rate
         if rate is None:
             return optimizer
-        matrices = matrices_of(self.model, self.trained().values())
+        matrices = matrices_of(self.model)
         if not matrices:
             parts = ", ".join(sorted(self.train_parts))
             raise ValueError(f"muon_learning_rate is set, but no matrix of a linear layer trains, only {parts}.")
