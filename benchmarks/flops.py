@@ -31,7 +31,7 @@ from vlv.files import atomic_writer
 from vlv.models.loading import read_config
 from vlv.models.published import CAPTION_HEADS, published_config
 from vlv.provenance import git_commit
-from vlv.training.muon import matrices_of
+from vlv.training.muon import matrices_of, orthogonal
 
 STAGE_1_SAMPLES, STAGE_2_CAPTIONS = 200_000 * 512, 100_000 * 64
 LONGEST = 300  # tokens, to which the paper pads its captions
@@ -163,10 +163,7 @@ def stage_1(config: VLVConfig, how: Stage1) -> Parts:
 
 def muon_step(model: VLVModel) -> float:
     """Operations of one step of Muon."""
-    matrices = matrices_of(model)
-    for matrix in matrices:
-        matrix.grad = torch.empty_like(matrix)
-    operations, _ = count(torch.optim.Muon(matrices).step)
+    operations, _ = count(lambda: [orthogonal(matrix) for matrix in matrices_of(model)])
     return operations
 
 

@@ -55,7 +55,11 @@ def test_each_weight_moves_as_with_its_own_optimizer():
     muon = torch.optim.Muon([matrix], lr=RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
     take_steps(apart, torch.optim.AdamW(rest, lr=1e-3), muon)
     for (name, found), expected in zip(together.named_parameters(), apart.parameters(), strict=True):
-        assert torch.equal(found, expected), name
+        if name == "1.weight":  # torch's Muon computes in bfloat16
+            moved = (expected - small_model()[1].weight).norm()
+            assert (found - expected).norm() < 0.02 * moved
+        else:
+            assert torch.equal(found, expected), name
 
 
 def test_no_direction_of_a_matrix_is_left_behind():

@@ -122,13 +122,6 @@ def test_muon_is_refused_where_weights_are_sharded(tiny_repo, scenes, tmp_path, 
     assert "muon_learning_rate needs whole matrices, which FSDP and DeepSpeed shard" in capsys.readouterr().err
 
 
-def test_muon_needs_a_release_of_pytorch_that_has_it(tiny_repo, scenes, tmp_path, monkeypatch, capsys):
-    monkeypatch.delattr(torch.optim, "Muon")
-    argv = arguments(AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo, muon_learning_rate=1e-3)
-    assert vlv(["train", *argv]) == 2
-    assert "muon_learning_rate needs PyTorch 2.9 or newer, and this is" in capsys.readouterr().err
-
-
 def test_an_average_of_sharded_weights_is_refused(tiny_repo, scenes, tmp_path, monkeypatch, capsys):
     from vlv.training import vlv_stage
 
