@@ -163,7 +163,7 @@ def stage_1(config: VLVConfig, how: Stage1) -> Parts:
 
 def muon_step(model: VLVModel) -> float:
     """Operations of one step of Muon."""
-    operations, _ = count(lambda: [orthogonal(matrix) for matrix in matrices_of(model)])
+    operations, _ = count(lambda: [orthogonal(matrix.flatten(1)) for matrix in matrices_of(model)])
     return operations
 
 

@@ -37,11 +37,11 @@ SPOILT = 5  # every fifth caption of a spoilt set is wrong
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[None]:
-    """Prevents other processes from making `path`; raises BlockingIOError if one of them is making it."""
+def claimed(path: Path, wait: bool = False) -> Iterator[None]:
+    """Prevents other processes from making `path`. If one of them is making it: BlockingIOError, or a wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.claim").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 

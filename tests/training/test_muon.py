@@ -56,6 +56,17 @@ def test_only_the_matrices_of_linear_layers_are_chosen():
     assert chosen is model[1].weight
 
 
+def test_a_convolution_moves_as_the_matrix_of_its_filters():
+    torch.manual_seed(0)
+    convolution, grouped = nn.Conv2d(4, 64, 3, bias=False), nn.Conv2d(4, 4, 3, groups=4, bias=False)
+    model, matrix = nn.Sequential(convolution, grouped), nn.Linear(36, 64, bias=False)
+    assert matrices_of(model) == [convolution.weight]
+    matrix.weight.data = convolution.weight.detach().flatten(1).clone()
+    for module in (convolution, matrix):
+        take_drawn_steps(module, MuonAndOther(torch.optim.AdamW(module.parameters()), matrices_of(module), RATE))
+    assert torch.equal(convolution.weight.flatten(1), matrix.weight)
+
+
 def test_each_weight_moves_as_with_its_own_optimizer():
     together, apart = small_model(), small_model()
     take_drawn_steps(together, MuonAndOther(adamw(together), matrices_of(together), RATE))

@@ -40,7 +40,7 @@ class MuonAndOther(Optimizer):
 
     Args:
         other: an optimizer of all weights. Its groups lose the matrices.
-        matrices: weights with two dimensions.
+        matrices: weights with two dimensions, or more, which become one.
         lr: Muon's learning rate. The weight decay is that of the groups.
     """
 
@@ -76,19 +76,27 @@ class MuonAndOther(Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight)
         momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - MOMENTUM)
-        update = orthogonal(weight.grad.lerp(momentum, MOMENTUM))  # Nesterov's momentum
-        weight.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * 0.2 * max(weight.shape) ** 0.5)
+        nesterov = weight.grad.lerp(momentum, MOMENTUM)
+        update = orthogonal(nesterov.flatten(1))  # a convolution's filters are rows
+        scale = 0.2 * max(update.shape) ** 0.5
+        weight.mul_(1 - lr * weight_decay).add_(update.reshape(weight.shape), alpha=-lr * scale)
 
 
-def require_muon(args: TrainingArguments) -> None:
+def require_muon(rate: float, args: TrainingArguments) -> None:
     """Raises ValueError where Muon cannot train."""
+    if rate <= 0:
+        raise ValueError(f"muon_learning_rate is {rate:g}: it must be above 0.")
     if asks_for_fsdp(args) or args.deepspeed_plugin is not None:
         raise ValueError("muon_learning_rate needs whole matrices, which FSDP and DeepSpeed shard: train with DDP.")
 
 
 def matrices_of(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of linear layers that train, without those that are tables of words at the same time."""
+    """
+    The weights of linear layers and convolutions that train. Left out are those that are tables of words at the same
+    time, and convolutions in groups, whose weights mix few channels.
+    """
     modules = list(model.modules())
     tables = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
-    linear = {id(module.weight) for module in modules if isinstance(module, nn.Linear)} - tables
-    return [weight for weight in model.parameters() if weight.requires_grad and id(weight) in linear]
+    mixing = {id(module.weight) for module in modules if isinstance(module, nn.Linear)}
+    mixing |= {id(module.weight) for module in modules if isinstance(module, nn.Conv2d) and module.groups == 1}
+    return [weight for weight in model.parameters() if weight.requires_grad and id(weight) in mixing - tables]

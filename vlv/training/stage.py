@@ -19,6 +19,7 @@ from vlv.training.cache import as_tensors, compute_once
 from vlv.training.checks import require_separate, require_sources
 from vlv.training.examples import squeeze
 from vlv.training.failures import LeftOut
+from vlv.training.muon import MuonAndOther, matrices_of, require_muon
 from vlv.training.samples import Samples
 
 
@@ -54,6 +55,13 @@ class Settings:
             " with the same folder share it."
         },
     )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train the matrices of linear layers and convolutions by Muon at this rate, and all other weights"
+            " by AdamW as before (default: AdamW for all). Not with FSDP or DeepSpeed."
+        },
+    )
 
 
 class Stage:
@@ -74,6 +82,8 @@ class Stage:
     def __init__(self, settings: Settings, args: TrainingArguments):
         self.settings, self.args = settings, args
         require_sources(settings)
+        if settings.muon_learning_rate is not None:
+            require_muon(settings.muon_learning_rate, args)
         roots = [folder for folder in (settings.dataset, settings.eval_dataset) if folder and os.path.isdir(folder)]
         self.left_out = LeftOut(Path(args.output_dir), settings.image_column, roots)
 
@@ -96,7 +106,14 @@ class Stage:
 
     def optimizer(self, optimizer: Optimizer) -> Optimizer:
         """The optimizer to train with, made of that which the Trainer's arguments ask for."""
-        return optimizer
+        rate = self.settings.muon_learning_rate
+        if rate is None:
+            return optimizer
+        matrices = matrices_of(self.model)
+        if not matrices:
+            parts = ", ".join(sorted({name.partition(".")[0] for name in self.trained()}))
+            raise ValueError(f"muon_learning_rate is set, but no matrix of a layer trains, only {parts}.")
+        return MuonAndOther(optimizer, matrices, rate)
 
     def load_data(self, streaming: bool = False) -> tuple[Dataset | IterableDataset, Dataset]:
         """The rows to train on and the rows to evaluate on. No row is in both.

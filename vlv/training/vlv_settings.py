@@ -21,13 +21,6 @@ class VLVSettings(Settings):
             " learning rate they lose their pretraining (default: learning_rate)."
         },
     )
-    muon_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Train the matrices of linear layers by Muon at this rate, and all other weights by AdamW as"
-            " before (default: AdamW for all). Not with FSDP or DeepSpeed."
-        },
-    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2, ... (default: the best that is installed)."}
     )
@@ -82,7 +75,5 @@ class VLVSettings(Settings):
 
     def __post_init__(self):
         self.cache_features = parse_switch("cache_features", self.cache_features)
-        if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
-            raise ValueError(f"muon_learning_rate is {self.muon_learning_rate:g}: it must be above 0.")
         if self.average_decay is not None and not 0 < self.average_decay < 1:
             raise ValueError(f"average_decay is {self.average_decay:g}: it must be above 0 and below 1.")

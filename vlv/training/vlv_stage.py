@@ -11,7 +11,6 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from PIL.Image import Image
 from torch import nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
 from modeling_vlv import STAGES, VLVModel
@@ -25,7 +24,6 @@ from vlv.training.cache import Images, as_tensors, cache_files, compute_blank, f
 from vlv.training.caching import Cost, choose, times_seen
 from vlv.training.checks import require_a_batch
 from vlv.training.examples import Examples, Stream, merge
-from vlv.training.muon import MuonAndOther, matrices_of, require_muon
 from vlv.training.sharding import asks_for_fsdp
 from vlv.training.stage import Stage
 from vlv.training.vlv_settings import VLVSettings
@@ -97,8 +95,6 @@ class VLVStage(Stage):
         super().__init__(settings, args)
         if settings.average_decay is not None and asks_for_fsdp(args):
             raise ValueError("average_decay needs whole weights, which FSDP shards: leave it out, or train with DDP.")
-        if settings.muon_learning_rate is not None:
-            require_muon(args)
         if settings.save_dtype is not None and not isinstance(getattr(torch, settings.save_dtype, None), torch.dtype):
             raise ValueError(f"save_dtype is {settings.save_dtype!r}: name a torch dtype, e.g. float16.")
         self.source = settings.model and find_bundled(settings.model)
@@ -156,16 +152,6 @@ class VLVStage(Stage):
     def learning_rates(self) -> dict[nn.Parameter, float]:
         rate = self.settings.encoder_learning_rate
         return {} if rate is None else dict.fromkeys(self.model.encoder.parameters(), rate)
-
-    def optimizer(self, optimizer: Optimizer) -> Optimizer:
-        rate = self.settings.muon_learning_rate
-        if rate is None:
-            return optimizer
-        matrices = matrices_of(self.model)
-        if not matrices:
-            parts = ", ".join(sorted(self.train_parts))
-            raise ValueError(f"muon_learning_rate is set, but no matrix of a linear layer trains, only {parts}.")
-        return MuonAndOther(optimizer, matrices, rate)
 
     def prepare_data(
         self,
