@@ -76,7 +76,8 @@ class Stage1:
         cached: image features and latents are read from the disk.
         checkpointing: the denoiser runs forward twice, to save memory.
         num_queries: leading queries of those that the model has.
-        muon_batch: images of a step, if Muon trains the matrices; each image bears its share of Muon's operations.
+        muon_batch: images of a step on one device, if Muon trains the matrices; each image bears its share of Muon's
+            operations. Every device computes all of them.
     """
 
     encoder_size: int = 768
@@ -294,7 +295,8 @@ def stage_1_ways(size: int, queries: int) -> dict[str, Stage1]:
         "+ 4 noise draws for each image": Stage1(size, noise_draws=4),
         f"+ encoder at {half} pixels": Stage1(half, noise_draws=4),
         "+ 8 noise draws": Stage1(half, noise_draws=8),
-        f"+ {queries // 4} queries of {queries}": Stage1(half, noise_draws=8, num_queries=queries // 4),
+        "+ Muon, 16 images a step on each GPU": Stage1(half, noise_draws=8, muon_batch=16),
+        f"+ {queries // 4} queries of {queries}": Stage1(half, noise_draws=8, num_queries=queries // 4, muon_batch=16),
     }
 
 

@@ -42,6 +42,18 @@ def test_a_family_that_cannot_be_estimated_says_so():
 
 
 @pytest.mark.slow
+def test_noise_draws_and_muon_are_counted():
+    config = teachers.config("SD 2 (velocity)", caption_config=None)
+    once = {item.name: item.bytes for item in stage1_memory(config, None, 2, False, image_tokens=17)}
+    config.noise_draws = 4
+    drawn = {item.name: item.bytes for item in stage1_memory(config, None, 2, False, image_tokens=17, muon=True)}
+    activations = [name for name in once if name.startswith("activations")][0]
+    assert 1.5 * once[activations] < drawn[activations] < 4 * once[activations]  # the encoder runs once
+    adamw, muon = "AdamW's two moments, fp32", "Muon's moment, fp32"
+    assert drawn[adamw] + 2 * drawn[muon] == once[adamw] and drawn[muon] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["stage1-sdxl", "stage1-sd35-medium", "stage1-sana"])
 def test_the_recipes_fit_80_gb(recipe):
     settings = read_recipe_file(find_recipe(recipe))

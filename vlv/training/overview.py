@@ -3,6 +3,7 @@
 from torch import nn
 from transformers import TrainingArguments
 
+from vlv.training.muon import matrices_of
 from vlv.training.stage import Stage
 
 
@@ -15,7 +16,11 @@ def overview(stage: Stage, args: TrainingArguments) -> str:
     gradients = sum(p.numel() * p.element_size() for p in stage.model.parameters() if p.requires_grad)
     lines.append(f"On top of the weights: gradients {gradients / 2**20:.1f} MiB,")
     if args.optim in ("adamw_torch", "adamw_torch_fused"):
-        lines[-1] += f" AdamW's two moments {2 * gradients / 2**20:.1f} MiB,"
+        muon = stage.settings.muon_learning_rate is not None
+        matrices = sum(p.numel() * p.element_size() for p in matrices_of(stage.model)) if muon else 0
+        lines[-1] += f" AdamW's two moments {2 * (gradients - matrices) / 2**20:.1f} MiB,"
+        if matrices:
+            lines[-1] += f" Muon's moment {matrices / 2**20:.1f} MiB,"
     lines[-1] += " activations, cached inputs."
     return "\n".join(lines)
 
