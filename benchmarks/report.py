@@ -6,6 +6,7 @@ Redraws the tables of docs/speed.md, training.md, serving.md and convert.md from
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from experiments.report import fill
@@ -127,9 +128,67 @@ def refilling(record: dict) -> str:
     )
 
 
+def speed_run(record: dict) -> str:
+    """Work until the target is reached, for the long runs; then what every run reaches."""
+    runs: dict[str, list[dict]] = {}
+    for one in record["speedrun"]:
+        runs.setdefault(one["run"], []).append(one)
+
+    def cell(found: list[dict], read: Callable[[dict], float | None], form: str) -> str:
+        values = [read(one) for one in found]
+        if None in values:
+            return "not reached"
+        mean = form.format(sum(values) / len(values))
+        return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+    rows = [
+        [
+            name,
+            str(len(found)),
+            cell(found, lambda one: one["steps_to_target"], "{:.0f}"),
+            cell(found, lambda one: one["operations_to_target"] and one["operations_to_target"] / 1e12, "{:.1f}"),
+            cell(
+                found,
+                lambda one: one["published_operations_to_target"] and one["published_operations_to_target"] / 1e15,
+                "{:.0f}",
+            ),
+            cell(found, lambda one: one["curve"][-1]["objects right"]["value"], "{:.3f}"),
+        ]
+        for name, found in runs.items()
+        if found[0]["steps_to_target"] is not None or name.startswith("paper")
+    ]
+    reached = [
+        "run",
+        "seeds",
+        "steps to 0.90",
+        "TFLOP to 0.90",
+        "at the published size, PFLOP",
+        "objects right at the end",
+    ]
+    every = [
+        [
+            name,
+            str(len(found)),
+            f"{found[0]['steps'] * found[0]['samples_of_a_step']:,}",
+            f"{found[0]['operations_of_a_sample'] / 1e9:.3f}",
+            f"{found[0]['published_operations_of_a_sample'] / 1e12:.3f}",
+            cell(found, lambda one: one["curve"][-1]["objects right"]["value"], "{:.3f}"),
+        ]
+        for name, found in runs.items()
+    ]
+    header = ["run", "seeds", "samples", "GFLOP a sample", "at the published size, TFLOP", "objects right at the end"]
+    return as_table(reached, rows) + "\n" + as_table(header, every)
+
+
 def table(record: dict) -> str:
     """The tables of a record."""
-    kinds = {"growing": growing, "levers": levers, "operations": operations, "refill": refilling}
+    kinds = {
+        "growing": growing,
+        "levers": levers,
+        "operations": operations,
+        "refill": refilling,
+        "speedrun": speed_run,
+    }
     return next((draw for kind, draw in kinds.items() if kind in record), sides)(record)
 
 

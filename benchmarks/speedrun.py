@@ -23,21 +23,25 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from benchmarks import flops
 from experiments.making import Assembled, Scenes, Training, claimed
 from experiments.scoring import encode, rebuild, scores
 from vlv.files import atomic_writer
 from vlv.models.loading import read_config
+from vlv.models.published import published_config
 from vlv.provenance import git_commit
 from vlv.scenes import sample_picture
 from vlv.training.autoencode import AutoencodeStage
 from vlv.training.recipe import read_recipe
+from vlv.training.vlv_settings import VLVSettings
 
 TARGET = 0.90
 IMAGES, EVALUATION = 40_000, 100
 SIDE = 32  # pixels of the scenes, for encoder and decoder alike
+QUERIES = 24
+PUBLISHED_SIZE, PUBLISHED_SAMPLES = 768, 128  # pixels that the paper's encoder reads; samples of a step on each device
 RECIPES = Path(__file__).parent / "recipes"
 RESULTS = Path(__file__).parent / "results"
 CURVE = "curve.jsonl"
@@ -173,24 +177,41 @@ def curve(folder: Path) -> Iterator[dict[str, Any]]:
     yield from sorted({line["step"]: line for line in lines}.values(), key=lambda line: line["step"])
 
 
-def operations(run: Run, start: Path) -> tuple[float, int]:
-    """Operations for an image, of training from the model in the folder `start`, and images of a step."""
+def read(run: Run) -> tuple[VLVSettings, TrainingArguments]:
     argv = [run.file, "--output_dir", "unused"]
     for name, value in run.settings.items():
         argv += [f"--{name}", str(value)]
     _, settings, args = read_recipe(argv)
-    batch = args.per_device_train_batch_size
-    muon_batch = None if settings.muon_learning_rate is None else batch
+    return settings, args
+
+
+def operations(run: Run, start: Path) -> float:
+    """Operations for a denoising sample, of training from the model in the folder `start`."""
+    settings, args = read(run)
+    muon_batch = None if settings.muon_learning_rate is None else args.per_device_train_batch_size
     how = flops.Stage1(settings.encoder_image_size or SIDE, settings.noise_draws, muon_batch=muon_batch)
-    parts = flops.stage_1(read_config(str(start)), how)
-    return sum(parts.values()), batch
+    return flops.per_unit(how, flops.stage_1(read_config(str(start)), how))
+
+
+def published_operations(run: Run) -> float:
+    """The same at the published size, where the paper's gradient checkpointing counts, and Muon hardly does."""
+    settings, _ = read(run)
+    size = PUBLISHED_SIZE * (settings.encoder_image_size or SIDE) // SIDE
+    muon_batch = None if settings.muon_learning_rate is None else PUBLISHED_SAMPLES // settings.noise_draws
+    how = flops.Stage1(size, settings.noise_draws, checkpointing=run.recipe == "paper", muon_batch=muon_batch)
+    config = published_config()
+    config.bypass_text_encoder = run.model.get("bypass_text_encoder", False)
+    config.num_queries = config.num_queries * run.model.get("num_queries", QUERIES) // QUERIES
+    return flops.per_unit(how, flops.stage_1(config, how))
 
 
 def measure(name: str, run: Run, seed: int, work: Path) -> dict[str, Any]:
     """Trains one run, as far as that is not done, and returns its record."""
     training = run.training(seed)
     folder = training.make(work)
-    each, batch = operations(run, training.settings["model"].make(work))
+    settings, args = read(run)
+    samples = args.per_device_train_batch_size * settings.noise_draws
+    each, published = operations(run, training.settings["model"].make(work)), published_operations(run)
     lines = list(curve(folder))
     reached = next((line["step"] for line in lines if line["objects right"]["value"] >= TARGET), None)
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
@@ -198,11 +219,13 @@ def measure(name: str, run: Run, seed: int, work: Path) -> dict[str, Any]:
         "run": name,
         "seed": seed,
         "steps": run.steps,
-        "batch": batch,
-        "operations_of_an_image": each,
+        "samples_of_a_step": samples,
+        "operations_of_a_sample": each,
+        "published_operations_of_a_sample": published,
         "curve": lines,
         "steps_to_target": reached,
-        "operations_to_target": reached and reached * batch * each,
+        "operations_to_target": reached and reached * samples * each,
+        "published_operations_to_target": reached and reached * samples * published,
         "seconds_to_target": reached and record["seconds"] * reached / run.steps,
         "evaluation": record["evaluation"],
         "commit": git_commit(),
@@ -215,7 +238,7 @@ def draw(records: list[dict[str, Any]], picture: Path) -> None:
     axes = figure.subplots()
     for name, colour in (("paper", "tab:orange"), ("ours", "tab:blue")):
         for number, record in enumerate(one for one in records if one["run"] == name):
-            each = record["batch"] * record["operations_of_an_image"] / 1e15
+            each = record["samples_of_a_step"] * record["operations_of_a_sample"] / 1e15
             axes.plot(
                 [each * line["step"] for line in record["curve"]],
                 [line["objects right"]["value"] for line in record["curve"]],

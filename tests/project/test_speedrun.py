@@ -10,6 +10,8 @@ from benchmarks import flops, speedrun
 from benchmarks.speedrun import RUNS, Run
 from vlv.training.recipe import read_recipe
 
+FLOPS = ROOT / "benchmarks" / "results" / "flops.json"
+
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_is_one_that_can_be_trained(name):
@@ -47,9 +49,12 @@ def test_a_run_leaves_its_curve_and_its_operations(tmp_path, monkeypatch):
     assert {f"objects right, {number} queries" for number in (2, 4, 8)} <= ours["evaluation"].keys()
     assert ours["curve"][-1]["objects right"]["value"] == ours["evaluation"]["objects right, 8 queries"]
     # At four noise levels an image costs more, but less than four times as much.
-    each = paper["operations_of_an_image"]
-    assert each < ours["operations_of_an_image"] < 4 * each
-    assert ours["operations_to_target"] == 2 * 4 * ours["operations_of_an_image"]
+    for size in ("", "published_"):
+        each, own = paper[f"{size}operations_of_a_sample"], ours[f"{size}operations_of_a_sample"]
+        assert each / 4 < own < each
+        assert ours[f"{size}operations_to_target"] == 2 * 4 * 4 * own
+    row = next(way for way in json.loads(FLOPS.read_text())["operations"]["stage 1"] if way["way"] == "paper")
+    assert paper["published_operations_of_a_sample"] == row["each"]
     assert picture.stat().st_size > 0
     before = output.read_bytes()
     monkeypatch.setattr(flops, "stage_1", None)  # a second command measures nothing again
