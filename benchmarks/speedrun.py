@@ -177,6 +177,17 @@ def curve(folder: Path) -> Iterator[dict[str, Any]]:
     yield from sorted({line["step"]: line for line in lines}.values(), key=lambda line: line["step"])
 
 
+def steps_to(target: float, measured: list[tuple[int, float]]) -> float | None:
+    """Steps until `target`, on straight lines between the measurements (steps, value)."""
+    step, value = 0, 0.0
+    for next_step, next_value in measured:
+        if next_value >= target:
+            share = (target - value) / (next_value - value) if next_value > value else 1.0
+            return step + (next_step - step) * share
+        step, value = next_step, next_value
+    return None
+
+
 def read(run: Run) -> tuple[VLVSettings, TrainingArguments]:
     argv = [run.file, "--output_dir", "unused"]
     for name, value in run.settings.items():
@@ -213,7 +224,7 @@ def measure(name: str, run: Run, seed: int, work: Path) -> dict[str, Any]:
     samples = args.per_device_train_batch_size * settings.noise_draws
     each, published = operations(run, training.settings["model"].make(work)), published_operations(run)
     lines = list(curve(folder))
-    reached = next((line["step"] for line in lines if line["objects right"]["value"] >= TARGET), None)
+    reached = steps_to(TARGET, [(line["step"], line["objects right"]["value"]) for line in lines])
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     return {
         "run": name,

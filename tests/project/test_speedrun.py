@@ -26,6 +26,14 @@ def test_every_run_is_one_that_can_be_trained(name):
         assert samples in {32 * RUNS["paper"].steps, 32 * RUNS["ours"].steps, 32 * speedrun.LEVER_STEPS}
 
 
+def test_steps_to_a_target_lie_between_two_measurements():
+    measured = [(100, 0.5), (200, 0.8), (300, 1.0)]
+    assert speedrun.steps_to(0.9, measured) == pytest.approx(250)
+    assert speedrun.steps_to(0.25, measured) == pytest.approx(50)
+    assert speedrun.steps_to(0.8, measured) == pytest.approx(200)
+    assert speedrun.steps_to(0.9, measured[:2]) is None
+
+
 @pytest.mark.slow
 def test_a_run_leaves_its_curve_and_its_operations(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -52,7 +60,7 @@ def test_a_run_leaves_its_curve_and_its_operations(tmp_path, monkeypatch):
     for size in ("", "published_"):
         each, own = paper[f"{size}operations_of_a_sample"], ours[f"{size}operations_of_a_sample"]
         assert each / 4 < own < each
-        assert ours[f"{size}operations_to_target"] == 2 * 4 * 4 * own
+        assert ours[f"{size}operations_to_target"] == ours["steps_to_target"] * 4 * 4 * own
     row = next(way for way in json.loads(FLOPS.read_text())["operations"]["stage 1"] if way["way"] == "paper")
     assert paper["published_operations_of_a_sample"] == row["each"]
     assert picture.stat().st_size > 0
