@@ -8,7 +8,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from paths import FIXTURES
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 sys.path.append(str(FIXTURES / "teachers"))
@@ -17,17 +16,12 @@ import record  # noqa: E402
 
 @pytest.mark.slow
 def test_recorded_results_are_unchanged():
-    """Bit for bit with the libraries and the processor of the recording. Otherwise up to rounding."""
+    """Up to rounding, which differs between processors and between releases of the libraries."""
     recorded, found = load_file(record.RECORDED), record.record()
-    with safe_open(record.RECORDED, "pt") as file:
-        same = file.metadata() == record.surroundings()
     assert found.keys() == recorded.keys()
     for name, expected in recorded.items():
-        if same:
-            assert torch.equal(found[name], expected), name
-        else:
-            tolerance = 0.05 if "bfloat16" in name else 1e-4
-            torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=tolerance, msg=name)
+        tolerance = 0.05 if "bfloat16" in name else 1e-4
+        torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=tolerance, msg=name)
 
 
 def sample(model, pixel_values, scheduler, steps, scale, generator, height, width):

@@ -18,7 +18,7 @@ from vlv.models.convert import convert_checkpoint, read_checkpoint
 PARITY = FIXTURES / "parity"
 IMAGES = [PARITY / "images" / name for name in ("a_120x90.png", "b_77x131.png")]
 PARTS = {"encoder": str(PARITY / "components" / "florence"), "decoder": str(PARITY / "components" / "sd")}
-HIDDEN_STATES, LOSSES = 2e-5, 1e-6
+HIDDEN_STATES, LOSSES = 5e-5, 1e-6  # processors round differently
 
 
 @pytest.fixture(scope="module")
