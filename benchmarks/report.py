@@ -141,6 +141,9 @@ def speed_run(record: dict) -> str:
         mean = form.format(sum(values) / len(values))
         return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
 
+    def at_the_end(found: list[dict]) -> str:
+        return cell(found, lambda one: one["curve"][-1]["objects right"]["value"], "{:.3f}")
+
     rows = [
         [
             name,
@@ -152,7 +155,7 @@ def speed_run(record: dict) -> str:
                 lambda one: one["published_operations_to_target"] and one["published_operations_to_target"] / 1e15,
                 "{:.0f}",
             ),
-            cell(found, lambda one: one["curve"][-1]["objects right"]["value"], "{:.3f}"),
+            at_the_end(found),
         ]
         for name, found in runs.items()
         if found[0]["steps_to_target"] is not None or name.startswith("paper")
@@ -172,7 +175,7 @@ def speed_run(record: dict) -> str:
             f"{found[0]['steps'] * found[0]['samples_of_a_step']:,}",
             f"{found[0]['operations_of_a_sample'] / 1e9:.3f}",
             f"{found[0]['published_operations_of_a_sample'] / 1e12:.3f}",
-            cell(found, lambda one: one["curve"][-1]["objects right"]["value"], "{:.3f}"),
+            at_the_end(found),
         ]
         for name, found in runs.items()
     ]

@@ -8,10 +8,10 @@ All runs start from the same four parts: vlv-tiny's teacher (UNet, VAE and text 
 the runs `paper at ...`. `ours` is our recipe with Muon. The other runs change one thing of it.
 
 A run measures itself while it trains, with the weights that it would save, and leaves a curve of objects right against
-steps. flops.py counts the operations of an image for the same settings; what measuring takes is left out. An
+steps. flops.py counts the operations of a denoising sample for the same settings; what measuring takes is left out. An
 interrupted command continues where it was, and a run that is in the output is not repeated. The command can run
-several times at once: each then takes runs that no other does. On a core, 1,000 steps of 32 images at one noise level
-take TIME minutes.
+several times at once: each then takes runs that no other does. On a core beside other work, 1,000 steps of ours took
+11 to 15 minutes.
 """
 
 import argparse

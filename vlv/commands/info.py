@@ -68,6 +68,6 @@ def _print_recipe(name):
     vision = config.encoder_config.vision_config
     size = settings.get("encoder_image_size", 768)  # as Florence-2's own processor
     image_tokens = (size // prod(vision.patch_stride)) ** 2 + 1
-    muon = "muon_learning_rate" in settings
+    muon = settings.get("muon_learning_rate") is not None
     print(format_memory(stage1_memory(config, settings.get("train_parts"), batch_size, half, image_tokens, muon)))
     print("The estimate counts what autograd keeps of one forward pass, without running it.")
