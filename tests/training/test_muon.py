@@ -2,10 +2,11 @@
 
 from copy import deepcopy
 
+import pytest
 import torch
 from torch import nn
 
-from vlv.training.muon import MuonAndOther, matrices_of
+from vlv.training.muon import MuonAndOther, matrices_of, orthogonal
 
 RATE, DECAY = 0.02, 0.1
 
@@ -92,6 +93,18 @@ def test_no_direction_of_a_matrix_is_left_behind():
     gradient = torch.linalg.svdvals(model[1].weight.grad)[:7]
     assert gradient[0] > 100 * gradient[6]
     assert sizes.min() > 0.6 and sizes.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 24), (12, 200), (200, 12)])
+def test_the_singular_values_alone_change(shape):
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    values = torch.logspace(0, -5, min(shape), dtype=torch.float64)
+    matrix = left @ values.diag() @ right
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    assert torch.allclose(orthogonal(matrix.float()).double(), left @ values.diag() @ right, atol=1e-3)
 
 
 def test_a_loaded_state_continues_exactly():

@@ -19,15 +19,36 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     Newton-Schulz iteration, with Jordan's coefficients.
 
     It computes in bfloat16, as `torch.optim.Muon` does, but on a CPU in float32: most CPUs have no instructions for
-    bfloat16, and take four to eight times as long.
+    bfloat16, and take four to eight times as long. In float32, the iteration of a long matrix needs only its Gram
+    matrix, which is smaller.
     """
     wide = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
-    wide = wide if wide.device.type == "cpu" else wide.bfloat16()
+    on_cpu = wide.device.type == "cpu"
+    wide = wide if on_cpu else wide.bfloat16()
     wide = wide / wide.norm().clamp(min=1e-7)
-    for _ in range(5):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
+    wide = _by_gram(wide) if on_cpu and wide.size(1) >= 2 * wide.size(0) else _by_matrix(wide)
     return wide if matrix.size(0) <= matrix.size(1) else wide.T
+
+
+def _by_matrix(wide: torch.Tensor) -> torch.Tensor:
+    for _ in range(5):
+        wide = torch.addmm(wide, _polynomial(wide @ wide.T), wide, beta=3.4445)
+    return wide
+
+
+def _by_gram(wide: torch.Tensor) -> torch.Tensor:
+    gram = wide @ wide.T
+    product = torch.eye(len(gram))
+    for _ in range(5):
+        factor = _polynomial(gram)
+        factor.diagonal().add_(3.4445)
+        product = factor @ product
+        gram = factor @ gram @ factor
+    return product @ wide
+
+
+def _polynomial(gram: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
 
 
 class MuonAndOther(Optimizer):
