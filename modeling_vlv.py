@@ -153,7 +153,7 @@ class VLVModel(VLVDiffusionMixin, VLVPreTrainedModel, GenerationMixin):
     >>> import vlv
     >>> from transformers import AutoModel, AutoProcessor
 
-    >>> repo = vlv.tiny_checkpoint()
+    >>> repo = vlv.bundled_checkpoint()
     >>> model = AutoModel.from_pretrained(repo, trust_remote_code=True)
     >>> processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
     >>> inputs = processor(images="scene.png")

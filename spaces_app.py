@@ -35,17 +35,18 @@ def example_files() -> list[str]:
     return sorted(str(file) for file in folder.glob("*") if file.suffix.lower() in suffixes)
 
 
-def default_model() -> str:
-    """The model that the Space's README names, or the checkpoint that comes with the `vlv` package."""
+def find_model(model: str | None = None) -> str:
+    """A model's folder or id: of none, that which the Space's README names, or that which comes with `vlv`."""
     readme = HERE / "README.md"
-    named = (metadata_load(readme) or {}).get("models") if readme.is_file() else None
-    if named:
-        return named[0]
+    if model is None and readme.is_file():
+        (model,) = (metadata_load(readme) or {}).get("models", [None])[:1]
     try:
-        from vlv import tiny_checkpoint
+        from vlv import find_bundled
     except ImportError:
-        raise ValueError("name a model with --model: the package with the bundled one is not installed.") from None
-    return tiny_checkpoint()
+        if model is None:
+            raise ValueError("name a model with --model: the package with the bundled one is not installed.") from None
+        return model
+    return find_bundled(model)
 
 
 def more_tabs(is_local: bool) -> list[Tab]:
@@ -60,7 +61,7 @@ def more_tabs(is_local: bool) -> list[Tab]:
 @dataclass
 class AppArguments:
     model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a VLV (default: the bundled vlv-tiny, for drawn scenes)."}
+        default=None, metadata={"help": "Folder or Hub id of a VLV (default: the bundled one, for drawn scenes)."}
     )
     share: bool = field(default=False, metadata={"help": "Also serve on a public link, through Gradio's servers."})
     auth: str | None = field(default=None, metadata={"help": "USER:PASSWORD that visitors must give."})
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None, prog: str = "spaces_app.py") -> None:
     Image.core.set_block_size(IMAGE_BLOCK)
     try:
         (arguments,) = parser.parse_args_into_dataclasses(argv)
-        studio = Studio(arguments.model or default_model())
+        studio = Studio(find_model(arguments.model))
     except (OSError, ValueError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

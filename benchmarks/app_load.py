@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
 from vlv.models.loading import load_captioner
@@ -57,7 +57,7 @@ class RunningApp:
             "OMP_NUM_THREADS": "2",
             "PYTHONPATH": str(script.parent),
         }
-        command = [sys.executable, "-u", str(script), "--model", tiny_checkpoint()]
+        command = [sys.executable, "-u", str(script), "--model", bundled_checkpoint("vlv-tiny")]
         with self.log.open("w") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
 
@@ -81,7 +81,7 @@ class RunningApp:
 
 def known_captions(files: list[Path]) -> list[str]:
     """What the package's own captioner writes."""
-    captioner = Captioner(*load_captioner(tiny_checkpoint(), "cpu"), Decoding())
+    captioner = Captioner(*load_captioner(bundled_checkpoint("vlv-tiny"), "cpu"), Decoding())
     images = ((file.name, Image.open(file)) for file in files)
     return [captions[0].text for _, captions in captioner.caption_images(images)]
 

@@ -23,7 +23,7 @@ import torch
 from configuration_vlv import VLVConfig
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 from vlv.files import atomic_writer
 from vlv.models.loading import read_config
 from vlv.models.published import published_config
@@ -71,7 +71,7 @@ def find_device(size: str) -> torch.device:
 
 def checkpoint(size: str, folder: Path) -> str:
     """The folder of a complete model of this size. It is written into `folder`, unless the model is bundled."""
-    bundled = str(tiny_checkpoint())
+    bundled = str(bundled_checkpoint("vlv-tiny"))
     if size == "tiny":
         return bundled
     processor = VLVProcessor.from_pretrained(bundled)

@@ -25,7 +25,7 @@ from transformers import set_seed
 from experiments.spoiling import spoilt_captions
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 from vlv.commands import score, train
 from vlv.files import atomic_folder
 from vlv.models.export import export_parts
@@ -199,7 +199,7 @@ class Bundled:
         return once(folder, "config.json", lambda: self._write(folder))
 
     def _write(self, folder):
-        source = Path(tiny_checkpoint()).with_name(self.name)
+        source = Path(bundled_checkpoint("vlv-tiny")).with_name(self.name)
         model = VLVModel.from_pretrained(source, caption_config=None, dtype="float32")
         _save(folder, model, VLVProcessor.from_pretrained(source))
 

@@ -11,7 +11,7 @@ from experiments.scoring import share
 from experiments.styles import KINDS, answers, asked_about
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 from vlv.evaluation.answering import ImageAnswerer
 from vlv.evaluation.questions import Question
 from vlv.evaluation.vqa import vqa_accuracy
@@ -53,7 +53,7 @@ def read_answer(question: str, caption: str) -> str:
 
 def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:
     """`model` and `processor` are not used: only a model that takes prompts answers questions."""
-    taught = load_captioner(tiny_checkpoint("vlv-tiny-prompts"), "cpu")
+    taught = load_captioner(bundled_checkpoint("vlv-tiny-prompts"), "cpu")
     pairs = [(number, it) for number, it in asked_about("test", num) if it.kind in ASKED]
     captions = answers(*taught, "test", [(number, "") for number in range(num)])
     shorts = answers(*taught, "test", [(number, STYLES["short"]) for number in range(num)])

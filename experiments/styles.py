@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from experiments.scoring import encode, share
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
 from vlv.models.loading import load_captioner
@@ -63,7 +63,7 @@ def answers(model: VLVModel, processor: VLVProcessor, split: str, pairs: Sequenc
 
 
 def run(model: VLVModel, processor: VLVProcessor, num: int) -> list[dict]:
-    taught = load_captioner(tiny_checkpoint("vlv-tiny-prompts"), "cpu")
+    taught = load_captioner(bundled_checkpoint("vlv-tiny-prompts"), "cpu")
     rows = {"without": {"asked for": "nothing, of vlv-tiny"}}
     rows |= {kind: {"asked for": name} for kind, name in KINDS.items()}
     for split, name in SPLITS.items():

@@ -23,9 +23,9 @@ __all__ = [
     "VLVForConditionalGeneration",
     "VLVModel",
     "VLVProcessor",
+    "bundled_checkpoint",
     "load_autoencoder",
     "load_captioner",
-    "tiny_checkpoint",
 ]
 
 # The module of each public name that is imported when it is first used.
@@ -40,9 +40,10 @@ _MODULES = {
 
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
+BUNDLED = "vlv-tiny"  # the checkpoint of every command that names no model
 
 
-def tiny_checkpoint(name: str = "vlv-tiny") -> str:
+def bundled_checkpoint(name: str = BUNDLED) -> str:
     """
     Folder of a small trained checkpoint that ships with this package.
 
@@ -55,9 +56,9 @@ def tiny_checkpoint(name: str = "vlv-tiny") -> str:
 
 
 def find_bundled(source: str | None) -> str:
-    """The folder of the bundled checkpoint that is named, `vlv-tiny` for none; any other folder or id as it is."""
-    source = source or "vlv-tiny"
-    return tiny_checkpoint(source) if source in _bundled() and not Path(source).is_dir() else source
+    """The folder of the bundled checkpoint that is named, or of `BUNDLED`; any other folder or id as it is."""
+    source = source or BUNDLED
+    return bundled_checkpoint(source) if source in _bundled() and not Path(source).is_dir() else source
 
 
 def _bundled() -> list[str]:

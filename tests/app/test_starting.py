@@ -11,6 +11,7 @@ from hub_server import READ_TOKEN
 from paths import ROOT
 from running_app import NEW_TOKENS, App, caption_of, upload
 
+import vlv
 from vlv.images import find_images
 from vlv.publish.space import build_space_repo
 
@@ -29,6 +30,14 @@ def test_share_and_auth_are_passed_on(monkeypatch):
     assert (page.settings["share"], page.settings["auth"]) == (True, ("ada", "love:lace"))
     spaces_app.main(["--model", "m"])
     assert (page.settings["share"], page.settings["auth"]) == (False, None)
+
+
+def test_a_bundled_checkpoint_is_found_by_its_name():
+    import spaces_app
+
+    assert spaces_app.find_model("vlv-tiny") == vlv.bundled_checkpoint("vlv-tiny")
+    assert spaces_app.find_model() == vlv.bundled_checkpoint()
+    assert spaces_app.find_model("ada/vlv") == "ada/vlv"
 
 
 @pytest.mark.slow

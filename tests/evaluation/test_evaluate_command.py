@@ -473,7 +473,7 @@ def test_scenes_write_their_settings(tmp_path):
     output = tmp_path / "results.json"
     assert _main("--num", 2, "--num_inference_steps", 1, "--seed", 3, "--output", output) == 0
     results = json.loads(output.read_text())
-    bundled = json.loads(Path(vlv.tiny_checkpoint(), "results.json").read_text())
+    bundled = json.loads(Path(vlv.bundled_checkpoint(), "results.json").read_text())
     assert results["metrics"].keys() >= bundled["metrics"].keys()
     assert {name: results[name] for name in ("num", "seed", "num_inference_steps")} == {
         "num": 2,

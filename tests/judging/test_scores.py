@@ -7,10 +7,10 @@ import teachers
 import tiny
 import torch
 
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 from vlv.evaluation.pictures import embed_captions
 from vlv.judging.judge import Draws, Judge, denoising_losses, explained, likelihood
-from vlv.judging.loading import load_judge
+from vlv.judging.loading import load_judge, scores_missing
 from vlv.judging.scores import missing_parts, value_of
 from vlv.judging.windows import read_captions, split, window_ids
 from vlv.models.loading import load_autoencoder
@@ -170,6 +170,11 @@ def test_what_a_checkpoint_lacks_is_named(tiny_config):
     assert missing_parts(tiny.config(caption_config=None), processor, "m") == {"likelihood": "m has no caption head"}
     sana = teachers.config("Sana")
     assert "SanaPipeline, reads caption embeddings alone" in missing_parts(sana, processor, "m")["explained"]
-    processor = type(processor).from_pretrained(tiny_checkpoint())
+    processor = type(processor).from_pretrained(bundled_checkpoint("vlv-tiny"))
     processor._part_tokenizers.pop("decoder_tokenizer")
     assert "tokenizer" in missing_parts(tiny_config, processor, "m")["round_trip"]
+
+
+def test_a_bundled_checkpoint_is_found_by_its_name():
+    assert scores_missing("vlv-tiny") == {}
+    assert set(scores_missing("vlv-tiny-prompts")) >= {"explained", "round_trip"}  # it has no decoder

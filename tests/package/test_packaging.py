@@ -15,7 +15,7 @@ from paths import ROOT
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_vlv import CODE_FILES
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 
 # vLLM brings its own versions of torch and transformers, so it has an environment of its own.
 APART = {"vllm"}
@@ -88,7 +88,7 @@ def test_every_list_names_the_published_files():
     """A file that is missing in a list would be missing in the wheel, in a saved repo or in the bundled checkpoint."""
     published = {file.name for file in ROOT.glob("*_vlv.py")}
     assert set(CODE_FILES) == published
-    assert {file.name for file in Path(tiny_checkpoint()).glob("*.py")} == published
+    assert {file.name for file in Path(bundled_checkpoint()).glob("*.py")} == published
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     modules = {Path(name).stem for name in published}
     assert modules | {"hub_upload", "spaces_app"} == set(settings["setuptools"]["py-modules"])

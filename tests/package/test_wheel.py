@@ -12,7 +12,7 @@ import pytest
 from installed_wheel import tracked
 from paths import ROOT
 
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def test_holds_code_checkpoint_and_data(wheel):
         # All files of the package in git, including recipes, examples and drawings.
         assert set(tracked("vlv", "vlv_app")) <= names
         # The checkpoint is complete. Its code files are copies of the published files, not links.
-        for file in Path(tiny_checkpoint()).rglob("*"):
+        for file in Path(bundled_checkpoint("vlv-tiny")).rglob("*"):
             if file.is_file():
                 assert archive.read(file.relative_to(ROOT).as_posix()) == file.read_bytes()
         for name in published:
@@ -55,8 +55,9 @@ def test_training_by_the_name_of_a_recipe(installed):
 
 
 def test_publish_builds_and_proves(installed):
-    model = tiny_checkpoint()
-    installed("vlv", "publish", model, "--repo-id", "ada/vlv", "--space", "ada/app", "--dry-run", "--output", "repo")
+    installed(
+        "vlv", "publish", "vlv-tiny", "--repo-id", "ada/vlv", "--space", "ada/app", "--dry-run", "--output", "repo"
+    )
     assert {"LICENSE", "README.md", "modeling_vlv.py"} <= {file.name for file in (installed.folder / "repo").iterdir()}
     assert (installed.folder / "repo-space" / "spaces_app.py").is_file()
     assert len(list((installed.folder / "repo-space" / "examples").glob("*.png"))) == 6

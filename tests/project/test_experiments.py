@@ -23,7 +23,7 @@ from experiments.spatial import cell_centre, centre
 from experiments.trained import Plan, Run
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 from vlv.evaluation.metrics.frechet import frechet_distance
 from vlv.scenes import WORLD, Scene, SceneObject, sample_picture
 from vlv.training.trainer import StageTrainer
@@ -231,7 +231,7 @@ def test_florence_starts_from_the_pretrained_encoder(trained):
 def test_the_bundled_stage_1_is_vlv_tiny_without_its_caption_head(trained):
     """Its encoder is vlv-tiny's, bit for bit. The parts that stage 2 trains are new."""
     folder, _ = trained
-    whole = VLVModel.from_pretrained(tiny_checkpoint(), dtype=torch.float32)
+    whole = VLVModel.from_pretrained(bundled_checkpoint("vlv-tiny"), dtype=torch.float32)
     model, loading = VLVModel.from_pretrained(Bundled().make(folder / "work"), output_loading_info=True)
     assert not any(loading.values())
     assert model.caption_head is None and model.prefix_projection is None

@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 
 
 def test_readme_quotes_the_bundled_results():
-    results = json.loads(Path(vlv.tiny_checkpoint(), "results.json").read_text())
+    results = json.loads(Path(vlv.bundled_checkpoint(), "results.json").read_text())
     text = README.read_text()
     assert BLOCK.search(text)
     assert {name for _, name in ROWS} <= results["metrics"].keys()

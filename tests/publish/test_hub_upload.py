@@ -231,7 +231,7 @@ def test_the_space_runs_the_model_that_its_readme_names(tmp_path, pictures, monk
     import spaces_app
 
     monkeypatch.setattr(spaces_app, "HERE", tmp_path)
-    assert spaces_app.default_model() == "ada/vlv-test"
+    assert spaces_app.find_model() == "ada/vlv-test"
 
 
 # ---- the command -------------------------------------------------------------------------------------------

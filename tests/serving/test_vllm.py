@@ -20,7 +20,7 @@ import torch
 from served import COMPLETIONS, asking, captions_of, contents, data_url
 
 from stopping_vlv import stop_at_repetition
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 from vlv.models.loading import load_captioner
 from vlv.scenes import write_scenes
 from vlv.training.lora import LoraSettings, add_adapters, merge_adapters
@@ -82,7 +82,7 @@ def checkpoint(kind, folder):
     ids=str,
 )
 def test_captions_of_a_collection(kind, options, least, folder, tmp_path):
-    model = str(tiny_checkpoint()) if kind == "tied" else checkpoint(kind, tmp_path / "model")
+    model = str(bundled_checkpoint("vlv-tiny")) if kind == "tied" else checkpoint(kind, tmp_path / "model")
     options = ["--model", model, *options]
     expected = captions_of(folder, tmp_path / "ours.jsonl", *options)
     output = tmp_path / "theirs.jsonl"
@@ -141,7 +141,7 @@ def address(tmp_path_factory):
         "-m",
         "vllm.entrypoints.openai.api_server",
         "--model",
-        str(tiny_checkpoint()),
+        str(bundled_checkpoint("vlv-tiny")),
         "--port",
         str(port),
     ]

@@ -10,7 +10,7 @@ import torch
 from running_train import arguments, losses, run
 
 from modeling_vlv import VLVForConditionalGeneration, VLVModel
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 from vlv.cli import main
 from vlv.models.loading import load_autoencoder
 
@@ -157,6 +157,6 @@ def test_launches_that_accelerate_cannot_do_on_a_cpu_are_refused(tiny_repo, scen
 def test_bundled_checkpoint_names_only_layers_that_it_has():
     """FSDP and device_map find the layers by these names. A name without a layer ends an FSDP run before step 1."""
     for kind in (VLVModel, VLVForConditionalGeneration):
-        model = kind.from_pretrained(tiny_checkpoint())
+        model = kind.from_pretrained(bundled_checkpoint("vlv-tiny"))
         names = {type(module).__name__ for module in model.modules()}
         assert "Qwen2DecoderLayer" in model._no_split_modules and model._no_split_modules <= names

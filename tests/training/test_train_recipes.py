@@ -89,14 +89,17 @@ def test_fine_tuning_starts_from_the_bundled_checkpoint_wherever_it_is_run(tmp_p
     monkeypatch.chdir(tmp_path)
     argv = [str(RECIPES / "finetune-caption.yaml"), "--output_dir", "out", "--dataset", str(scenes)]
     stage_type, settings, args = read_recipe(argv)
-    assert stage_type(settings, args).source == vlv.tiny_checkpoint()
+    assert stage_type(settings, args).source == vlv.bundled_checkpoint("vlv-tiny")
     _, settings, _ = read_recipe([*argv, "--model", "another"])
     assert settings.model == "another"
 
 
 @pytest.mark.parametrize("recipe", ["vae", "teacher", "encoder", "language", "autoencode", "caption"])
 def test_the_bundled_checkpoint_records_these_recipes(recipe):
-    folder, recipe = Path(vlv.tiny_checkpoint()) / "training" / recipe, RECIPES / "tiny" / f"{recipe}.yaml"
+    folder, recipe = (
+        Path(vlv.bundled_checkpoint("vlv-tiny")) / "training" / recipe,
+        RECIPES / "tiny" / f"{recipe}.yaml",
+    )
     settings_now = yaml.safe_load(recipe.read_text())
     settings_now.pop("world", None)  # there was one drawn world when it was trained
     assert yaml.safe_load((folder / "recipe.yaml").read_text()) == settings_now

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 from vlv.cli import main as vlv
 
 HELD_OUT = "--eval_size 40 --eval_on_start true --logging_steps 10 --warmup_steps 10 --save_strategy no"
@@ -24,7 +24,7 @@ def test_200_scenes_through_both_stages(tmp_path):
     """The VLV has vlv-tiny's own parts and new queries and projections, so that both stages must learn."""
     scenes, parts, one, two = (str(tmp_path / name) for name in ("scenes", "parts", "one", "two"))
     assert vlv(["scenes", "--num", "200", "--split", "train", "--output", scenes]) == 0
-    assert vlv(["export", tiny_checkpoint(), "--output", parts]) == 0
+    assert vlv(["export", bundled_checkpoint("vlv-tiny"), "--output", parts]) == 0
     starts = [f"--{name}={parts}/{name}" for name in ("encoder", "decoder", "caption_head")]
     common = ["--dataset", scenes, *HELD_OUT.split()]
 

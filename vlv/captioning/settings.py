@@ -2,10 +2,9 @@
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from vlv import tiny_checkpoint
+from vlv import BUNDLED
 from wording_vlv import parse_words
 
 # What is asked of captions, in the interface of OpenAI as well.
@@ -132,7 +131,7 @@ class ModelOptions:
 
     _argument_group_name = "the model"
 
-    model: str | None = option(None, "Folder or Hub id of a VLV (default: the bundled vlv-tiny, for drawn scenes).")
+    model: str | None = option(None, f"Folder or Hub id of a VLV (default: the bundled {BUNDLED}, for drawn scenes).")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the accelerator.")
     device_map: str | None = option(
         None, "auto: spread a model that is too large for one device over all devices and the host's memory."
@@ -162,7 +161,7 @@ class ModelOptions:
 def model_name(model: str | None) -> str:
     """A model's name that is the same wherever a command is run."""
     if model is None:
-        return Path(tiny_checkpoint()).name
+        return BUNDLED
     return os.path.realpath(model) if os.path.isdir(model) else model
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from vlv import BUNDLED
 from vlv.arguments import CommandParser
 from vlv.files import atomic_writer, locked, writing_to
 from vlv.scenes import World, world_of, write_scenes
@@ -25,7 +26,7 @@ class DemoArguments:
         default="demo", metadata={"help": "Folder for the drawn scenes, captions.jsonl and reconstructions.png."}
     )
     model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of another VLV (default: the bundled vlv-tiny)."}
+        default=None, metadata={"help": f"Folder or Hub id of another VLV (default: the bundled {BUNDLED})."}
     )
     seed: int = field(default=0, metadata={"help": "Another seed draws other scenes."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the accelerator."})
@@ -54,7 +55,7 @@ def _run(arguments: DemoArguments, folder: Path) -> None:
     from vlv.models.rebuilding import reconstruct_images, see
 
     model, processor = load_autoencoder(arguments.model, arguments.device)
-    drawn = world_of(processor.decoder_image_size, arguments.model or "vlv-tiny")
+    drawn = world_of(processor.decoder_image_size, arguments.model or BUNDLED)
     truths = _draw(drawn, folder, arguments.seed)
     images = [(name, load_image(folder / name)) for name in truths]
     captioner = Captioner(model, processor, Decoding(), batch_size=8)

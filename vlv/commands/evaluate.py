@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
-from vlv import find_bundled
+from vlv import BUNDLED, find_bundled
 from vlv.arguments import CommandParser
 from vlv.evaluation.scores import FAMILIES, SCENES, check_options, find_scores
 from vlv.files import check_source, locked, writing_to
@@ -24,7 +24,7 @@ NUM_SCENES = 1000
 @dataclass
 class EvaluateArguments:
     model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a VLV (default: the bundled vlv-tiny)."}
+        default=None, metadata={"help": f"Folder or Hub id of a VLV (default: the bundled {BUNDLED})."}
     )
     metrics: str = field(
         default=SCENES,
@@ -195,7 +195,7 @@ def measure_scenes(arguments: EvaluateArguments) -> "dict[str, Measurement]":
 
     arguments.num = arguments.num or NUM_SCENES
     model, processor = load_autoencoder(arguments.model, arguments.device)
-    drawn = world_of(processor.decoder_image_size, arguments.model or "vlv-tiny", arguments.world)
+    drawn = world_of(processor.decoder_image_size, arguments.model or BUNDLED, arguments.world)
     arguments.world = drawn.name
     scorer = SceneScorer(
         model,

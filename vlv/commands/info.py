@@ -3,6 +3,7 @@
 from math import prod
 from pathlib import Path
 
+from vlv import BUNDLED, find_bundled
 from vlv.arguments import CommandParser
 
 
@@ -19,12 +20,11 @@ def main(argv: list[str]) -> None:
         nargs="?",
         metavar="MODEL_OR_CONFIG_OR_RECIPE",
         help="Folder or Hub id of a VLV, a config.json, or a recipe: a YAML file or the name of one in the package "
-        "(default: the bundled vlv-tiny).",
+        f"(default: the bundled {BUNDLED}).",
     )
     (inputs,) = parser.parse(argv)
 
     # Imported only now, because importing torch would delay --help and the errors of wrong arguments.
-    from vlv import find_bundled
     from vlv.models.info import count_parts, format_parts
     from vlv.models.loading import read_config
     from vlv.training.recipe import recipe_names

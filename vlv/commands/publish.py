@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from vlv import find_bundled
 from vlv.arguments import CommandParser
 from vlv.files import locked
 
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         output = arguments.output or f"{scratch}/model"
         with locked(output, beside=True):
-            publish(inputs.model, empty_folder(output), arguments)
+            publish(find_bundled(inputs.model), empty_folder(output), arguments)
 
 
 def publish(model: str, folder: Path, arguments: PublishArguments) -> None:

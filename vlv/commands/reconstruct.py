@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from vlv import BUNDLED
 from vlv.arguments import CommandParser
 from vlv.files import locked, writing_to
 from vlv.images import ImageFile, find_images, read_images
@@ -27,7 +28,8 @@ class ReconstructArguments:
         }
     )
     model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a VLV (default: the bundled vlv-tiny, for drawn scenes)."}
+        default=None,
+        metadata={"help": f"Folder or Hub id of a VLV (default: the bundled {BUNDLED}, for drawn scenes)."},
     )
     num_inference_steps: int = field(default=8, metadata={"help": "Sampling steps: more are slower and finer."})
     guidance_scale: float = field(

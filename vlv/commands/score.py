@@ -7,6 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from vlv import BUNDLED
 from vlv.arguments import CommandParser
 from vlv.captioning.settings import model_name, option
 from vlv.files import check_source, locked
@@ -73,7 +74,7 @@ class ScoreArguments:
     num_workers: int | None = option(
         None, "Processes that read images ahead of the model (default: depends on the machine; 0: the main process)."
     )
-    model: str | None = option(None, "Folder or Hub id of a VLV (default: the bundled vlv-tiny, for drawn scenes).")
+    model: str | None = option(None, f"Folder or Hub id of a VLV (default: the bundled {BUNDLED}, for drawn scenes).")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the accelerator.")
     dtype: str = option(
         "auto",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint
+from vlv import find_bundled
 from vlv.evaluation.embedding import load_embedder
 from vlv.judging.judge import Judge
 from vlv.judging.scores import NUM_DRAWS, missing_parts
@@ -49,7 +49,7 @@ def load_judge(
 
 def scores_missing(source: str | None) -> dict[str, str]:
     """For each score that a checkpoint cannot give: the sentence that says which part it lacks."""
-    source = source or tiny_checkpoint()
+    source = find_bundled(source)
     return missing_parts(read_config(source), VLVProcessor.from_pretrained(source), source)
 
 

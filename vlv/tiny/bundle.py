@@ -13,7 +13,7 @@ from pathlib import Path
 
 from modeling_vlv import CODE_FILES, VLVForConditionalGeneration
 from processing_vlv import VLVProcessor
-from vlv import tiny_checkpoint
+from vlv import bundled_checkpoint
 from vlv.training.recipe import RECIPES
 
 STEPS = ("vae", "teacher", "encoder", "language", "autoencode", "caption")
@@ -60,4 +60,4 @@ if __name__ == "__main__":
     name = sys.argv[2] if len(sys.argv) > 2 else "vlv-tiny"
     taught = name == "vlv-tiny-prompts"
     recipes, steps = ("tiny", PROMPTS) if taught else (name.removeprefix("vlv-"), STEPS)
-    bundle(Path(sys.argv[1]), Path(tiny_checkpoint()).with_name(name), recipes, steps)
+    bundle(Path(sys.argv[1]), Path(bundled_checkpoint()).with_name(name), recipes, steps)
