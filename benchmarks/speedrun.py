@@ -98,6 +98,7 @@ def lever(steps: int = LEVER_STEPS, model: dict[str, Any] | None = None, **setti
 RUNS = {
     "ours": ours(),
     "ours, 1 noise draw": ours(noise_draws=1, per_device_train_batch_size=32),
+    "ours, 2 noise draws": ours(noise_draws=2, per_device_train_batch_size=16),
     "paper": paper(),
     "paper at 1.75e-4": paper(learning_rate=1.75e-4),
     "paper at 7e-4": paper(learning_rate=7e-4),

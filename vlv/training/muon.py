@@ -24,7 +24,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """
     wide = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
     on_cpu = wide.device.type == "cpu"
-    wide = wide if on_cpu else wide.bfloat16()
+    wide = wide.float() if on_cpu else wide.bfloat16()
     wide = wide / wide.norm().clamp(min=1e-7)
     wide = _by_gram(wide) if on_cpu and wide.size(1) >= 2 * wide.size(0) else _by_matrix(wide)
     return wide if matrix.size(0) <= matrix.size(1) else wide.T
