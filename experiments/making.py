@@ -31,6 +31,7 @@ from vlv.files import atomic_folder
 from vlv.models.export import export_parts
 from vlv.models.loading import load_whole
 from vlv.scenes import WORLD, world, write_scenes
+from vlv.training.recipe import find_recipe, read_recipe_file
 
 ENCODER = "experiments/parts/encoder"  # the result of tiny/encoder, in half precision
 SPOILT = 5  # every fifth caption of a spoilt set is wrong
@@ -123,10 +124,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Training:
-    """One run of `vlv train`. After an interruption it resumes."""
+    """One run of `vlv train`. After an interruption it resumes. After a change of its recipe it is another run."""
 
     recipe: str
     settings: dict[str, Any]
+    written: dict[str, Any] = field(init=False)  # what the recipe says
+
+    def __post_init__(self):
+        object.__setattr__(self, "written", read_recipe_file(find_recipe(self.recipe)))
 
     def make(self, work: Path) -> Path:
         return once(self.folder(work), "training.json", lambda: self._train(work))

@@ -160,6 +160,17 @@ def test_finished_work_is_not_repeated(trained, monkeypatch):
         assert json.loads(after[file])["scores"] == json.loads(text)["scores"]
 
 
+def test_a_changed_recipe_is_another_training(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    folders = []
+    for rate in (1, 2, 1):
+        recipe.write_text(f"stage: language\nlearning_rate: {rate}\n")
+        whole = Training("tiny/caption", {"model": Training(str(recipe), {})})
+        folders.append((Training(str(recipe), {}).folder(tmp_path), whole.folder(tmp_path)))
+    assert folders[0] == folders[2]
+    assert not set(folders[0]) & set(folders[1])
+
+
 def test_a_process_skips_the_work_of_another_process(tmp_path):
     with claimed(tmp_path / "work" / "one"):
         assert not write(tmp_path / "one.json", tmp_path / "work" / "one", lambda: {"made": True})
