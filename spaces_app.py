@@ -39,7 +39,7 @@ def find_model(model: str | None = None) -> str:
     """A model's folder or id: of none, that which the Space's README names, or that which comes with `vlv`."""
     readme = HERE / "README.md"
     if model is None and readme.is_file():
-        (model,) = (metadata_load(readme) or {}).get("models", [None])[:1]
+        model = next(iter((metadata_load(readme) or {}).get("models") or ()), None)
     try:
         from vlv import find_bundled
     except ImportError:

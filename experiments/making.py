@@ -204,7 +204,7 @@ class Bundled:
         return once(folder, "config.json", lambda: self._write(folder))
 
     def _write(self, folder):
-        source = Path(bundled_checkpoint("vlv-tiny")).with_name(self.name)
+        source = bundled_checkpoint(self.name)
         model = VLVModel.from_pretrained(source, caption_config=None, dtype="float32")
         _save(folder, model, VLVProcessor.from_pretrained(source))
 
