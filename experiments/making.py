@@ -31,6 +31,7 @@ from vlv.files import atomic_folder
 from vlv.models.export import export_parts
 from vlv.models.loading import load_whole
 from vlv.scenes import WORLD, world, write_scenes
+from vlv.scenes.doodles import Doodles
 from vlv.training.recipe import find_recipe, read_recipe_file
 
 ENCODER = "experiments/parts/encoder"  # the result of tiny/encoder, in half precision
@@ -77,7 +78,7 @@ class Scenes:
     def make(self, work: Path) -> Path:
         names = [] if self.world == "shapes" else [self.world, *map(str, self.settings.values())]
         folder = work / "-".join(["scenes", *names, self.split, str(self.num)])
-        drawn = world(self.world, **self.settings)
+        drawn = Doodles() if self.world == "doodles" else world(self.world, **self.settings)
         return once(folder, "metadata.jsonl", lambda: write_scenes(folder, self.num, split=self.split, world=drawn))
 
 
@@ -178,13 +179,15 @@ class Assembled:
     seed: int
     settings: dict[str, Any] = field(default_factory=dict)  # of its config, and `projection_start`
     decoder: TinysPart | Training = TinysPart()
+    encoder: str | Training = ENCODER
 
     def make(self, work: Path) -> Path:
         folder = work / f"assembled-{digest(self)}"
         return once(folder, "config.json", lambda: self._assemble(work, folder))
 
     def _assemble(self, work, folder):
-        parts = {"encoder": ENCODER, "decoder": str(self.decoder.make(work))}
+        encoder = self.encoder if isinstance(self.encoder, str) else str(self.encoder.make(work))
+        parts = {"encoder": encoder, "decoder": str(self.decoder.make(work))}
         config = dict(self.settings)
         set_seed(self.seed)
         new = {name: config.pop(name) for name in ("num_queries", "projection_start") if name in config}
