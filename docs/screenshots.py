@@ -18,7 +18,7 @@ from urllib.request import urlopen
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from vlv.scenes import write_scenes
+from vlv.scenes import world, write_scenes
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
             with sync_playwright() as driver:
                 flags = ["--no-sandbox", "--disable-gpu"]
                 browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
-                take_all(browser, write_scenes(Path(scratch) / "scenes", 24, split="test"))
+                take_all(browser, write_scenes(Path(scratch) / "scenes", 24, split="test", world=world("emoji")))
                 browser.close()
         finally:
             app.terminate()

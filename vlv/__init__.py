@@ -40,7 +40,7 @@ _MODULES = {
 
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
-BUNDLED = "vlv-tiny"  # the checkpoint of every command that names no model
+BUNDLED = "vlv-emoji"  # the checkpoint of every command that names no model
 
 
 def bundled_checkpoint(name: str = BUNDLED) -> str:

@@ -30,10 +30,10 @@ class ScenesArguments:
         },
     )
     world: Literal["shapes", "emoji", "doodles"] = field(
-        default="shapes",
+        default="emoji",
         metadata={
-            "help": "shapes: coloured shapes, 32 pixels wide. emoji: things drawn by artists, 64 pixels wide. "
-            "doodles: crayon drawings, 64 pixels wide, with captions of another grammar, to fine-tune on (splits "
+            "help": "emoji: things drawn by artists, 64 pixels wide, for vlv-emoji. shapes: coloured shapes, 32 pixels "
+            "wide, for vlv-tiny. doodles: crayon drawings, 64 pixels wide, with captions of another grammar, to fine-tune on (splits "
             "train and test)."
         },
     )
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
         prog="vlv scenes",
         description="Draw scenes with their exact captions, as a Hugging Face ImageFolder.",
         epilog="examples: vlv scenes --num 1000 --output scenes; "
-        "vlv scenes --world emoji --artists twemoji --output twemoji-scenes",
+        "vlv scenes --artists twemoji --output twemoji-scenes",
     )
     (arguments,) = parser.parse(argv)
     drawn = _world(arguments)
