@@ -37,8 +37,8 @@ OUT ?= outputs
 TRAIN = $(BIN)/vlv train tiny/$(1) --output_dir $(OUT)/$(1) --resume \
 	--dataset $(OUT)/scenes/train --eval_dataset $(OUT)/scenes/validation
 tiny: $(INSTALLED)
-	test -e $(OUT)/scenes/train/metadata.jsonl || $(BIN)/vlv scenes --num 40000 --split train --output $(OUT)/scenes/train
-	test -e $(OUT)/scenes/validation/metadata.jsonl || $(BIN)/vlv scenes --num 1000 --split validation --output $(OUT)/scenes/validation
+	test -e $(OUT)/scenes/train/metadata.jsonl || $(BIN)/vlv scenes --world shapes --num 40000 --split train --output $(OUT)/scenes/train
+	test -e $(OUT)/scenes/validation/metadata.jsonl || $(BIN)/vlv scenes --world shapes --num 1000 --split validation --output $(OUT)/scenes/validation
 	$(call TRAIN,vae)
 	$(call TRAIN,teacher) --vae $(OUT)/vae
 	$(call TRAIN,encoder)
@@ -52,9 +52,9 @@ tiny: $(INSTALLED)
 # Teaches the caption head of vlv-tiny styles and questions, and copies the captioner into the package.
 tiny-prompts: $(INSTALLED)
 	test -e $(OUT)/scenes-prompts/train/metadata.jsonl || \
-		$(BIN)/vlv scenes --num 24000 --split train --prompts --output $(OUT)/scenes-prompts/train
+		$(BIN)/vlv scenes --world shapes --num 24000 --split train --prompts --output $(OUT)/scenes-prompts/train
 	test -e $(OUT)/scenes-prompts/validation/metadata.jsonl || \
-		$(BIN)/vlv scenes --num 500 --split validation --prompts --output $(OUT)/scenes-prompts/validation
+		$(BIN)/vlv scenes --world shapes --num 500 --split validation --prompts --output $(OUT)/scenes-prompts/validation
 	$(BIN)/vlv train tiny/prompts --output_dir $(OUT)/prompts --resume --dataset $(OUT)/scenes-prompts/train \
 		--eval_dataset $(OUT)/scenes-prompts/validation --styles $(OUT)/scenes-prompts/train/styles.json
 	$(BIN)/python -m vlv.tiny.bundle $(OUT) vlv-tiny-prompts
