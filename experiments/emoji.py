@@ -34,16 +34,16 @@ class EmojiPlan:
     Args:
         parts: the folder of `make emoji` with the encoder and the language model.
         captions: number of scenes to learn captions from.
-        steps: training steps of Florence-2 and LLaVA.
+        steps: training steps of every captioner.
         language: training steps of LLaVA's language model, on text alone.
-        batch: captions of such a step. VLV takes twice the steps, of half as many captions, as its recipe does.
+        batch: captions of a step.
     """
 
     parts: str = "outputs-emoji"
     captions: int = 60_000
-    steps: int = 3000
+    steps: int = 2000
     language: int = 1500
-    batch: int = 64
+    batch: int = 32
     seeds: Sequence[int] = (0, 1, 2)
 
     def experiments(self) -> list[Experiment]:
@@ -66,8 +66,7 @@ class EmojiPlan:
 
     def vlv(self, seed: int) -> Training:
         settings = {"model": Bundled("vlv-emoji"), "caption_head": f"{self.parts}/language"}
-        settings["per_device_train_batch_size"] = self.batch // 2
-        return self.training("emoji/caption", 2 * self.steps, seed, **settings)
+        return self.training("emoji/caption", self.steps, seed, **settings)
 
     def florence(self, seed: int) -> Training:
         settings = {"encoder": f"{self.parts}/encoder", "caption_column": "text", "max_length": 32}
@@ -75,8 +74,8 @@ class EmojiPlan:
 
     def llava(self, seed: int) -> Training:
         language = self.training("emoji/language", self.language, 0, **LLAVAS)
-        parts = {"encoder": f"{self.parts}/encoder", "language": language, "bf16": True}
-        return self.training("experiments/recipes/llava.yaml", self.steps, seed, **parts)
+        settings = {"encoder": f"{self.parts}/encoder", "language": language, "muon_learning_rate": 2e-3}
+        return self.training("experiments/recipes/llava.yaml", self.steps, seed, **settings)
 
     def training(self, recipe: str, steps: int, seed: int, **settings) -> Training:
         common = {

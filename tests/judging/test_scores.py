@@ -112,7 +112,7 @@ def test_windows_end_behind_punctuation_if_there_is_any():
 
 
 def test_a_short_caption_is_one_window_as_the_tokenizer_itself_pads_it():
-    tokenizer = load_autoencoder(None)[1].decoder_tokenizer
+    tokenizer = load_autoencoder("vlv-tiny")[1].decoder_tokenizer
     for caption in ("", "a large red circle at the top left on a mint background"):
         padded = tokenizer(caption, padding="max_length", max_length=24).input_ids
         assert window_ids(tokenizer, caption, 24) == [padded]
@@ -125,7 +125,7 @@ def test_a_short_caption_is_one_window_as_the_tokenizer_itself_pads_it():
 
 
 def test_a_repeated_window_says_what_one_says():
-    model, processor = load_autoencoder(None)
+    model, processor = load_autoencoder("vlv-tiny")
     image, scene = sample_picture("train", 0)
     pixels = processor(images=image, return_decoder_pixel_values=True)["decoder_pixel_values"]
     latents = model.encode_latents(pixels, sample=False)
@@ -147,7 +147,7 @@ def test_a_caption_longer_than_the_caption_head_has_scores(model, contents):
 
 
 def test_true_captions_of_scenes_score_above_those_of_other_scenes():
-    judge = load_judge(None, ["explained", "likelihood"])
+    judge = load_judge("vlv-tiny", ["explained", "likelihood"])
     images, scenes = zip(*(sample_picture("validation", index) for index in range(12)), strict=True)
     captions = [[scene.caption, scenes[number - 1].caption] for number, scene in enumerate(scenes)]
     scores = judge([judge.read(image) for image in images], captions)

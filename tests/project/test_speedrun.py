@@ -37,7 +37,7 @@ def test_steps_to_a_target_lie_between_two_measurements():
 @pytest.mark.slow
 def test_a_run_leaves_its_curve_and_its_operations(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    sizes = {"IMAGES": 64, "EVALUATION": 4, "MEASURED_SCENES": 3, "TARGET": 0.0}
+    sizes = {"IMAGES": 64, "EVALUATION": 4, "FLORENCE_STEPS": 2, "MEASURED_SCENES": 3, "TARGET": 0.0}
     for name, value in sizes.items():
         monkeypatch.setattr(speedrun, name, value)
     small = {"per_device_train_batch_size": 4, "warmup_steps": 0, "save_steps": 2}

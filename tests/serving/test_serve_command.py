@@ -14,6 +14,7 @@ import httpx
 import pytest
 from served import COMPLETIONS, asking, captions_of, complaint, contents, data_url, running_server
 
+from vlv import BUNDLED
 from vlv.cli import main
 from vlv.scenes import write_scenes
 
@@ -84,7 +85,7 @@ def test_answers_among_malformed_requests_are_what_vlv_caption_writes(client, im
 
 def test_models(client):
     (model,) = client.get("/v1/models").json()["data"]
-    assert model["id"] == "vlv-tiny"
+    assert model["id"] == BUNDLED
 
 
 @pytest.mark.parametrize("begun", [None, "a small"])
@@ -143,7 +144,7 @@ def test_draws(client, images):
         ({"messages": [{"role": "user", "content": "hello"}]}, 400, "This conversation has no images: a VLV reads"),
         ({"messages": [{"role": "king", "content": "hello"}]}, 400, "There is no role 'king': a message is of system"),
         ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, 400, "A part of a message has the type "),
-        ({"model": "gpt"}, 404, "There is no model 'gpt' here: this server has 'vlv-tiny'."),
+        ({"model": "gpt"}, 404, f"There is no model 'gpt' here: this server has '{BUNDLED}'."),
         ({"n": 2}, 400, "n is 2: give a temperature above 0, which draws different captions."),
         ({"max_tokens": 0}, 400, "max_tokens is wrong: Input should be greater than or equal to 1."),
         ({"temperature": "hot"}, 400, "temperature is wrong: Input should be a valid number"),
