@@ -87,7 +87,7 @@ class Run:
         return Training(self.file, common | self.settings)
 
 
-LEVER_STEPS = 400
+LEVER_STEPS = 300
 MUON = {"muon_learning_rate": 2e-3}  # is not in the recipe, because a command cannot take it out
 
 
