@@ -1,4 +1,4 @@
-"""The experiment behind docs/own-drawings.md."""
+"""The experiment that fine-tunes a bundled model on a user's own drawings."""
 
 import json
 
