@@ -41,8 +41,7 @@ from vlv.training.vlv_settings import VLVSettings
 TARGET = 0.90
 IMAGES, EVALUATION = 40_000, 100
 FLORENCE_STEPS = 1200
-SIDE = 32  # pixels of the scenes and of what the decoder draws
-FULL_SIDE = 64  # pixels that the tiny Florence-2 is trained on; the scenes are scaled up for it
+FULL_SIDE = 64  # pixels that the tiny Florence-2 is trained on; the scenes, of 32 pixels, are scaled up for it
 QUERIES = 24
 PUBLISHED_SIZE, PUBLISHED_SAMPLES = 768, 128  # pixels that Florence-2 is trained on; samples of a step on each device
 RECIPES = Path(__file__).parent / "recipes"
@@ -87,7 +86,7 @@ class Run:
         return Training(self.file, common | self.settings)
 
 
-LEVER_STEPS = 400
+LEVER_STEPS = 300
 MUON = {"muon_learning_rate": 2e-3}  # is not in the recipe, because a command cannot take it out
 
 

@@ -3,7 +3,7 @@ A user's own drawings: a bundled model is fine-tuned on a few captioned crayon d
 
     python -m experiments.doodles [--model NAME] [--work outputs/experiments] [--output FILE]
 
-It prints the table of docs/own-drawings.md. Each model is fine-tuned by the recipe finetune-caption, as on that page.
+Each model is fine-tuned by the recipe finetune-caption. The command prints a table.
 """
 
 import json

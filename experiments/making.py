@@ -150,10 +150,10 @@ class Training:
 
     def records(self, work: Path) -> Iterator[dict[str, Any]]:
         """The records of this training and of those before it, without their loss logs."""
-        for before in self.settings.values():
-            before = before.decoder if isinstance(before, Assembled) else before
-            if isinstance(before, Training):
-                yield from before.records(work)
+        for setting in self.settings.values():
+            for before in (setting.encoder, setting.decoder) if isinstance(setting, Assembled) else (setting,):
+                if isinstance(before, Training):
+                    yield from before.records(work)
         record = json.loads((self.folder(work) / "training.json").read_text(encoding="utf-8"))
         yield {name: value for name, value in record.items() if name != "log"}
 

@@ -1,4 +1,4 @@
-"""The experiment behind docs/own-drawings.md."""
+"""The experiment that fine-tunes a bundled model on a user's own drawings."""
 
 import json
 
@@ -24,9 +24,8 @@ def test_scores_of_captions_in_any_grammar():
 
 
 def test_a_name_inside_a_longer_word_is_not_the_name():
-    (score,) = {
-        doodles.scores(["two stars and a sunflower"], [Doodle((("red", "star"), ("red", "sun")))])["names right"]
-    }
+    doodle = Doodle((("red", "star"), ("red", "sun")))
+    score = doodles.scores(["two stars and a sunflower"], [doodle])["names right"]
     assert score.value == 0
 
 

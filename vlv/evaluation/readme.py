@@ -1,7 +1,4 @@
-"""
-The tables of results in README.md, in docs and in model cards: `python -m vlv.evaluation.readme` rewrites those of the
-first two.
-"""
+"""The tables of results in README.md and in docs: `python -m vlv.evaluation.readme` rewrites them."""
 
 import json
 import re
