@@ -3,7 +3,7 @@
     python -m experiments.emoji           measures what is missing in docs/results/emoji, then prints the table
 
 Every captioner learns from the same captions of the same pictures. VLV continues from vlv-emoji's stage 1; Florence-2
-and LLaVA from the encoder as it was before stage 1. The parts come from the folder that `make emoji` trained into.
+and LLaVA from the encoder as it was before stage 1.
 """
 
 import sys
@@ -32,14 +32,14 @@ class EmojiPlan:
     The sizes of all trainings. A test makes them small.
 
     Args:
-        parts: the folder of `make emoji` with the encoder and the language model.
+        parts: the folder with the encoder and the language model of `make emoji`.
         captions: number of scenes to learn captions from.
         steps: training steps of every captioner.
         language: training steps of LLaVA's language model, on text alone.
         batch: captions of a step.
     """
 
-    parts: str = "outputs-emoji"
+    parts: str = "experiments/parts/emoji"
     captions: int = 60_000
     steps: int = 2000
     language: int = 1500

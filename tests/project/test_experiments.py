@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import Florence2ForConditionalGeneration
 
-from experiments import MEASURED, report
+from experiments import MEASURED, emoji, report
 from experiments.__main__ import main, write
 from experiments.composition import join
 from experiments.making import ENCODER, Bundled, Scenes, Training, claimed, once
@@ -312,3 +312,19 @@ def test_the_page_shows_the_finished_trainings():
         rows = report.gather(experiment, report.DOCS / "results")
         if any(row["parameters"] for row in rows):
             assert report.table(rows) in page, "run `make results`"
+
+
+@pytest.mark.slow
+def test_the_peers_of_vlv_emoji_are_trained_and_measured(tmp_path):
+    plan = emoji.EmojiPlan(captions=16, steps=2, language=2, batch=4, seeds=(0,))
+    emoji.main(["--num", "2", "--work", str(tmp_path / "work")], plan, tmp_path / "results")
+    rows = report.gather(plan.experiments()[0], tmp_path / "results", emoji.COLUMNS)
+    assert [row["captioner"] for row in rows] == ["VLV", "Florence-2", "LLaVA"]
+    assert all(0 <= row[column]["value"] <= 1 for row in rows for column in emoji.COLUMNS)
+
+
+def test_the_page_of_vlv_emoji_shows_its_peers():
+    (experiment,) = emoji.EmojiPlan().experiments()
+    rows = report.gather(experiment, report.DOCS / "results", emoji.COLUMNS)
+    assert all(row["seeds"] == "3 of 3" for row in rows)
+    assert report.table(rows) in (report.DOCS / "vlv-emoji.md").read_text(encoding="utf-8")
