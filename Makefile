@@ -90,8 +90,10 @@ $(call emoji_step,language): $(call emoji_scenes,train) $(call emoji_scenes,vali
 $(call emoji_step,autoencode): $(foreach step,teacher encoder language,$(call emoji_step,$(step))) $(call emoji_scenes,mixed)
 	$(call EMOJI_TRAIN,autoencode,mixed) --encoder $(EMOJI_OUT)/encoder --decoder $(EMOJI_OUT)/teacher \
 		--caption_head $(EMOJI_OUT)/language
-$(call emoji_step,caption): $(call emoji_step,autoencode)
-	$(call EMOJI_TRAIN,caption,mixed) --model $(EMOJI_OUT)/autoencode
+$(call emoji_step,details): $(call emoji_step,autoencode)
+	$(call EMOJI_TRAIN,details,mixed) --model $(EMOJI_OUT)/autoencode
+$(call emoji_step,caption): $(call emoji_step,details)
+	$(call EMOJI_TRAIN,caption,mixed) --model $(EMOJI_OUT)/details
 
 # Measures what is missing in docs/results, then redraws docs/results.md. Two processes with one thread each are faster
 # than one process with two threads.

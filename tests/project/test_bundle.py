@@ -7,14 +7,14 @@ import torch
 
 from modeling_vlv import CODE_FILES
 from vlv.models.loading import load_captioner
-from vlv.tiny.bundle import PROMPTS, STEPS, bundle
+from vlv.tiny.bundle import RECIPES_OF, bundle
 
 
 @pytest.fixture
 def outputs(tmp_path, tiny_model, tiny_processor):
     """As trainings leave it: each step with its record, and the last with a whole model."""
     folder = tmp_path / "made"
-    for step in (*STEPS, *PROMPTS):
+    for step in {step for _, steps in RECIPES_OF.values() for step in steps}:
         tiny_model.save_pretrained(folder / step)
         tiny_processor.save_pretrained(folder / step)
         record = {"recipe": {"dataset": f"{folder}/scenes/train"}, "commit": "c0ffee"}
@@ -23,13 +23,14 @@ def outputs(tmp_path, tiny_model, tiny_processor):
     return folder
 
 
-@pytest.mark.parametrize("steps", [PROMPTS, STEPS])
-def test_bundle(outputs, tmp_path, tiny_model, steps):
-    checkpoint = tmp_path / "checkpoints" / "vlv-new"
+@pytest.mark.parametrize("name", RECIPES_OF)
+def test_bundle(outputs, tmp_path, tiny_model, name):
+    _, steps = RECIPES_OF[name]
+    checkpoint = tmp_path / "checkpoints" / name
     checkpoint.mkdir(parents=True)
     (checkpoint / "README.md").write_text("# Mine\n")
     (checkpoint / "old.safetensors").write_text("")
-    bundle(outputs, checkpoint, "tiny", steps)
+    bundle(outputs, checkpoint)
     captioner, processor = load_captioner(str(checkpoint), "cpu")
     for name, weight in captioner.caption_head.named_parameters():
         assert torch.equal(weight, tiny_model.caption_head.get_parameter(name)), name
@@ -46,7 +47,8 @@ def test_bundle(outputs, tmp_path, tiny_model, steps):
 
 def test_an_unfinished_training_is_not_bundled(outputs, tmp_path):
     (outputs / "teacher" / "training.json").unlink()
-    (tmp_path / "kept").mkdir()
+    checkpoint = tmp_path / "vlv-tiny"
+    checkpoint.mkdir()
     with pytest.raises(FileNotFoundError, match="teacher holds no finished training: run `make tiny` first"):
-        bundle(outputs, tmp_path / "kept", "tiny")
-    assert (tmp_path / "kept").exists()
+        bundle(outputs, checkpoint)
+    assert checkpoint.exists()

@@ -1,4 +1,4 @@
-"""The six recipes of vlv-emoji, each for a few steps. Together they give one VLV."""
+"""The recipes of vlv-emoji, each for a few steps. Together they give one VLV."""
 
 import json
 
@@ -30,7 +30,8 @@ def outputs(tmp_path_factory):
             "decoder": folder / "teacher",
             "caption_head": folder / "language",
         },
-        "caption": {"model": folder / "autoencode"},
+        "details": {"model": folder / "autoencode"},
+        "caption": {"model": folder / "details"},
     }
     for step, start in starts.items():
         run(f"emoji/{step}", folder / step, **common, **start)
@@ -38,7 +39,7 @@ def outputs(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_six_recipes_make_one_small_vlv(outputs):
+def test_the_recipes_make_one_small_vlv(outputs):
     assert (outputs / "caption" / "model.safetensors").stat().st_size < 40e6
     model, processor = load_autoencoder(str(outputs / "caption"), "cpu")
     picture, scene = EMOJI.sample_picture("test", 0)

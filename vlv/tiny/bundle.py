@@ -8,7 +8,6 @@ OUTPUTS is the folder that `make tiny`, `make tiny-prompts` or `make emoji` wrot
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from modeling_vlv import CODE_FILES, VLVForConditionalGeneration
@@ -16,19 +15,24 @@ from processing_vlv import VLVProcessor
 from vlv import bundled_checkpoint
 from vlv.training.recipe import RECIPES
 
-STEPS = ("vae", "teacher", "encoder", "language", "autoencode", "caption")
-PROMPTS = ("prompts",)
+# The recipes of each checkpoint: their folder, and the steps in their order.
+RECIPES_OF = {
+    "vlv-tiny": ("tiny", ("vae", "teacher", "encoder", "language", "autoencode", "caption")),
+    "vlv-tiny-prompts": ("tiny", ("prompts",)),
+    "vlv-emoji": ("emoji", ("vae", "teacher", "encoder", "language", "autoencode", "details", "caption")),
+}
 
 
-def bundle(outputs: Path, checkpoint: Path, recipes: str, steps: Sequence[str] = STEPS) -> None:
+def bundle(outputs: Path, checkpoint: Path) -> None:
     """
-    Copies the final model of `outputs` to `checkpoint`: that of the last step. Its folder `training/` gets the recipe
-    of each step and the record of its run (settings, seed, commit, versions, loss log), in which `outputs` is called
-    "outputs". A README.md of `checkpoint` stays.
+    Copies the final model of `outputs`, that of the last step, to `checkpoint`, whose name says which steps there are.
+    Its folder `training/` gets the recipe of each step and the record of its run (settings, seed, commit, versions,
+    loss log), in which `outputs` is called "outputs". A README.md of `checkpoint` stays.
 
     Raises:
         FileNotFoundError: when the training of a step is not finished.
     """
+    recipes, steps = RECIPES_OF[checkpoint.name]
     for step in steps:
         if not (outputs / step / "training.json").is_file():
             raise FileNotFoundError(f"{outputs / step} holds no finished training: run `make {recipes}` first.")
@@ -36,7 +40,7 @@ def bundle(outputs: Path, checkpoint: Path, recipes: str, steps: Sequence[str] =
     readme = checkpoint / "README.md"
     words = readme.read_text(encoding="utf-8") if readme.exists() else None
     shutil.rmtree(checkpoint, ignore_errors=True)
-    if steps == PROMPTS:  # what draws pictures is in vlv-tiny
+    if checkpoint.name == "vlv-tiny-prompts":  # what draws pictures is in vlv-tiny
         VLVForConditionalGeneration.from_pretrained(outputs / steps[-1], dtype="auto").save_pretrained(checkpoint)
         VLVProcessor.from_pretrained(outputs / steps[-1]).save_pretrained(checkpoint)
     else:
@@ -58,6 +62,4 @@ def bundle(outputs: Path, checkpoint: Path, recipes: str, steps: Sequence[str] =
 
 if __name__ == "__main__":
     name = sys.argv[2] if len(sys.argv) > 2 else "vlv-tiny"
-    taught = name == "vlv-tiny-prompts"
-    recipes, steps = ("tiny", PROMPTS) if taught else (name.removeprefix("vlv-"), STEPS)
-    bundle(Path(sys.argv[1]), Path(bundled_checkpoint()).with_name(name), recipes, steps)
+    bundle(Path(sys.argv[1]), Path(bundled_checkpoint()).with_name(name))
