@@ -195,24 +195,26 @@ class Endpoints:
         guidance_scale: float = 2.0,
         seed: int = 0,
         text: str = "",
+        method: str = "join",
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[str | None]:
-        """Join the caption embeddings of two images, a share of each, and rebuild them into one picture.
+        """Compose the caption embeddings of two images, a share of each, and rebuild them into one picture.
 
         Parameters:
-            first: the image file whose embeddings come first.
-            second: the image file whose embeddings follow.
+            first: the image file that has the share.
+            second: the image file that has the rest.
             share: how much of the whole is the first image's, 0 to 1; the rest is the second's.
             num_inference_steps: sampling steps; more are slower and finer.
             guidance_scale: how closely the decoder follows the embeddings; 1 switches guidance off.
             seed: another seed starts from other noise.
             text: words for the picture, where the decoder has a text encoder that reads them.
+            method: join (the leading embeddings of each image) or interpolate (a weighted mean of them).
         """
         yield None
         first_values, _ = self.files.read(first, "first")
         second_values, _ = self.files.read(second, "second")
         steps = self.studio.compose(
-            first_values, second_values, share, num_inference_steps, guidance_scale, seed, text or ""
+            first_values, second_values, share, num_inference_steps, guidance_scale, seed, text or "", method
         )
         composed, _ = yield from _told(steps, progress, lambda step: None)
         yield self.files.show(composed, f"{Path(first).stem}-{Path(second).stem}").path
@@ -243,7 +245,8 @@ def add_endpoints(studio: Studio, on_gpu: Wrapper) -> None:
             outputs = [*pictures, gr.Textbox(label="Caption")]
             numbers = [*_numbers(SAMPLING), studio.queries.component()]
             _add(on_gpu, endpoints.reconstruct, [_image("image"), *numbers], outputs)
-            inputs = [_image("first"), _image("second"), *_numbers(("share", *SAMPLING)), _text("text")]
+            method = gr.Textbox("join", label="method")
+            inputs = [_image("first"), _image("second"), *_numbers(("share", *SAMPLING)), _text("text"), method]
             _add(on_gpu, endpoints.compose, inputs, gr.Image(label="Composition", format="png"))
 
 

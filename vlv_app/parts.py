@@ -24,7 +24,7 @@ SAMPLING = ("num_inference_steps", "guidance_scale", "seed")
 
 Wrapper = Callable[[Callable], Callable]
 Fields = Mapping[
-    str, gr.Slider | gr.Number | gr.Textbox | gr.Dropdown | gr.Checkbox
+    str, gr.Slider | gr.Number | gr.Textbox | gr.Dropdown | gr.Checkbox | gr.Radio
 ]  # by the names that the API has for them
 
 

@@ -20,6 +20,20 @@ from vlv_app.work import Report, ReportTokens, watch
 PURPOSE = re.compile(r"\*\*What it is (?:for|not)\.\*\*\s*(.+?)\s*(?:\n\s*\n|\Z)", re.DOTALL)
 
 
+def join(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.Tensor:
+    """The leading embeddings of the first image, then as many of the second's as are missing."""
+    kept = round(share * first.shape[1])
+    return torch.cat([first[:, :kept], second[:, : first.shape[1] - kept]], dim=1)
+
+
+def interpolate(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.Tensor:
+    """The mean of both images' embeddings, in which the first has the weight `share`."""
+    return torch.lerp(second, first, share)
+
+
+COMPOSITIONS = {"join": join, "interpolate": interpolate}
+
+
 @dataclass(frozen=True)
 class Step:
     """How far a computation is. `text` is what it has written so far."""
@@ -162,6 +176,7 @@ class Studio:
         guidance_scale: float = 2,
         seed: int = 0,
         text: str = "",
+        method: str = "join",
         with_caption: bool = False,
     ) -> Generator[Step, None, tuple[Image.Image, str]]:
         """
@@ -171,16 +186,16 @@ class Studio:
             first, second: `pixel_values` of the images, `(1, 3, H, W)`.
             share: how much of the embeddings is the first image's, 0 to 1.
             text: words for the picture, which take the place of the last embeddings.
+            method: "join" takes the leading embeddings of each image, "interpolate" a weighted mean of them.
             with_caption: also write the caption of the joined embeddings; else it is empty.
         """
         (share,) = check_settings(share=share).values()
+        if method not in COMPOSITIONS:
+            raise refusal(f"There is no method {method!r} to compose images: give {' or '.join(COMPOSITIONS)}.")
         sampling = check_settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed)
 
         def work(report: Report) -> tuple[Image.Image, str]:
-            embeds = [self._encode(pixel_values) for pixel_values in (first, second)]
-            length = embeds[0].shape[1]
-            kept = round(share * length)
-            joined = torch.cat([embeds[0][:, :kept], embeds[1][:, : length - kept]], dim=1)
+            joined = COMPOSITIONS[method](self._encode(first), self._encode(second), share)
             picture = self._sample(joined, report, text.strip(), **sampling)
             caption = self._write(joined, report)[0].text if with_caption and self.writes else ""
             return picture, caption

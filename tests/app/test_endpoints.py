@@ -105,6 +105,23 @@ def test_compose_joins_a_share_of_each(client, pictures, tiny_model, tiny_proces
     assert np.array_equal(pixels(all_first), pixels(alone))
 
 
+def test_compose_interpolates(client, pictures, tiny_model, tiny_processor):
+    images = [upload(pictures[0]), upload(pictures[1])]
+    composed = client.predict(*images, 0.25, 3, method="interpolate", api_name="/compose")
+    embeds = tiny_model.encode(tiny_processor(images=[str(file) for file in pictures[:2]])["pixel_values"])
+    expected = tiny_model.reconstruct(
+        caption_embeds=0.25 * embeds[:1] + 0.75 * embeds[1:],
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(0),
+    )
+    difference = pixels(composed).astype(int) - pixels(expected[0])
+    assert np.abs(difference).max() <= 1  # the two were encoded as a batch here
+    with pytest.raises(
+        gradio_client.exceptions.AppError, match="no method 'mix' to compose images: give join or interpolate"
+    ):
+        client.predict(*images, 0.25, 3, method="mix", api_name="/compose")
+
+
 def test_compose_adds_words(client, pictures, tiny_model, tiny_processor):
     images = [upload(pictures[0]), upload(pictures[1])]
     composed = client.predict(*images, 1, 3, text="a red circle", api_name="/compose")
@@ -153,6 +170,7 @@ def test_endpoints_are_described(client):
         ("share", "float", True),
         *sampling,
         ("text", "str", True),
+        ("method", "str", True),
     ]
     for endpoint in endpoints.values():
         assert endpoint["description"].endswith(".") and "Parameters" not in endpoint["description"]

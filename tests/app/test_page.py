@@ -159,6 +159,14 @@ def test_compose_and_several_shares(page, client, pictures):
         assert f"{label} of the first image" in figure.inner_text()
         assert " ".join(caption.split()) in " ".join(figure.inner_text().split())
 
+    tab.get_by_label("interpolate").check()
+    set_number(tab, "Number of shares", 3)
+    press(page, "Compose several shares")
+    wait_until_done(page, "3 pictures are composed.")
+    images = [upload(pictures[0]), upload(pictures[1])]
+    between = client.predict(*images, 0.5, 3, method="interpolate", api_name="/compose")
+    assert np.array_equal(pixels_of(page.locator("#composed figure").nth(1).locator("img")), pixels(between))
+
 
 def test_one_upload_serves_all_tabs_and_a_reload(page, captioner, pictures):
     tab = open_tab(page, "Caption")

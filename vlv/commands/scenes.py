@@ -32,9 +32,9 @@ class ScenesArguments:
     world: Literal["shapes", "emoji", "doodles"] = field(
         default="emoji",
         metadata={
-            "help": "emoji: things drawn by artists, 64 pixels wide, for vlv-emoji. shapes: coloured shapes, 32 pixels "
-            "wide, for vlv-tiny. doodles: crayon drawings, 64 pixels wide, with captions of another grammar, to fine-tune on (splits "
-            "train and test)."
+            "help": "emoji: things drawn by artists, 64 pixels wide, for vlv-emoji. shapes: coloured shapes, 32 "
+            "pixels wide, for vlv-tiny. doodles: crayon drawings, 64 pixels wide, with captions of another grammar, "
+            "to fine-tune on (splits train and test)."
         },
     )
     max_objects: int = field(
@@ -80,8 +80,7 @@ def main(argv: list[str]) -> None:
         ScenesArguments,
         prog="vlv scenes",
         description="Draw scenes with their exact captions, as a Hugging Face ImageFolder.",
-        epilog="examples: vlv scenes --num 1000 --output scenes; "
-        "vlv scenes --artists twemoji --output twemoji-scenes",
+        epilog="examples: vlv scenes --num 1000 --output scenes; vlv scenes --artists twemoji --output twemoji-scenes",
     )
     (arguments,) = parser.parse(argv)
     drawn = _world(arguments)

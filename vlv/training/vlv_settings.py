@@ -9,7 +9,7 @@ from vlv.training.stage import Settings
 @dataclass
 class VLVSettings(Settings):
     model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the VLV to start from; vlv-tiny is the bundled one."}
+        default=None, metadata={"help": "Folder or Hub id of the VLV to start from, or vlv-emoji or vlv-tiny."}
     )
     train_parts: list[str] | None = field(
         default=None, metadata={"help": "Parts to train instead of the stage's own (see VLVModel.set_stage)."}
