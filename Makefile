@@ -91,7 +91,7 @@ $(call emoji_step,autoencode): $(foreach step,teacher encoder language,$(call em
 	$(call EMOJI_TRAIN,autoencode,mixed) --encoder $(EMOJI_OUT)/encoder --decoder $(EMOJI_OUT)/teacher \
 		--caption_head $(EMOJI_OUT)/language
 $(call emoji_step,details): $(call emoji_step,autoencode)
-	$(call EMOJI_TRAIN,details,mixed) --model $(EMOJI_OUT)/autoencode
+	$(call EMOJI_TRAIN,details,train) --model $(EMOJI_OUT)/autoencode
 $(call emoji_step,caption): $(call emoji_step,details)
 	$(call EMOJI_TRAIN,caption,mixed) --model $(EMOJI_OUT)/details
 
