@@ -101,7 +101,7 @@ class AutoencodeSettings(VLVSettings):
 
 class EndOfShift(TrainerCallback):
     """
-    Draws timesteps without a shift after the first `steps` steps. Noisy timesteps teach what is where; the others teach
+    Draws timesteps without a shift after the first `steps` steps. Noisy timesteps teach what is where; others teach
     details.
     """
 
