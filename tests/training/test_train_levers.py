@@ -71,6 +71,21 @@ def test_what_the_levers_leave_in_the_model(levers):
 
 
 @pytest.mark.slow
+def test_a_shift_of_the_first_steps_only(tiny_repo, scenes, tmp_path):
+    """The same as a run with the shift that is stopped, and resumed without it."""
+    common = {"dataset": scenes, "model": tiny_repo, "save_steps": 2}
+    run(AUTOENCODE, tmp_path / "whole", **common, timestep_shift=5.0, timestep_shift_steps=2)
+    run(AUTOENCODE, tmp_path / "parts", **common, timestep_shift=5.0)
+    shifted = weights(tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    run(AUTOENCODE, tmp_path / "parts", **common, resume=True)
+    found, expected = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+    assert not torch.equal(found["queries"], shifted["queries"])
+
+
+@pytest.mark.slow
 def test_stage_2_learns_nested_queries_and_leaves_an_average(levers, scenes, tmp_path):
     stage1, _ = levers
     run(
@@ -88,6 +103,14 @@ def test_stage_2_learns_nested_queries_and_leaves_an_average(levers, scenes, tmp
     ("settings", "sentence"),
     [
         ({"timestep_shift": -1}, "timestep_shift is -1.0: give a number above 0; 1 moves no timestep."),
+        (
+            {"timestep_shift": 3, "timestep_shift_steps": 0},
+            "timestep_shift_steps is 0: give at least 1, or leave it out to shift in all steps.",
+        ),
+        (
+            {"timestep_shift_steps": 5},
+            "timestep_shift_steps is 5, but timestep_shift is 1, which moves no timestep.",
+        ),
         ({"denoising_loss": "huber"}, "denoising_loss is 'huber': choose 'mse' or 'l1'."),
         ({"timestep_density": "beta"}, "timestep_density is 'beta': choose uniform, logit_normal, mode."),
         ({"min_snr_gamma": 0}, "min_snr_gamma is 0.0: give a number above 0, such as 5."),

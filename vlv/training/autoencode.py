@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
+from configuration_vlv import VLVConfig
 from layers_vlv import check_encoder_size
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
@@ -78,6 +79,9 @@ class AutoencodeSettings(VLVSettings):
     timestep_shift: float = field(
         default=1.0, metadata={"help": "Moves the drawn timesteps towards noise (above 1) or the image (below 1)."}
     )
+    timestep_shift_steps: int | None = field(
+        default=None, metadata={"help": "Shift the timesteps of so many first steps only (default: of all steps)."}
+    )
     noise_draws: int = field(
         default=1, metadata={"help": "Noise levels that a step draws for each image, which is encoded once."}
     )
@@ -86,6 +90,27 @@ class AutoencodeSettings(VLVSettings):
     def __post_init__(self):
         super().__post_init__()
         self.cache_latents = parse_switch("cache_latents", self.cache_latents)
+        steps = self.timestep_shift_steps
+        if steps is not None and steps < 1:
+            raise ValueError(
+                f"timestep_shift_steps is {steps}: give at least 1, or leave it out to shift in all steps."
+            )
+        if steps is not None and self.timestep_shift == 1:
+            raise ValueError(f"timestep_shift_steps is {steps}, but timestep_shift is 1, which moves no timestep.")
+
+
+class EndOfShift(TrainerCallback):
+    """
+    Draws timesteps without a shift after the first `steps` steps. Noisy timesteps teach what is where; others teach
+    details.
+    """
+
+    def __init__(self, config: VLVConfig, steps: int):
+        self.config, self.steps = config, steps
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= self.steps:
+            self.config.timestep_shift = 1.0
 
 
 class AutoencodeStage(VLVStage):
@@ -127,6 +152,10 @@ class AutoencodeStage(VLVStage):
         shape = self.eval_dataset[0]["latents"].shape
         timesteps = self.model.teacher.num_timesteps
         self.eval_dataset.cached.append(Table(**fixed_noise(len(self.eval_rows), shape, timesteps)))
+
+    def callbacks(self) -> list[TrainerCallback]:
+        steps = self.settings.timestep_shift_steps
+        return [*super().callbacks(), *([] if steps is None else [EndOfShift(self.model.config, steps)])]
 
     def collate(self, batch: dict[str, Any] | list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         inputs = super().collate(batch)
