@@ -1,0 +1,1 @@
+../../../components_vlv.py
