@@ -93,6 +93,7 @@ def run(page: Page, tab: str) -> None:
     if tab == "Compose":
         panel.get_by_role("button", name="Example 1").click()
         page.locator("#picture-second .drop img").wait_for()
+        panel.get_by_label("interpolate").check()
         button = "Compose several shares"
     panel.get_by_role("button", name=button, exact=True).click()
     panel.locator(".status [data-done]").first.wait_for()
@@ -117,7 +118,7 @@ def picture(page: Page, name: str) -> None:
     page.mouse.move(0, 0)
     page.evaluate("scrollTo(0, 0)")
     page.wait_for_timeout(300)
-    page.screenshot(path=DOCS / f"{name}.png")
+    page.screenshot(path=DOCS / f"{name}.png", full_page=True)
 
 
 if __name__ == "__main__":
