@@ -61,7 +61,7 @@ def take_all(browser: Browser, folder: Path) -> None:
     page = open_page(browser, **DESKTOP)
     for tab in ("Caption", "Reconstruct", "Compose"):
         run(page, tab)
-        picture(page, f"app-{tab.lower()}")
+        picture(page, f"app-{tab.lower()}", full_page=tab == "Compose")  # the strip is below
     collection(page, folder)
     picture(page, "app-collection")
     page.close()
@@ -114,11 +114,11 @@ def collection(page: Page, folder: Path) -> None:
     )
 
 
-def picture(page: Page, name: str) -> None:
+def picture(page: Page, name: str, full_page: bool = False) -> None:
     page.mouse.move(0, 0)
     page.evaluate("scrollTo(0, 0)")
     page.wait_for_timeout(300)
-    page.screenshot(path=DOCS / f"{name}.png", full_page=True)
+    page.screenshot(path=DOCS / f"{name}.png", full_page=full_page)
 
 
 if __name__ == "__main__":
