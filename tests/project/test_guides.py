@@ -30,7 +30,6 @@ PAGES = [
             "teachers",
             "serving",
             "prompts",
-            "own-drawings",
         )
     ),
 ]
@@ -83,14 +82,6 @@ def test_prompts(follow, tmp_path):
     plain, titles = ([row["text"] for row in rows(tmp_path / f"{name}.jsonl")] for name in ("plain", "titles"))
     assert sum(text.startswith("title: a ") for text in titles) > 180
     assert sum(text.startswith("a ") for text in plain) > 180
-
-
-@pytest.mark.slow
-def test_own_drawings(follow, tmp_path):
-    follow("docs/own-drawings")
-    before, after = (rows(tmp_path / f"{when}.jsonl") for when in ("before", "after"))
-    assert not any(row["text"].startswith("a crayon drawing of") for row in before)
-    assert all(row["text"].startswith("a crayon drawing of") for row in after)
 
 
 @pytest.mark.slow
