@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model, processor = load_autoencoder(None, "cpu")
+    model, processor = load_autoencoder("vlv-tiny", "cpu")
     pictures = [sample_picture("test", index) for index in range(arguments.images)]
     contents = [Judge(model, processor, BOTH).read(image) for image, _ in pictures]
     texts = [scene.caption for _, scene in pictures]

@@ -89,7 +89,7 @@ def caption(batch_size: int, length: int) -> None:
     from captioning import CaptionerOfLengths  # imported here, because the other rows do not need it
 
     names = [str(number) for number in range(IMAGES)]
-    model, processor = load_captioner(None)
+    model, processor = load_captioner("vlv-tiny")
     captioner = CaptionerOfLengths(model, processor, Decoding(), batch_size, lengths=dict.fromkeys(names, length))
     size = (3, processor.image_height, processor.image_width)
     pixel_values = list(torch.rand(IMAGES, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1)

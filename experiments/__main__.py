@@ -21,9 +21,8 @@ from vlv.provenance import git_commit
 
 @dataclass
 class ExperimentArguments:
-    model: str | None = field(
-        default=None,
-        metadata={"help": f"Folder or Hub id of the VLV that {', '.join(MEASURED)} measure (default: vlv-tiny)."},
+    model: str = field(
+        default="vlv-tiny", metadata={"help": f"Folder or Hub id of the VLV that {', '.join(MEASURED)} measure."}
     )
     num: int = field(default=500, metadata={"help": "Number of scenes that each score is measured on."})
     output: str = field(default="docs/results", metadata={"help": "Folder for the JSON."})
@@ -78,7 +77,7 @@ def write(file: Path, claim: Path, measure: Callable[[], dict[str, Any]]) -> boo
         return False
 
 
-def ask(name: str, model: str | None, num: int) -> dict[str, Any]:
+def ask(name: str, model: str, num: int) -> dict[str, Any]:
     """The rows of one experiment of `MEASURED`."""
     start = time.perf_counter()
     vlv, processor = load_whole(model)

@@ -167,7 +167,7 @@ class TinysPart:
     def make(self, work: Path) -> Path:
         def export():
             with atomic_folder(work / "vlv-tiny") as unfinished:
-                export_parts(*load_whole(None), unfinished)
+                export_parts(*load_whole("vlv-tiny"), unfinished)
 
         return once(work / "vlv-tiny", "decoder", export) / self.name
 

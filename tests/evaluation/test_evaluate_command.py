@@ -445,8 +445,8 @@ def test_a_model_without_the_needed_part(photos, tiny_processor, tmp_path, capsy
 
 
 def test_scores_of_scenes():
-    """The bundled checkpoint's captions are compared with the true ones as text. An exact caption has equal text."""
-    model, processor = load_autoencoder(None, "cpu")
+    """vlv-tiny's captions are compared with the true ones as text. An exact caption has equal text."""
+    model, processor = load_autoencoder("vlv-tiny", "cpu")
     pictures = [sample_picture("test", number) for number in range(6)]
     scorer = SceneScorer(model, processor, batch_size=4)
     scores = scorer.captions(pictures, "test")

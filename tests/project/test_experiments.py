@@ -84,7 +84,7 @@ def test_the_distance_of_a_set_from_itself_is_zero():
 def test_an_experiment_can_be_run_again(name):
     from vlv.models.loading import load_whole
 
-    model, processor = load_whole(None)
+    model, processor = load_whole("vlv-tiny")
     rows = import_module(f"experiments.{name}").run(model.float().eval(), processor, 4)
     recorded = json.loads((report.DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
     assert [row.keys() for row in rows] == [row.keys() for row in recorded]

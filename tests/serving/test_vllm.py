@@ -47,13 +47,13 @@ def folder(tmp_path_factory):
 
 def checkpoint(kind, folder):
     """The bundled model in another shape."""
-    model, processor = load_captioner(None, "cpu", "float32")
+    model, processor = load_captioner("vlv-tiny", "cpu", "float32")
     if kind == "untied":
         head = model.caption_head
         head.config.tie_word_embeddings = model.config.caption_config.tie_word_embeddings = False
         head.lm_head.weight = torch.nn.Parameter(copy.deepcopy(head.get_input_embeddings().weight.data))
     elif kind == "merged LoRA":
-        trained = load_captioner(None, "cpu", "float32")[0]
+        trained = load_captioner("vlv-tiny", "cpu", "float32")[0]
         add_adapters(trained, {"caption_head"}, LoraSettings(lora_rank=4))
         for name, weight in trained.named_parameters():
             if "lora_B" in name:  # which begin as zeros
