@@ -316,7 +316,8 @@ def test_the_page_shows_the_finished_trainings():
 
 @pytest.mark.slow
 def test_the_peers_of_vlv_emoji_are_trained_and_measured(tmp_path):
-    plan = emoji.EmojiPlan(captions=16, steps=2, language=2, batch=4, seeds=(0,))
+    # Enough captions for the tokenizer to know every word.
+    plan = emoji.EmojiPlan(captions=600, steps=2, language=2, batch=4, seeds=(0,))
     emoji.main(["--num", "2", "--work", str(tmp_path / "work")], plan, tmp_path / "results")
     rows = report.gather(plan.experiments()[0], tmp_path / "results", emoji.COLUMNS)
     assert [row["captioner"] for row in rows] == ["VLV", "Florence-2", "LLaVA"]
