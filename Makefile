@@ -46,7 +46,7 @@ tiny: $(INSTALLED)
 	$(call TRAIN,autoencode) --encoder $(OUT)/encoder --decoder $(OUT)/teacher --caption_head $(OUT)/language
 	$(call TRAIN,caption) --model $(OUT)/autoencode
 	$(BIN)/python -m vlv.tiny.bundle $(OUT)
-	$(BIN)/vlv evaluate
+	$(BIN)/vlv evaluate --model vlv-tiny
 	$(BIN)/python -m vlv.evaluation.readme
 
 # Teaches the caption head of vlv-tiny styles and questions, and copies the captioner into the package.
@@ -69,7 +69,8 @@ EMOJI_TRAIN = $(BIN)/vlv train emoji/$(1) --output_dir $(EMOJI_OUT)/$(1) --resum
 emoji: export OMP_NUM_THREADS = 1
 emoji: $(INSTALLED) $(call emoji_step,caption)
 	$(BIN)/python -m vlv.tiny.bundle $(EMOJI_OUT) vlv-emoji
-	$(BIN)/vlv evaluate --model vlv/checkpoints/vlv-emoji
+	$(BIN)/vlv evaluate --model vlv-emoji
+	$(BIN)/python -m vlv.evaluation.readme
 
 # In varied and mixed, most or half of the pictures are changed as other artists might draw them. varied has up to four
 # things in a picture. The encoder learns to say one thing about a picture; more things in a picture teach it more.

@@ -23,6 +23,7 @@ COLUMNS = {
     "never-seen combinations": "captions/novel/objects_right",
     "names, unseen artist": "captions/artist/name_right",
 }
+PARTS = "experiments/parts/emoji"  # the encoder and the language model of vlv-emoji, in half precision
 LLAVAS = {"hidden_size": 320, "num_hidden_layers": 5}  # gives LLaVA about as many parameters as the VLV
 
 
@@ -32,14 +33,12 @@ class EmojiPlan:
     The sizes of all trainings. A test makes them small.
 
     Args:
-        parts: the folder with the encoder and the language model of `make emoji`.
         captions: number of scenes to learn captions from.
         steps: training steps of every captioner.
         language: training steps of LLaVA's language model, on text alone.
         batch: captions of a step.
     """
 
-    parts: str = "experiments/parts/emoji"
     captions: int = 60_000
     steps: int = 2000
     language: int = 1500
@@ -65,16 +64,16 @@ class EmojiPlan:
         return [row.runs[number] for number in range(len(self.seeds)) for row in experiment.rows]
 
     def vlv(self, seed: int) -> Training:
-        settings = {"model": Bundled("vlv-emoji"), "caption_head": f"{self.parts}/language"}
+        settings = {"model": Bundled("vlv-emoji"), "caption_head": f"{PARTS}/language"}
         return self.training("emoji/caption", self.steps, seed, **settings)
 
     def florence(self, seed: int) -> Training:
-        settings = {"encoder": f"{self.parts}/encoder", "caption_column": "text", "max_length": 32}
+        settings = {"encoder": f"{PARTS}/encoder", "caption_column": "text", "max_length": 32}
         return self.training("emoji/encoder", self.steps, seed, **settings)
 
     def llava(self, seed: int) -> Training:
         language = self.training("emoji/language", self.language, 0, **LLAVAS)
-        settings = {"encoder": f"{self.parts}/encoder", "language": language, "muon_learning_rate": 2e-3}
+        settings = {"encoder": f"{PARTS}/encoder", "language": language, "muon_learning_rate": 2e-3}
         return self.training("experiments/recipes/llava.yaml", self.steps, seed, **settings)
 
     def training(self, recipe: str, steps: int, seed: int, **settings) -> Training:

@@ -90,7 +90,7 @@ def test_fine_tuning_starts_from_the_bundled_checkpoint_wherever_it_is_run(tmp_p
     monkeypatch.chdir(tmp_path)
     argv = [str(RECIPES / "finetune-caption.yaml"), "--output_dir", "out", "--dataset", str(scenes)]
     stage_type, settings, args = read_recipe(argv)
-    assert stage_type(settings, args).source == vlv.bundled_checkpoint("vlv-tiny")
+    assert stage_type(settings, args).source == vlv.bundled_checkpoint()
     _, settings, _ = read_recipe([*argv, "--model", "another"])
     assert settings.model == "another"
 
@@ -113,7 +113,9 @@ def test_the_bundled_checkpoints_record_these_recipes(checkpoint, step):
     assert record["seed"] == args.seed and re.fullmatch("[0-9a-f]{40}", record["commit"])
     logged = [row for row in record["log"] if "loss" in row]
     assert logged[-1]["step"] == record["steps"] == args.max_steps
-    assert logged[-1]["loss"] < logged[0]["loss"]
+    # The denoising loss has a floor, which is the teacher's own: stage 1 of vlv-emoji cannot halve it.
+    stage_1_of_emoji = checkpoint == "vlv-emoji" and step in ("autoencode", "details")
+    assert logged[-1]["loss"] < logged[0]["loss"] / (1 if stage_1_of_emoji else 2)
 
 
 # ---- accelerate ------------------------------------------------------------------------------------------------
