@@ -3,9 +3,11 @@ A user's own drawings: a bundled model is fine-tuned on a few captioned crayon d
 
     python -m experiments.doodles [--model NAME] [--work outputs/experiments] [--output FILE]
 
-Each model is fine-tuned by the recipe finetune-caption. The command prints a table.
+Two recipes are compared: finetune-caption trains the caption head alone, finetune-all the encoder too. The command
+prints a table.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from vlv.provenance import git_commit
 from vlv.scenes.doodles import Doodle, Doodles
 
 HELD_OUT = 300
+RECIPES = ("finetune-caption", "finetune-all")
 COUNTS = (50, 200, 800)
 SEEDS = (0, 1, 2)
 
@@ -36,8 +39,8 @@ class DoodlesArguments:
     output: Path = field(default=Path("docs/results/doodles.json"), metadata={"help": "JSON file to write."})
 
 
-def fine_tuned(model: str, count: int, seed: int) -> Training:
-    return Training("finetune-caption", {"model": model, "dataset": Scenes(count, "train", "doodles"), "seed": seed})
+def fine_tuned(recipe: str, model: str, count: int, seed: int) -> Training:
+    return Training(recipe, {"model": model, "dataset": Scenes(count, "train", "doodles"), "seed": seed})
 
 
 def scores(captions: Sequence[str], doodles: Sequence[Doodle]) -> dict[str, Measurement]:
@@ -67,30 +70,32 @@ def measure(folder: Path | str) -> dict[str, dict[str, Any]]:
 
 
 def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each number of drawings: the mean over the seeds."""
-    found: dict[int, list[dict]] = {}
+    """A row for each recipe and number of drawings: the mean over the seeds."""
+    found: dict[tuple[str | None, int], list[dict]] = {}
     for run in record["runs"]:
-        found.setdefault(run["drawings"], []).append(run)
+        found.setdefault((run["recipe"], run["drawings"]), []).append(run)
     return [
         {
+            "recipe": recipe or "none",
             "captioned drawings": count,
             "seeds": len(runs),
             **{name: spread([run["scores"][name] for run in runs]) for name in runs[0]["scores"]},
             "minutes": sum(run["seconds"] for run in runs) / len(runs) / 60,
         }
-        for count, runs in found.items()
+        for (recipe, count), runs in found.items()
     ]
 
 
 def main(argv: list[str]) -> None:
     parser = CommandParser(DoodlesArguments, prog="python -m experiments.doodles", description=__doc__)
     (arguments,) = parser.parse(argv)
-    runs = [{"drawings": 0, "seed": None, "scores": measure(bundled_checkpoint(arguments.model)), "seconds": 0.0}]
-    for count in COUNTS:
-        for seed in SEEDS:
-            folder = fine_tuned(arguments.model, count, seed).make(arguments.work.absolute())
-            seconds = json.loads((folder / "training.json").read_text(encoding="utf-8"))["seconds"]
-            runs.append({"drawings": count, "seed": seed, "scores": measure(folder), "seconds": seconds})
+    before = measure(bundled_checkpoint(arguments.model))
+    runs = [{"recipe": None, "drawings": 0, "seed": None, "scores": before, "seconds": 0.0}]
+    for recipe, count, seed in itertools.product(RECIPES, COUNTS, SEEDS):
+        folder = fine_tuned(recipe, arguments.model, count, seed).make(arguments.work.absolute())
+        seconds = json.loads((folder / "training.json").read_text(encoding="utf-8"))["seconds"]
+        run = {"recipe": recipe, "drawings": count, "seed": seed, "scores": measure(folder), "seconds": seconds}
+        runs.append(run)
     record = {"model": arguments.model, "held_out": HELD_OUT, "commit": git_commit(), "runs": runs}
     with atomic_writer(arguments.output) as file:
         file.write(json.dumps(record, indent=1) + "\n")

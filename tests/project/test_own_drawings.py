@@ -33,12 +33,12 @@ def test_a_name_inside_a_longer_word_is_not_the_name():
 def test_the_experiment_runs(tmp_path, monkeypatch, capsys):
     settings = {"dataset": Scenes(8, "train", "doodles"), "eval_size": 2, "max_steps": 2, "warmup_steps": 0}
     run = {"model": "vlv-tiny", "per_device_train_batch_size": 2}
-    monkeypatch.setattr(doodles, "fine_tuned", lambda *_: Training("finetune-caption", settings | run))
+    monkeypatch.setattr(doodles, "fine_tuned", lambda recipe, *_: Training(recipe, settings | run))
     for name, value in {"HELD_OUT": 3, "COUNTS": (8,), "SEEDS": (0,)}.items():
         monkeypatch.setattr(doodles, name, value)
     output = tmp_path / "doodles.json"
     doodles.main(["--model", "vlv-tiny", "--work", str(tmp_path / "work"), "--output", str(output)])
     record = json.loads(output.read_text())
-    assert [run["drawings"] for run in record["runs"]] == [0, 8]
+    assert [run["drawings"] for run in record["runs"]] == [0, 8, 8]
     assert record["runs"][0]["scores"]["captions exact"]["value"] == 0  # another grammar
-    assert "| 8 | 1 |" in capsys.readouterr().out
+    assert "| finetune-all | 8 | 1 |" in capsys.readouterr().out
