@@ -1,5 +1,6 @@
 """`vlv train` with wrong input or a full disk: it prints one clear line and exits with a non-zero status."""
 
+import logging
 import resource
 import shutil
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 import pytest
 import tiny
 from running_train import arguments, run
+from safetensors.torch import load_file, save_file
+from transformers.testing_utils import CaptureLogger
 
 from vlv.cli import main as vlv
 
@@ -53,6 +56,38 @@ def test_a_stage_whose_parts_the_checkpoint_lacks(recipe, lacking, message, scen
     tiny.processor().save_pretrained(tmp_path / "model")
     error = error_of(capsys, recipe, tmp_path / "out", dataset=scenes, model=tmp_path / "model")
     assert error.startswith(f"{tmp_path / 'model'}") and message in error
+
+
+def without(weight, source, folder):
+    """A copy of a model's folder that lacks one of its weights."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights[weight]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("recipe", [AUTOENCODE, CAPTION], ids=["stage1", "stage2"])
+def test_a_model_that_lacks_weights_does_not_train_from_random_ones(recipe, tiny_repo, scenes, tmp_path, capsys):
+    broken = without("projection.0.weight", tiny_repo, tmp_path / "broken")
+    error = error_of(capsys, recipe, tmp_path / "out", dataset=scenes, model=broken)
+    assert error == f"{broken} lacks 1 of the weights that its config asks for: projection.0.weight"
+
+
+def test_a_caption_head_that_lacks_weights(tiny_repo, tiny_components, scenes, tmp_path, capsys):
+    broken = without("model.norm.weight", tiny_components / "caption_head", tmp_path / "broken")
+    error = error_of(capsys, CAPTION, tmp_path / "out", dataset=scenes, model=tiny_repo, caption_head=broken)
+    assert error == f"{broken} lacks 1 of the weights that its config asks for: model.norm.weight"
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["the_first", "another"])
+def test_a_new_caption_head_is_not_told_as_a_fault(replaced, tiny_components, scenes, tmp_path):
+    tiny.model(**({} if replaced else {"caption_config": None})).save_pretrained(tmp_path / "model")
+    tiny.processor().save_pretrained(tmp_path / "model")
+    settings = {"model": tmp_path / "model", "caption_head": tiny_components / "caption_head", "max_steps": 1}
+    with CaptureLogger(logging.getLogger("transformers")) as told:
+        run(CAPTION, tmp_path / "out", dataset=scenes, **settings)
+    assert "MISSING" not in told.out and "corrupted" not in told.out
 
 
 @pytest.mark.slow

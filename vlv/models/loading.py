@@ -129,34 +129,51 @@ def _load(
 ) -> tuple[Model, VLVProcessor]:
     place = find_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else "auto")
+    model = load_weights(model_class, source, dtype=dtype, **loading)
+    with _quiet_transformers():
+        processor = VLVProcessor.from_pretrained(source)
+    if "device_map" not in loading:
+        model.to(place)
+    return model.eval(), processor
+
+
+def load_weights(model_class: Any, source: str, new: tuple[str, ...] = (), **loading: Any) -> Any:
+    """
+    `from_pretrained`, which never continues with random weights in place of missing ones.
+
+    Args:
+        model_class: a model's class, or an auto class.
+        new: beginnings of the names of weights that the checkpoint need not have, or has in another size.
+
+    Raises:
+        ValueError: for weights that are missing, damaged, or of another size than the config says.
+    """
     try:
         with _quiet_transformers():
             model, info = model_class.from_pretrained(
                 source,
-                dtype=dtype,
                 use_safetensors=True,  # a pickle is not even opened
                 ignore_mismatched_sizes=True,  # but refused below, in a sentence of our own
                 output_loading_info=True,
                 **loading,
             )
-            processor = VLVProcessor.from_pretrained(source)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"The weights of {source} cannot be read: {error}") from error
     except ImportError as error:  # bitsandbytes, flash_attn, ...: the library's sentence says how to install it
         raise ValueError(str(error)) from error
-    if info["mismatched_keys"]:
-        name, size, expected = min(info["mismatched_keys"])
+    mismatched = sorted(item for item in info["mismatched_keys"] if not item[0].startswith(new))
+    if mismatched:
+        name, size, expected = mismatched[0]
         raise ValueError(
             f"{source} contradicts itself: {name} is {tuple(size)} in its weights, but {tuple(expected)} by its "
             "config."
         )
-    if info["missing_keys"]:
-        # transformers would continue with random weights.
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"{source} lacks {len(info['missing_keys'])} of the weights that its config asks for: {some}")
-    if "device_map" not in loading:
-        model.to(place)
-    return model.eval(), processor
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(new))
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} of the weights that its config asks for: {', '.join(missing[:3])}"
+        )
+    return model
 
 
 @contextmanager

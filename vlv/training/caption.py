@@ -19,7 +19,7 @@ from stopping_vlv import stop_at_repetition
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
 from vlv.data.rows import pairs_of, require_column, require_text
-from vlv.models.loading import read_config
+from vlv.models.loading import load_weights, read_config
 from vlv.training.examples import draw_pairs, merge
 from vlv.training.lora import LoraSettings, add_adapters, merge_adapters
 from vlv.training.samples import markdown_table
@@ -110,8 +110,8 @@ class CaptionStage(VLVStage):
         if settings.caption_head is None:
             model = self.load_model(model_class)
         else:
-            head = AutoModelForCausalLM.from_pretrained(settings.caption_head, dtype=torch.float32)
-            model = self.load_model(model_class, caption_config=head.config)
+            head = load_weights(AutoModelForCausalLM, settings.caption_head, dtype=torch.float32)
+            model = self.load_model(model_class, ("prefix_projection.", "caption_head."), caption_config=head.config)
             model.caption_head.load_state_dict(head.state_dict())
             model.generation_config = head.generation_config
             processor.tokenizer = type(processor.tokenizer).from_pretrained(settings.caption_head)

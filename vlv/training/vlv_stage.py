@@ -17,7 +17,7 @@ from modeling_vlv import STAGES, VLVModel
 from processing_vlv import VLVProcessor
 from vlv import find_bundled
 from vlv.data.rows import image_digest, open_image, read_captions, require_column
-from vlv.models.loading import read_config
+from vlv.models.loading import load_weights, read_config
 from vlv.reading import Reader
 from vlv.training.average import MovingAverage
 from vlv.training.cache import Images, as_tensors, cache_files, compute_blank, free_bytes, missing_bytes
@@ -99,11 +99,18 @@ class VLVStage(Stage):
             raise ValueError(f"save_dtype is {settings.save_dtype!r}: name a torch dtype, e.g. float16.")
         self.source = settings.model and find_bundled(settings.model)
 
-    def load_model(self, model_class: type[VLVModel], **kwargs) -> VLVModel:
-        """The model to start from, in fp32, because weights that train need that precision."""
+    def load_model(self, model_class: type[VLVModel], new: tuple[str, ...] = (), **config: Any) -> VLVModel:
+        """
+        The model to start from, in fp32, because weights that train need that precision.
+
+        Args:
+            new: beginnings of the names of weights that start at random.
+            config: overrides the checkpoint's config.
+        """
         read_config(self.source)  # raises one sentence if it is not a VLV
-        return model_class.from_pretrained(
-            self.source, dtype=torch.float32, attn_implementation=self.settings.attn_implementation, **kwargs
+        attention = self.settings.attn_implementation
+        return load_weights(
+            model_class, self.source, new, dtype=torch.float32, attn_implementation=attention, **config
         )
 
     def choose_parts(self) -> None:
