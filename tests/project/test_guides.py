@@ -30,6 +30,7 @@ PAGES = [
             "teachers",
             "serving",
             "prompts",
+            "own-drawings",
         )
     ),
 ]
@@ -37,12 +38,16 @@ PAGES = [
 
 @pytest.fixture
 def follow(installed, tmp_path):
-    """Runs the blocks of a page in `tmp_path` and returns their output."""
+    """Runs the blocks of a page in `tmp_path` and returns their output. `changes` replaces parts of the page."""
 
-    def follow(page):
-        blocks = [(kind, text) for kind, text in BLOCK.findall((ROOT / f"{page}.md").read_text()) if kind in RUN]
+    def follow(page, changes=()):
+        text = (ROOT / f"{page}.md").read_text()
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        blocks = [(kind, block) for kind, block in BLOCK.findall(text) if kind in RUN]
         assert blocks, f"{page}.md has no block that can be run"
-        return "".join(installed(*RUN[kind], text, cwd=tmp_path) for kind, text in blocks)
+        return "".join(installed(*RUN[kind], block, cwd=tmp_path) for kind, block in blocks)
 
     return follow
 
@@ -82,6 +87,15 @@ def test_prompts(follow, tmp_path):
     plain, titles = ([row["text"] for row in rows(tmp_path / f"{name}.jsonl")] for name in ("plain", "titles"))
     assert sum(text.startswith("title: a ") for text in titles) > 180
     assert sum(text.startswith("a ") for text in plain) > 180
+
+
+@pytest.mark.slow
+def test_own_drawings(follow, tmp_path):
+    shorter = [("train finetune-all", "train finetune-all --max_steps 100"), ("step-600", "step-100")]
+    follow("docs/own-drawings", shorter)  # enough for the wording, not for the drawings
+    before, after = (rows(tmp_path / f"{when}.jsonl") for when in ("before", "after"))
+    assert not any(row["text"].startswith("a crayon drawing of") for row in before)
+    assert all(row["text"].startswith("a crayon drawing of") for row in after)
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+import vlv
 from experiments import doodles
 from experiments.making import Scenes, Training
+from experiments.report import DOCS, table
 from vlv.scenes.doodles import Doodle
 
 
@@ -42,3 +44,9 @@ def test_the_experiment_runs(tmp_path, monkeypatch, capsys):
     assert [run["drawings"] for run in record["runs"]] == [0, 8, 8]
     assert record["runs"][0]["scores"]["captions exact"]["value"] == 0  # another grammar
     assert "| finetune-all | 8 | 1 |" in capsys.readouterr().out
+
+
+def test_the_page_shows_what_was_measured():
+    record = json.loads((DOCS / "results" / "doodles.json").read_text(encoding="utf-8"))
+    assert record["model"] == vlv.BUNDLED
+    assert table(doodles.rows(record)) in (DOCS / "own-drawings.md").read_text(encoding="utf-8")
