@@ -104,7 +104,7 @@ class VLVStage(Stage):
         The model to start from, in fp32, because weights that train need that precision.
 
         Args:
-            new: beginnings of the names of weights that start at random.
+            new: see `load_weights`.
             config: overrides the checkpoint's config.
         """
         read_config(self.source)  # raises one sentence if it is not a VLV
