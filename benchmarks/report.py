@@ -142,7 +142,7 @@ def speed_run(record: dict) -> str:
         return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
 
     def at_the_end(found: list[dict]) -> str:
-        return cell(found, lambda one: one["curve"][-1]["objects right"]["value"], "{:.3f}")
+        return cell(found, lambda one: list(one["objects_right"].values())[-1]["value"], "{:.3f}")
 
     rows = [
         [

@@ -29,8 +29,10 @@ from transformers import TrainerCallback, TrainingArguments
 from benchmarks import flops
 from experiments.making import Assembled, Scenes, Training, claimed
 from experiments.scoring import encode, rebuild, scores
+from modeling_vlv import VLVModel
+from processing_vlv import VLVProcessor
 from vlv.files import atomic_writer
-from vlv.models.loading import read_config
+from vlv.models.loading import load_autoencoder, read_config
 from vlv.models.published import published_config
 from vlv.provenance import git_commit
 from vlv.scenes import sample_picture
@@ -47,7 +49,8 @@ PUBLISHED_SIZE, PUBLISHED_SAMPLES = 768, 128  # pixels that Florence-2 is traine
 RECIPES = Path(__file__).parent / "recipes"
 RESULTS = Path(__file__).parent / "results"
 CURVE = "curve.jsonl"
-MEASURED_SCENES = 200
+MEASURED_SCENES = 200  # validation scenes of a point of the curve
+FINISHED_SCENES = 1000  # and of a finished model, where the last point of the curve is too rough
 
 
 def florence() -> Training:
@@ -63,12 +66,14 @@ class Run:
 
     Args:
         model: settings of the config of the model that it starts from.
+        long: measure the finished model on more scenes than the points of its curve.
     """
 
     recipe: str
     steps: int
     settings: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    long: bool = False
 
     @property
     def file(self) -> str:
@@ -93,11 +98,11 @@ SHIFTED = {"timestep_shift_steps": 400}
 
 
 def paper(**settings) -> Run:
-    return Run("paper", 4800, {"save_steps": 200} | settings)
+    return Run("paper", 4800, {"save_steps": 200} | settings, long=True)
 
 
 def ours(model: dict[str, Any] | None = None, **settings) -> Run:
-    return Run("ours", 3200, {"save_steps": 100} | MUON | SHIFTED | settings, model or {})
+    return Run("ours", 3200, {"save_steps": 100} | MUON | SHIFTED | settings, model or {}, long=True)
 
 
 def lever(steps: int = LEVER_STEPS, model: dict[str, Any] | None = None, **settings) -> Run:
@@ -146,7 +151,10 @@ class Measure(TrainerCallback):
         if average is not None:  # which is what would be saved
             trained = [weight.detach().clone() for weight in average.trained]
             average.take()
-        line = {"step": state.global_step, "objects right": objects_right(self.stage)}
+        line = {
+            "step": state.global_step,
+            "objects right": objects_right(self.stage.model, self.stage.processor, MEASURED_SCENES),
+        }
         for weight, before in zip(average.trained if average is not None else (), trained, strict=True):
             weight.data.copy_(before)
         with (Path(args.output_dir) / CURVE).open("a", encoding="utf-8") as file:
@@ -159,21 +167,26 @@ class MeasuredStage(AutoencodeStage):
     def callbacks(self) -> list[TrainerCallback]:
         return [*super().callbacks(), Measure(self)]
 
-    def evaluate(self) -> dict[str, float]:
-        """Objects right of the finished model with a quarter, half and all of its queries."""
-        found, queries = super().evaluate(), self.model.config.num_queries
-        numbers = sorted({max(1, queries // 4), max(1, queries // 2), queries})
-        return found | {f"objects right, {number} queries": objects_right(self, number)["value"] for number in numbers}
 
-
-def objects_right(stage: AutoencodeStage, num_queries: int | None = None) -> dict[str, float]:
+def objects_right(
+    model: VLVModel, processor: VLVProcessor, scenes: int, num_queries: int | None = None
+) -> dict[str, float]:
     """Of validation scenes, the share of objects that the reader finds right in what the model rebuilds of them."""
-    images, truths = zip(*(sample_picture("validation", index) for index in range(MEASURED_SCENES)), strict=True)
-    training = stage.model.training
-    embeds = encode(stage.model.eval(), stage.processor, images)
-    pictures = rebuild(stage.model, embeds, num_queries=num_queries)
-    stage.model.train(training)
+    images, truths = zip(*(sample_picture("validation", index) for index in range(scenes)), strict=True)
+    training = model.training
+    embeds = encode(model.eval(), processor, images)
+    pictures = rebuild(model, embeds, num_queries=num_queries)
+    model.train(training)
     return scores(pictures, truths)["objects right"]
+
+
+def finished(run: Run, folder: Path) -> dict[str, dict[str, float]]:
+    """Objects right of the finished model with all queries; of a nested one also with half and a quarter of them."""
+    model, processor = load_autoencoder(str(folder))
+    every = model.config.num_queries
+    numbers = [every // 4, every // 2, every] if "nested_queries" in run.settings else [every]
+    scenes = FINISHED_SCENES if run.long else MEASURED_SCENES
+    return {str(number): objects_right(model, processor, scenes, number) for number in numbers}
 
 
 # ---- the record --------------------------------------------------------------------------------------------
@@ -246,7 +259,8 @@ def measure(name: str, run: Run, seed: int, work: Path) -> dict[str, Any]:
         "operations_to_target": reached and reached * samples * each,
         "published_operations_to_target": reached and reached * samples * published,
         "seconds_to_target": reached and record["seconds"] * reached / run.steps,
-        "evaluation": record["evaluation"],
+        "objects_right": finished(run, folder),
+        "denoising_loss": record["evaluation"]["denoising_loss"],
         "commit": git_commit(),
     }
 
