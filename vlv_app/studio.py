@@ -16,8 +16,8 @@ from vlv_app.pictures import PictureFiles
 from vlv_app.settings import Setting, check_search, check_settings, refusal
 from vlv_app.work import Report, ReportTokens, watch
 
-# A paragraph of a model card, as `vlv publish` writes it.
-PURPOSE = re.compile(r"\*\*What it is (?:for|not)\.\*\*\s*(.+?)\s*(?:\n\s*\n|\Z)", re.DOTALL)
+# A paragraph of a model card. `vlv publish` writes one that begins with "Limits".
+PURPOSE = re.compile(r"\*\*(?:Limits|What it is (?:for|not))\.\*\*\s*(.+?)\s*(?:\n\s*\n|\Z)", re.DOTALL)
 
 
 def join(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.Tensor:

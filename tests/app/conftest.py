@@ -13,6 +13,8 @@ pytest.importorskip("gradio")
 from browsing import CHROMIUM, FLAGS, new_page  # noqa: E402
 from running_app import App  # noqa: E402
 
+from vlv.publish.card import model_card  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def repo(tmp_path_factory, tiny_model):
@@ -30,9 +32,7 @@ def repo(tmp_path_factory, tiny_model):
     processor.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "nested_queries": True}))
-    (folder / "README.md").write_text(
-        "# A model\n\n**What it is for.** It is for drawn test\npictures only.\n\nMore.\n"
-    )
+    model_card(folder, "user/name", tiny_model, [], "mit").save(folder / "README.md")
     return folder
 
 

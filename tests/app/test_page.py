@@ -309,7 +309,7 @@ def test_a_picture_is_shown_as_the_model_sees_it(page, tiny_processor, tmp_path,
 
 
 def test_what_the_model_is_for_stands_beside_the_upload(page):
-    page.locator("#shared").get_by_text("It is for drawn test pictures only.").wait_for()
+    page.locator("#shared").get_by_text("It cannot caption photographs.").wait_for()
 
 
 @pytest.mark.slow

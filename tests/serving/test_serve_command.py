@@ -215,6 +215,7 @@ def test_a_port_that_is_taken(server):
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid is no address of this machine"),
         (["--timeout", "0"], "--timeout is 0.0; it must be above 0."),
         (["--batch_size", "many"], "--batch_size is many; it must be at least 1, or auto."),
+        (["--num_captions", "8", "--best_of", "both"], "vlv serve does not follow --best_of: leave it out."),
         (["--port", "0", "--model", "nowhere"], "There is no folder nowhere."),
     ],
 )

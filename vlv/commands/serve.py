@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
         epilog="example: vlv serve --model my-vlv --port 8000; then POST to http://127.0.0.1:8000/v1/chat/completions",
     )
     arguments, decoding, model = parser.parse(argv)
+    if decoding.best_of is not None:
+        raise ValueError("vlv serve does not follow --best_of: leave it out.")
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ValueError(f"The endpoint needs {', '.join(missing)}, not installed here: pip install 'vlv[serve]'.")
     with _listen(arguments.host, arguments.port) as listener:
