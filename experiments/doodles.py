@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.making import Scenes, Training
+from experiments.making import Checkpoint, Scenes, Training
 from experiments.report import spread, table
 from vlv import BUNDLED, bundled_checkpoint, load_captioner
 from vlv.arguments import CommandParser
@@ -40,7 +40,7 @@ class DoodlesArguments:
 
 
 def fine_tuned(recipe: str, model: str, count: int, seed: int) -> Training:
-    return Training(recipe, {"model": model, "dataset": Scenes(count, "train", "doodles"), "seed": seed})
+    return Training(recipe, {"model": Checkpoint(model), "dataset": Scenes(count, "train", "doodles"), "seed": seed})
 
 
 def scores(captions: Sequence[str], doodles: Sequence[Doodle]) -> dict[str, Measurement]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import __main__ as command
-from experiments.making import Bundled, Scenes, Training
+from experiments.making import Bundled, Checkpoint, Scenes, Training
 from experiments.report import gather, table
 from experiments.trained import Experiment, Row, Run
 from vlv.scenes.emoji import EmojiWorld
@@ -23,7 +23,9 @@ COLUMNS = {
     "never-seen combinations": "captions/novel/objects_right",
     "names, unseen artist": "captions/artist/name_right",
 }
-PARTS = "experiments/parts/emoji"  # the encoder and the language model of vlv-emoji, in half precision
+# Parts of vlv-emoji, in half precision.
+ENCODER = Checkpoint("experiments/parts/emoji/encoder")
+LANGUAGE = Checkpoint("experiments/parts/emoji/language")
 LLAVAS = {"hidden_size": 320, "num_hidden_layers": 5}  # gives LLaVA about as many parameters as the VLV
 
 
@@ -64,16 +66,16 @@ class EmojiPlan:
         return [row.runs[number] for number in range(len(self.seeds)) for row in experiment.rows]
 
     def vlv(self, seed: int) -> Training:
-        settings = {"model": Bundled("vlv-emoji"), "caption_head": f"{PARTS}/language"}
+        settings = {"model": Bundled("vlv-emoji"), "caption_head": LANGUAGE}
         return self.training("emoji/caption", self.steps, seed, **settings)
 
     def florence(self, seed: int) -> Training:
-        settings = {"encoder": f"{PARTS}/encoder", "caption_column": "text", "max_length": 32}
+        settings = {"encoder": ENCODER, "caption_column": "text", "max_length": 32}
         return self.training("emoji/encoder", self.steps, seed, **settings)
 
     def llava(self, seed: int) -> Training:
         language = self.training("emoji/language", self.language, 0, **LLAVAS)
-        settings = {"encoder": f"{PARTS}/encoder", "language": language, "muon_learning_rate": 2e-3}
+        settings = {"encoder": ENCODER, "language": language, "muon_learning_rate": 2e-3}
         return self.training("experiments/recipes/llava.yaml", self.steps, seed, **settings)
 
     def training(self, recipe: str, steps: int, seed: int, **settings) -> Training:

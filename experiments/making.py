@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import set_seed
 from experiments.spoiling import spoilt_captions
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
-from vlv import bundled_checkpoint
+from vlv import bundled_checkpoint, find_bundled
 from vlv.commands import score, train
 from vlv.files import atomic_folder
 from vlv.models.export import export_parts
@@ -34,7 +35,6 @@ from vlv.scenes import WORLD, world, write_scenes
 from vlv.scenes.doodles import Doodles
 from vlv.training.recipe import find_recipe, read_recipe_file
 
-ENCODER = "experiments/parts/encoder"  # the result of tiny/encoder, in half precision
 SPOILT = 5  # every fifth caption of a spoilt set is wrong
 
 
@@ -61,6 +61,50 @@ def digest(thing: Any) -> str:
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
 
 
+@cache
+def weights_of(source: str) -> str:
+    """A short hash of the weights of a bundled checkpoint, or of those in a folder."""
+    total = hashlib.sha256()
+    for file in sorted(Path(find_bundled(source)).glob("*.safetensors")):
+        total.update(file.read_bytes())
+    return total.hexdigest()[:12]
+
+
+@dataclass(frozen=True, repr=False)
+class Checkpoint:
+    """A checkpoint of this repository, bundled or in a folder. With other weights it is another one."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.name!r}, {weights_of(self.name)})"
+
+    def make(self, work: Path) -> Path:
+        return Path(self.name)
+
+
+ENCODER = Checkpoint("experiments/parts/encoder")  # the result of tiny/encoder, in half precision
+
+
+@dataclass(frozen=True, repr=False)
+class Bundled:
+    """A bundled checkpoint without its caption head: a finished stage 1."""
+
+    name: str = "vlv-tiny"
+
+    def __repr__(self) -> str:
+        return f"Bundled({self.name!r}, {weights_of(self.name)})"
+
+    def make(self, work: Path) -> Path:
+        folder = work / f"{self.name}-{weights_of(self.name)}-without-head"
+        return once(folder, "config.json", lambda: self._write(folder))
+
+    def _write(self, folder):
+        source = bundled_checkpoint(self.name)
+        model = VLVModel.from_pretrained(source, caption_config=None, dtype="float32")
+        _save(folder, model, VLVProcessor.from_pretrained(source))
+
+
 @dataclass(frozen=True)
 class Scenes:
     """
@@ -76,8 +120,9 @@ class Scenes:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def make(self, work: Path) -> Path:
-        names = [] if self.world == "shapes" else [self.world, *map(str, self.settings.values())]
-        folder = work / "-".join(["scenes", *names, self.split, str(self.num)])
+        settings = [f"{name}-{value}" for name, value in self.settings.items()]
+        names = [*([] if self.world == "shapes" else [self.world]), *settings, self.split, str(self.num)]
+        folder = work / "-".join(["scenes", *names])
         drawn = Doodles() if self.world == "doodles" else world(self.world, **self.settings)
         return once(folder, "metadata.jsonl", lambda: write_scenes(folder, self.num, split=self.split, world=drawn))
 
@@ -112,13 +157,14 @@ class Kept:
 
     dataset: Spoilt
     share: float
+    judge: Bundled = Bundled()
 
     def make(self, work: Path) -> Path:
         output = work / f"scores-{digest(self)}.jsonl"
         return once(output.with_suffix(".kept"), "metadata.jsonl", lambda: self._keep(work, output))
 
     def _keep(self, work, output):
-        judge = ["--model", str(Bundled().make(work)), "--scores", "explained"]
+        judge = ["--model", str(self.judge.make(work)), "--scores", "explained"]
         given = ["--output", str(output), "--keep", str(self.share), "--overwrite"]
         score.main([str(self.dataset.make(work)), *judge, *given])
 
@@ -158,18 +204,23 @@ class Training:
         yield {name: value for name, value in record.items() if name != "log"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TinysPart:
     """The folder of one part of vlv-tiny, as `vlv export` writes it. No stage changes its teacher, `decoder`."""
 
     name: str = "decoder"
 
+    def __repr__(self) -> str:
+        return f"TinysPart({self.name!r}, {weights_of('vlv-tiny')})"
+
     def make(self, work: Path) -> Path:
+        folder = work / f"vlv-tiny-{weights_of('vlv-tiny')}"
+
         def export():
-            with atomic_folder(work / "vlv-tiny") as unfinished:
+            with atomic_folder(folder) as unfinished:
                 export_parts(*load_whole("vlv-tiny"), unfinished)
 
-        return once(work / "vlv-tiny", "decoder", export) / self.name
+        return once(folder, "decoder", export) / self.name
 
 
 @dataclass(frozen=True)
@@ -179,37 +230,20 @@ class Assembled:
     seed: int
     settings: dict[str, Any] = field(default_factory=dict)  # of its config, and `projection_start`
     decoder: TinysPart | Training = TinysPart()
-    encoder: str | Training = ENCODER
+    encoder: Checkpoint | Training = ENCODER
 
     def make(self, work: Path) -> Path:
         folder = work / f"assembled-{digest(self)}"
         return once(folder, "config.json", lambda: self._assemble(work, folder))
 
     def _assemble(self, work, folder):
-        encoder = self.encoder if isinstance(self.encoder, str) else str(self.encoder.make(work))
-        parts = {"encoder": encoder, "decoder": str(self.decoder.make(work))}
+        parts = {"encoder": str(self.encoder.make(work)), "decoder": str(self.decoder.make(work))}
         config = dict(self.settings)
         set_seed(self.seed)
         new = {name: config.pop(name) for name in ("num_queries", "projection_start") if name in config}
         model = VLVModel.from_components(**parts, **new, dtype="float32")
         model.config.update(config)
         _save(folder, model, VLVProcessor.from_components(**parts))
-
-
-@dataclass(frozen=True)
-class Bundled:
-    """A bundled checkpoint without its caption head: a finished stage 1."""
-
-    name: str = "vlv-tiny"
-
-    def make(self, work: Path) -> Path:
-        folder = work / f"{self.name}-without-head"
-        return once(folder, "config.json", lambda: self._write(folder))
-
-    def _write(self, folder):
-        source = bundled_checkpoint(self.name)
-        model = VLVModel.from_pretrained(source, caption_config=None, dtype="float32")
-        _save(folder, model, VLVProcessor.from_pretrained(source))
 
 
 def _save(folder, model, processor):

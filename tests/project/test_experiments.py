@@ -11,12 +11,13 @@ import tiny
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import Florence2ForConditionalGeneration
 
-from experiments import MEASURED, emoji, report
+from experiments import MEASURED, emoji, making, report
 from experiments.__main__ import main, write
 from experiments.composition import join
-from experiments.making import ENCODER, Bundled, Scenes, Training, claimed, once
+from experiments.making import ENCODER, Assembled, Bundled, Checkpoint, Scenes, Training, claimed, once
 from experiments.peers import load_florence, load_llava
 from experiments.sampling import reader_features
 from experiments.spatial import cell_centre, centre
@@ -226,6 +227,33 @@ def test_llava_is_made_of_the_same_parts(trained):
     assert caption.text == peer.tokenizer.decode(torch.stack(ids), skip_special_tokens=True)
 
 
+def test_other_weights_are_another_training(tmp_path, monkeypatch):
+    """What was trained from a checkpoint is not taken for what would be trained from its successor."""
+    monkeypatch.setattr(making, "weights_of", making.weights_of.__wrapped__)  # without its cache
+
+    def folders():
+        head = Training("tiny/caption", {"model": Bundled("vlv-tiny")})
+        tuned = Training("tiny/caption", {"model": Checkpoint("vlv-tiny")})
+        teacher = Training("tiny/autoencode", {"model": Assembled(0)})
+        return [one.folder(tmp_path).name for one in (head, tuned, teacher)]
+
+    before = folders()
+    assert folders() == before
+    other = tmp_path / "other"
+    shutil.copytree(bundled_checkpoint("vlv-tiny"), other)
+    weights = load_file(other / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(making, "find_bundled", lambda name: str(other))
+    assert not set(folders()) & set(before)
+
+
+def test_scenes_of_other_settings_are_other_scenes(tmp_path):
+    plain, more = Scenes(2).make(tmp_path), Scenes(2, settings={"max_objects": 4}).make(tmp_path)
+    assert plain != more
+    assert (plain / "metadata.jsonl").read_text() != (more / "metadata.jsonl").read_text()
+
+
 @pytest.mark.slow
 def test_florence_starts_from_the_pretrained_encoder(trained):
     folder, _ = trained
@@ -233,7 +261,7 @@ def test_florence_starts_from_the_pretrained_encoder(trained):
     record = run.make(folder / "work", 2)
     assert "captions/test/exact" in record["scores"] and "reconstruction/test/exact" not in record["scores"]
     peer = load_florence(run.model.folder(folder / "work"))
-    before = Florence2ForConditionalGeneration.from_pretrained(ENCODER, dtype=torch.float32)
+    before = Florence2ForConditionalGeneration.from_pretrained(ENCODER.name, dtype=torch.float32)
     for name, weight in before.named_parameters():  # two steps of warm-up change it very little
         torch.testing.assert_close(dict(peer.model.named_parameters())[name], weight, rtol=0, atol=1e-3)
 
