@@ -270,6 +270,12 @@ def test_the_best_checkpoint_is_saved(common, tmp_path):
     for name, weight in load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors").items():
         torch.testing.assert_close(whole[name], weight)
 
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    again = run(CAPTION, moved, resume=True, **settings, **common)
+    assert again["evaluation"]["eval_loss"] == pytest.approx(found[best], rel=1e-5)
+    for name, weight in load_file(moved / "model.safetensors").items():
+        assert torch.equal(weight, whole[name]), name
+
 
 # ---- images that cannot be read, when no image is read before training --------------------------------------------
 

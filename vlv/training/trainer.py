@@ -185,16 +185,20 @@ class StageTrainer(Trainer):
             assign(state[name], tensor)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        # By its name, because the output folder may have been moved since the checkpoint was saved.
+        best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
+        self._load_from_checkpoint(str(best))
 
     def restore(self, checkpoint: Path) -> None:
-        """Loads a checkpoint that has all steps. Trainer itself would train one more step."""
+        """Loads a checkpoint that has all steps, or the best one. Trainer itself would train one more step."""
         if self.is_fsdp_enabled:
             self.create_optimizer()
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model_wrapped = self.model
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         settings = set(self.optimizer.param_groups[0])
