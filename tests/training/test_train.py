@@ -87,6 +87,22 @@ def test_record_of_a_run(parts):
 # ---- stopping and resuming -----------------------------------------------------------------------------------------
 
 
+def test_a_resumed_run_adds_its_seconds(parts, scenes, tmp_path):
+    """A checkpoint of an earlier version has no seconds."""
+    found = {}
+    for name in ("new", "old"):
+        shutil.copytree(parts / "language" / "checkpoint-2", tmp_path / name / "checkpoint-2")
+        file = tmp_path / name / "checkpoint-2" / "trainer_state.json"
+        state = json.loads(file.read_text())
+        clock = state["stateful_callbacks"].pop("Clock")
+        if name == "new":
+            clock["attributes"]["seconds"] += 1000
+            state["stateful_callbacks"]["Clock"] = clock
+        file.write_text(json.dumps(state))
+        found[name] = run("tiny/language", tmp_path / name, dataset=scenes, resume=True)["seconds"]
+    assert found["new"] > 1000 and 0 < found["old"] < 1000
+
+
 @pytest.mark.parametrize("stage", ["language", *(pytest.param(stage, marks=SLOW) for stage in ("encoder", "teacher"))])
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_run(stage, parts, scenes, tmp_path):
     settings = {"dataset": scenes, "save_total_limit": 3, **({"vae": parts / "vae"} if stage == "teacher" else {})}

@@ -176,6 +176,7 @@ def test_checkpoints_of_an_earlier_run_are_resumed_or_refused(common, tmp_path, 
     again = run(CAPTION, tmp_path, resume=True, **settings)
     assert "checkpoint-2 already has all 2 steps." in capsys.readouterr().out
     assert again["steps"] == 2 and losses(again) == losses(first)
+    assert again["seconds"] == first["seconds"] > 0
     assert (tmp_path / "model.safetensors").read_bytes() == before[tmp_path / "model.safetensors"]
     assert not (tmp_path / "checkpoint-3").exists()
 

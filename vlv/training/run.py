@@ -1,7 +1,6 @@
 """One training, from its data to the saved model."""
 
 import json
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from vlv.training.checks import require_a_batch
 from vlv.training.overview import overview
 from vlv.training.recipe import TrainArguments, changed_arguments
 from vlv.training.stage import Settings, Stage
-from vlv.training.trainer import StageTrainer, last_whole_checkpoint
+from vlv.training.trainer import StageTrainer, last_whole_checkpoint, seconds_of
 
 
 def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> None:
@@ -34,13 +33,12 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
         set_seed(args.seed + args.process_index)  # each process draws its own noise
     last = checkpoint_to_resume(stage, args)
     distributed = trainer.accelerator.distributed_type.value  # changed_arguments would lose it
-    started, commit = time.time(), git_commit()  # now, because the commit may change during the run
+    commit = git_commit()  # now, because the commit may change during the run
     if last and steps_of(last) == args.max_steps:
         stage.tell(f"{last} already has all {args.max_steps} steps. To train longer, give a larger max_steps.")
         trainer.restore(last)
     else:
         trainer.train(resume_from_checkpoint=last and str(last))
-    seconds = time.time() - started
     if trainer.state.global_step == 0:
         raise ValueError("No step was trained: the dataset gave no batch.")
     stage.finish()
@@ -65,7 +63,7 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
             "processes": args.world_size,
             "distributed": distributed,
             "steps": trainer.state.global_step,
-            "seconds": round(seconds, 1),
+            "seconds": round(seconds_of(trainer.state), 1),
             "resumed_from": last.name if last else None,
             "evaluation": metrics,
             "log": trainer.state.log_history,

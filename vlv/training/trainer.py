@@ -1,6 +1,7 @@
 """The Trainer of `vlv train`, and its training checkpoints."""
 
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -54,7 +55,7 @@ class StageTrainer(Trainer):
             eval_dataset=stage.eval_dataset,
             data_collator=Collate(stage.collate),
             compute_loss_func=stage.loss_function(),
-            callbacks=[EpochCallback(stage.train_dataset), *stage.callbacks()],
+            callbacks=[EpochCallback(stage.train_dataset), Clock(), *stage.callbacks()],
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossBar)
@@ -299,6 +300,25 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if hasattr(self.listener, "set_epoch"):
             self.listener.set_epoch(int(state.epoch))
+
+
+class Clock(TrainerCallback):
+    """
+    Keeps the seconds of training up to the last step in the Trainer's state, which each training checkpoint holds, so
+    that a resumed run adds its own.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.time() - seconds_of(state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # In the form of transformers' own callbacks. Theirs cannot resume a checkpoint that lacks their entry.
+        state.stateful_callbacks["Clock"] = {"attributes": {"seconds": time.time() - self.started}}
+
+
+def seconds_of(state: TrainerState) -> float:
+    """The seconds of training up to the last step, those of earlier runs included."""
+    return state.stateful_callbacks.get("Clock", {"attributes": {"seconds": 0.0}})["attributes"]["seconds"]
 
 
 def last_whole_checkpoint(output_dir: Path) -> Path | None:
