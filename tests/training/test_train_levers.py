@@ -11,6 +11,7 @@ from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.cli import main as vlv
 from vlv.training import muon
+from vlv.training.recipe import read_recipe
 
 AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
 DECAY = 0.3  # less than the average begins with, so that the formula is simple
@@ -130,12 +131,28 @@ def test_stage_2_learns_nested_queries_and_leaves_an_average(levers, scenes, tmp
         ),
         ({"encoder_image_size": 72}, "encoder_image_size is 72, but the encoder reads multiples of 8 pixels"),
         ({"encoder_image_size": 0}, "encoder_image_size is 0, but the encoder reads multiples of 8 pixels"),
+        ({"crop": "top"}, "crop is 'top': give center, or leave it out."),
+        ({"projection_start": "one"}, "projection_start is 'one': give zero or mean."),
+        ({"image_size": 33}, "The picture is 33x33 pixels, but"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_one_sentence(settings, sentence, tiny_repo, scenes, tmp_path, capsys):
     assert vlv(["train", *arguments(AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo, **settings)]) == 2
     error = capsys.readouterr().err
     assert sentence in error and "Traceback" not in error
+
+
+def test_a_model_takes_the_sizes_and_the_crop_and_replaces_the_parts(tiny_repo, scenes, tmp_path, capsys):
+    parts = {"encoder": tiny_repo, "decoder": tiny_repo, "projection_start": "mean"}
+    sizes = {"image_size": 64, "encoder_image_size": 16, "crop": "center"}
+    argv = arguments(AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo, **parts, **sizes)
+    stage_type, settings, args = read_recipe(argv)
+    stage = stage_type(settings, args)
+    assert f"encoder, decoder, projection_start: not used, because the training starts from {tiny_repo}." in (
+        capsys.readouterr().out
+    )
+    assert stage.model.config.image_size == stage.processor.decoder_image_size == 64
+    assert (stage.processor.image_height, stage.processor.crop) == (16, "center")
 
 
 def test_muon_is_refused_where_weights_are_sharded(tiny_repo, scenes, tmp_path, monkeypatch, capsys):

@@ -41,7 +41,7 @@ class AutoencodeSettings(VLVSettings):
         default=None, metadata={"help": "Without --model: folder or id of the language model that stage 2 will train."}
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of the rebuilt images (default: the teacher's)."}
+        default=None, metadata={"help": "Side of the rebuilt images (default: the teacher's, or that of --model)."}
     )
     encoder_image_size: int | None = field(
         default=None,
@@ -56,7 +56,10 @@ class AutoencodeSettings(VLVSettings):
     )
     crop: str | None = field(
         default=None,
-        metadata={"help": "center: train on the centre of each image, as the paper does (default: the whole image)."},
+        metadata={
+            "help": "center: train on the centre of each image, as the paper does (default: the whole image, or as"
+            " --model does)."
+        },
     )
     sample_latents: bool = field(
         default=True, metadata={"help": "Sample the VAE's latents instead of taking their mean."}
@@ -90,6 +93,10 @@ class AutoencodeSettings(VLVSettings):
     def __post_init__(self):
         super().__post_init__()
         self.cache_latents = parse_switch("cache_latents", self.cache_latents)
+        if self.crop not in (None, "center"):
+            raise ValueError(f"crop is {self.crop!r}: give center, or leave it out.")
+        if self.projection_start not in ("zero", "mean"):
+            raise ValueError(f"projection_start is {self.projection_start!r}: give zero or mean.")
         steps = self.timestep_shift_steps
         if steps is not None and steps < 1:
             raise ValueError(
@@ -126,6 +133,11 @@ class AutoencodeStage(VLVStage):
             if settings.encoder_image_size is not None:
                 check_encoder_size(settings.encoder_image_size, self.model.config.encoder_config)
                 self.processor.image_height = self.processor.image_width = settings.encoder_image_size
+            if settings.image_size is not None:
+                self.model.config.image_size = self.processor.decoder_image_size = settings.image_size
+            if settings.crop is not None:
+                self.processor.crop = settings.crop
+            self.tell_unused()
         elif settings.encoder and settings.decoder:
             parts = {name: getattr(settings, name) for name in ("encoder", "decoder", "caption_head", "image_size")}
             self.processor = VLVProcessor.from_components(
@@ -143,6 +155,15 @@ class AutoencodeStage(VLVStage):
             setattr(self.model.config, name, getattr(settings, name))
         self.model.config.check()
         self.choose_parts()
+        if settings.image_size is not None:
+            self.model.teacher.check_size(settings.image_size, settings.image_size)
+
+    def tell_unused(self) -> None:
+        """Says which settings the model makes needless. A recipe may name parts, which --model then replaces."""
+        named = ("encoder", "decoder", "caption_head", "projection_start")
+        unused = [name for name in named if getattr(self.settings, name) != getattr(AutoencodeSettings, name)]
+        if unused:
+            self.tell(f"{', '.join(unused)}: not used, because the training starts from {self.settings.model}.")
 
     def prepare(self) -> None:
         latents = ("latent_mean", "latent_std") if self.settings.sample_latents else ("latents",)
