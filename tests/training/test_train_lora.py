@@ -100,6 +100,20 @@ def test_settings_that_adapters_cannot_use_are_refused(settings, message, tiny_r
     assert message in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"lora_alpha": 32, "lora_targets": "all-linear"}, "lora_alpha, lora_targets"),
+        ({"lora_dropout": 0.1}, "lora_dropout"),
+        ({"merge_lora": True}, "merge_lora"),
+    ],
+)
+def test_settings_of_adapters_without_adapters_are_refused(settings, names, tiny_repo, scenes, tmp_path, capsys):
+    assert vlv(["train", *arguments(RECIPE, tmp_path, dataset=scenes, model=tiny_repo, **settings)]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {names}: there are no adapters without lora_rank" in error and "Traceback" not in error
+
+
 def test_all_linear_layers_but_the_output_embeddings(tiny_model):
     names = target_layers(tiny_model, "caption_head", ["all-linear"])
     layer = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

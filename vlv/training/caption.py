@@ -21,7 +21,7 @@ from vlv.captioning.settings import Decoding
 from vlv.data.rows import pairs_of, require_column, require_text
 from vlv.models.loading import load_weights, read_config
 from vlv.training.examples import draw_pairs, merge
-from vlv.training.lora import LoraSettings, add_adapters, merge_adapters
+from vlv.training.lora import LoraSettings, add_adapters, merge_adapters, require_rank
 from vlv.training.samples import markdown_table
 from vlv.training.vlv_settings import VLVSettings
 from vlv.training.vlv_stage import VLVStage
@@ -49,6 +49,10 @@ class CaptionSettings(LoraSettings, VLVSettings):
             " users (vlv caption --style NAME)."
         },
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_rank(self)
 
 
 class CaptionStage(VLVStage):

@@ -1,7 +1,7 @@
 """LoRA through peft: the language models train small adapters, and their own weights stay frozen."""
 
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from tempfile import TemporaryDirectory
 
 from torch import nn
@@ -35,6 +35,13 @@ class LoraSettings:
         default=False,
         metadata={"help": "Add the adapters to the final weights instead of saving them beside the base model."},
     )
+
+
+def require_rank(settings: LoraSettings) -> None:
+    """Raises ValueError for settings of adapters when there are none."""
+    names = [entry.name for entry in fields(LoraSettings) if getattr(settings, entry.name) != entry.default]
+    if names and settings.lora_rank is None:
+        raise ValueError(f"{', '.join(names)}: there are no adapters without lora_rank, so give it too.")
 
 
 def add_adapters(model: VLVModel, train_parts: Set[str], settings: LoraSettings) -> None:
