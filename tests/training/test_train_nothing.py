@@ -74,6 +74,21 @@ def test_no_part_to_train(common, tmp_path, capsys):
     assert "train_parts is empty" in error_of(capsys, recipe, tmp_path / "out", **common)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "parts", "names"),
+    [
+        (AUTOENCODE, ["caption_head"], "caption_head"),
+        (AUTOENCODE, ["queries", "vae", "prefix_projection"], "prefix_projection, vae"),
+        (CAPTION, ["caption_head", "unet"], "unet"),
+        (CAPTION, ["vae"], "vae"),
+    ],
+)
+def test_parts_that_the_loss_does_not_reach(recipe, parts, names, common, tmp_path, capsys):
+    error = error_of(capsys, recipe, tmp_path, train_parts=parts, **common)
+    stage = recipe.removeprefix("tiny/")
+    assert error == f"train_parts names {names}, which the loss of stage '{stage}' does not reach: leave it out."
+
+
 # ---- captions and metadata ----------------------------------------------------------------------------------------
 
 

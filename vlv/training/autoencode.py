@@ -124,6 +124,7 @@ class AutoencodeStage(VLVStage):
     Settings = AutoencodeSettings
     stage = "autoencode"
     image_inputs = ("pixel_values", "decoder_pixel_values")
+    unreached = ("vae", "prefix_projection", "caption_head")  # the VAE only makes the latents, without gradients
 
     def __init__(self, settings: AutoencodeSettings, args: TrainingArguments):
         super().__init__(settings, args)

@@ -59,6 +59,7 @@ class CaptionStage(VLVStage):
     Settings = CaptionSettings
     stage = "caption"
     image_inputs = ("pixel_values",)
+    unreached = ("unet", "transformer", "vae")
     reads_captions = True
     smooths_labels = True
 

@@ -84,6 +84,7 @@ class VLVStage(Stage):
 
     stage: str
     image_inputs: tuple[str, ...]  # the processor's tensors of an image that the model needs
+    unreached: tuple[str, ...] = ()  # parts that the loss does not depend on, so that they cannot train
     reads_captions = False
     prompt_column: str | None = None  # with the prompts of captions, if the dataset has one
     eval_rows: Dataset
@@ -120,6 +121,11 @@ class VLVStage(Stage):
         if settings.train_parts == []:
             raise ValueError("train_parts is empty, so nothing would train: name parts, or leave the setting out.")
         self.train_parts = set(settings.train_parts or STAGES[self.stage])
+        if unreached := sorted(self.train_parts & set(self.unreached)):
+            raise ValueError(
+                f"train_parts names {', '.join(unreached)}, which the loss of stage '{self.stage}' does not reach:"
+                " leave it out."
+            )
         try:
             self.model.set_stage(self.stage, train=tuple(self.train_parts))
         except ValueError as error:
