@@ -154,6 +154,8 @@ class VLVProcessor(ProcessorMixin):
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}: VLV works on PyTorch tensors, 'pt'.")
         _check_crop(crop)
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length is {max_length}: give at least 1 token, or None for whole captions.")
         data = {}
         if images:
             # Nothing here changes an image, so none is copied: a large one would be held twice.

@@ -46,6 +46,8 @@ def common(tiny_repo, scenes):
         ({"eval_size": 40}, "has 40 rows, of which eval_size=40 are to be held out"),
         ({"eval_size": 40, "streaming": True}, "has 40 rows, of which eval_size=40 are to be held out"),
         ({"eval_size": 0}, "eval_size is 0: evaluate on at least 1 image."),
+        ({"max_length": 0}, "max_length is 0: give at least 1."),
+        ({"max_length": -3}, "max_length is -3: give at least 1."),
         ({"max_steps": 0}, "max_steps is 0, which trains nothing"),
         ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs is 0, which trains nothing"),
         ({"eval_split": "train"}, "The rows to evaluate on are the rows to train on, split 'train' of"),

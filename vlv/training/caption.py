@@ -20,6 +20,7 @@ from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
 from vlv.data.rows import pairs_of, require_column, require_text
 from vlv.models.loading import load_weights, read_config
+from vlv.training.checks import require_at_least_1
 from vlv.training.examples import draw_pairs, merge
 from vlv.training.lora import LoraSettings, add_adapters, merge_adapters, require_rank
 from vlv.training.samples import markdown_table
@@ -53,6 +54,7 @@ class CaptionSettings(LoraSettings, VLVSettings):
     def __post_init__(self):
         super().__post_init__()
         require_rank(self)
+        require_at_least_1(self, "max_length")
 
 
 class CaptionStage(VLVStage):

@@ -92,6 +92,28 @@ def require_sources(settings: "Settings") -> None:
             raise FileNotFoundError(f"There is no folder {source}, which {name} names; it must be {expected}.")
 
 
+def require_at_least_1(settings: "Settings", *names: str) -> None:
+    """Raises ValueError for a setting among `names`, a number or a list of them, that is below 1 or empty."""
+    for name in names:
+        numbers = _numbers(settings, name)
+        if min(numbers, default=0) < 1:
+            raise ValueError(f"{name} is {' '.join(map(str, numbers)) or 'empty'}: give at least 1.")
+
+
+def require_multiples(settings: "Settings", **factors: int) -> None:
+    """Raises ValueError for a setting among `factors`, a number or a list, that is not a multiple of its factor."""
+    require_at_least_1(settings, *factors)
+    for name, factor in factors.items():
+        numbers = _numbers(settings, name)
+        if any(number % factor for number in numbers):
+            raise ValueError(f"{name} is {' '.join(map(str, numbers))}: give multiples of {factor}.")
+
+
+def _numbers(settings: "Settings", name: str) -> list[int]:
+    value = getattr(settings, name)
+    return value if isinstance(value, list) else [value]
+
+
 def require_separate(settings: "Settings", train: Dataset | IterableDataset, evaluation: Dataset) -> None:
     """Raises ValueError when the rows to evaluate on are the rows to train on."""
     chosen = [
