@@ -101,10 +101,11 @@ def check_pixels(pixel_values: torch.Tensor | None, vision_config: Florence2Visi
         )
 
 
-def check_encoder_size(size: int, config: Florence2Config) -> None:
+def check_encoder_size(size: int, config: Florence2Config, name: str = "encoder_image_size") -> None:
     """
     Raises ValueError unless a Florence-2 can read square images of this many pixels a side: its strides divide them,
-    and both its tables reach, that of rows and columns and that of the language model's positions.
+    and both its tables reach, that of rows and columns and that of the language model's positions. `name` is what the
+    message calls the size.
     """
     vision = config.vision_config
     cell = math.prod(vision.patch_stride)
@@ -112,7 +113,7 @@ def check_encoder_size(size: int, config: Florence2Config) -> None:
     largest = cell * min(vision.max_position_embeddings, math.isqrt(tokens))
     if size % cell or not cell <= size <= largest:
         raise ValueError(
-            f"encoder_image_size is {size}, but the encoder reads multiples of {cell} pixels, its strides, up to "
+            f"{name} is {size}, but the encoder reads multiples of {cell} pixels, its strides, up to "
             f"{largest}, which its positions reach: choose one of them, such as "
             f"{min(largest, max(cell, cell * round(size / cell)))}."
         )

@@ -8,6 +8,7 @@ from running_train import arguments, run
 
 from vlv.cli import main
 from vlv.publish.card import _trainings
+from vlv.tiny.vae import tiny_vae
 from vlv.training.recipe import read_recipe, recipe_names
 from vlv.training.registry import STAGE_CLASSES, stage_class
 
@@ -28,6 +29,45 @@ def test_the_overview_is_printed_before_an_image_is_read(recipe, scenes, tiny_re
         run(recipe, tmp_path, dataset=scenes, **model)
     out = capsys.readouterr().out
     assert "trains" in out and "frozen" in out and "gradients" in out
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "sentence"),
+    [
+        ("encoder", {"image_size": 33}, "image_size is 33: give multiples of 8."),
+        ("encoder", {"image_size": 12}, "image_size is 12: give multiples of 8."),
+        ("encoder", {"image_size": 0}, "image_size is 0: give at least 1."),
+        ("encoder", {"image_size": 128}, "image_size is 128, but the encoder reads multiples of 8 pixels"),
+        ("encoder", {"image_size": 88}, "image_size is 88: the image and the task_prompt make 1"),
+        ("encoder", {"vision_widths": 64}, "There are 1 vision_widths and 2 vision_strides"),
+        ("encoder", {"vision_widths": [60, 100]}, "vision_widths is 60 100: give multiples of 32."),
+        ("encoder", {"vision_strides": [4, 0]}, "vision_strides is 4 0: give at least 1."),
+        ("encoder", {"width": 30}, "width is 30: give multiples of 4."),
+        ("encoder", {"max_length": 0}, "max_length is 0: give at least 1."),
+        ("vae", {"image_size": 30}, "image_size is 30: give multiples of 4."),
+        ("vae", {"widths": [16, 20]}, "widths is 16 20: give multiples of 8."),
+        ("teacher", {"unet_widths": [64, 40]}, "unet_widths is 64 40: give multiples of 16."),
+        ("teacher", {"max_length": -1}, "max_length is -1: give at least 1."),
+        ("flow_teacher", {"width": 40}, "width is 40: give multiples of 32."),
+        ("flow_teacher", {"text_width": 12}, "text_width is 12: give multiples of 8."),
+        ("language", {"hidden_size": 20}, "hidden_size is 20: give multiples of 8."),
+        ("language", {"max_length": 0}, "max_length is 0: give at least 1."),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_before_an_image_is_read(
+    stage, settings, sentence, scenes, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("vlv.data.rows.load_image", lambda *_: pytest.fail("An image was read."))
+    assert main(["train", *arguments(f"tiny/{stage}", tmp_path, dataset=scenes, **settings)]) == 2
+    error = capsys.readouterr().err
+    assert f"vlv train: error: {sentence}" in error and "Traceback" not in error
+
+
+def test_a_patch_of_the_flow_teacher_must_divide_the_latents(scenes, tmp_path, capsys):
+    tiny_vae(32, [16, 32, 64], latent_channels=4).save_pretrained(tmp_path / "vae")
+    argv = arguments("tiny/flow_teacher", tmp_path, dataset=scenes, vae=tmp_path / "vae", patch_size=3)
+    assert main(["train", *argv]) == 2
+    assert "error: patch_size is 3, which does not divide the side of the VAE's latents, 8." in capsys.readouterr().err
 
 
 @pytest.fixture

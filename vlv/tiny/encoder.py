@@ -21,8 +21,10 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from layers_vlv import check_encoder_size
 from vlv.data.rows import captions_of
 from vlv.tiny.tokenization import train_tokenizer
+from vlv.training.checks import require_at_least_1, require_multiples
 from vlv.training.examples import Table, tokenize
 from vlv.training.stage import Settings, Stage
 
@@ -48,13 +50,25 @@ class EncoderSettings(Settings):
     vision_strides: list[int] = field(
         default_factory=lambda: [4, 2], metadata={"help": "How many times smaller each stage makes the image."}
     )
-    width: int = field(default=160, metadata={"help": "Width of the language encoder and decoder."})
+    width: int = field(default=160, metadata={"help": "Width of the language encoder and decoder, a multiple of 4."})
     max_length: int = field(default=16, metadata={"help": "Caption length in tokens, <s>, </s> and padding included."})
     vocab_size: int = field(default=600, metadata={"help": "Largest size of the vocabulary; 256 entries are bytes."})
     task_prompt: str = field(
         default="Describe with a paragraph what is shown in the image.",
         metadata={"help": "Prompt that the language encoder reads after the image."},
     )
+
+    def __post_init__(self):
+        require_at_least_1(self, "max_length", "image_size")
+        if self.encoder is not None:  # it has its own sizes
+            return
+        require_multiples(self, vision_widths=32, vision_strides=1, width=4)
+        if len(self.vision_widths) != len(self.vision_strides):
+            raise ValueError(
+                f"There are {len(self.vision_widths)} vision_widths and {len(self.vision_strides)} vision_strides:"
+                " give one of each for every stage of the vision tower."
+            )
+        require_multiples(self, image_size=math.prod(self.vision_strides))
 
 
 def tiny_florence2(
@@ -160,7 +174,15 @@ class EncoderStage(Stage):
                 settings.vision_strides,
                 settings.width,
             )
-        self.model = ShortCaptioning(florence, self.tokenizer(settings.task_prompt)["input_ids"])
+        check_encoder_size(settings.image_size, florence.config, "image_size")
+        prompt = self.tokenizer(settings.task_prompt)["input_ids"]
+        tokens = (settings.image_size // math.prod(florence.config.vision_config.patch_stride)) ** 2 + 1 + len(prompt)
+        if tokens > florence.config.text_config.max_position_embeddings:
+            raise ValueError(
+                f"image_size is {settings.image_size}: the image and the task_prompt make {tokens} tokens, but the"
+                f" language encoder reads {florence.config.text_config.max_position_embeddings}: make one smaller."
+            )
+        self.model = ShortCaptioning(florence, prompt)
         self.image_processor = CLIPImageProcessorPil(
             size={"height": settings.image_size, "width": settings.image_size},
             do_center_crop=False,

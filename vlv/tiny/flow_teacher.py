@@ -10,6 +10,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from vlv.tiny.teacher import TeacherSettings, TeacherStage, TeacherTraining, tiny_text_encoder
+from vlv.training.checks import require_at_least_1, require_multiples
 
 
 @dataclass
@@ -17,6 +18,11 @@ class FlowTeacherSettings(TeacherSettings):
     width: int = field(default=128, metadata={"help": "Width of the transformer, a multiple of 32."})
     layers: int = field(default=6, metadata={"help": "Layers of the transformer."})
     patch_size: int = field(default=2, metadata={"help": "Side of a patch of latents, which makes one token."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least_1(self, "layers", "patch_size")
+        require_multiples(self, width=32, text_width=8)  # each of the two text encoders has half of text_width
 
 
 def tiny_transformer(
@@ -82,6 +88,11 @@ class FlowTeacherStage(TeacherStage):
     def build(self, empty_ids: torch.Tensor) -> TeacherTraining:
         settings = self.settings
         half = settings.text_width // 2
+        side = self.vae.config.sample_size // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if side % settings.patch_size:
+            raise ValueError(
+                f"patch_size is {settings.patch_size}, which does not divide the side of the VAE's latents, {side}."
+            )
 
         def text_encoder() -> CLIPTextModelWithProjection:
             config: CLIPTextConfig = tiny_text_encoder(

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM,
 
 from vlv.data.rows import captions_of
 from vlv.scenes import WORLDS, World, world
+from vlv.training.checks import require_at_least_1, require_multiples
 from vlv.training.examples import Table, tokenize
 from vlv.training.stage import Settings, Stage
 
@@ -19,12 +20,16 @@ class LanguageSettings(Settings):
         default=24, metadata={"help": "Caption length in tokens, end-of-text and padding included."}
     )
     vocab_size: int = field(default=600, metadata={"help": "Largest size of the vocabulary; 256 entries are bytes."})
-    hidden_size: int = field(default=192, metadata={"help": "Width of the language model."})
+    hidden_size: int = field(default=192, metadata={"help": "Width of the language model, a multiple of 8."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the language model."})
     world: str | None = field(
         default=None,
         metadata={"help": f"World whose grammar the captions are measured with: {', '.join(WORLDS)}."},
     )
+
+    def __post_init__(self):
+        require_at_least_1(self, "max_length", "num_hidden_layers")
+        require_multiples(self, hidden_size=8)
 
 
 def tiny_language_model(tokenizer: PreTrainedTokenizerBase, width: int, layers: int) -> Qwen2ForCausalLM:

@@ -25,6 +25,7 @@ from vlv.data.rows import captions_of, open_image, read_captions
 from vlv.tiny.tokenization import train_tokenizer
 from vlv.training.average import MovingAverage
 from vlv.training.cache import as_tensors
+from vlv.training.checks import require_at_least_1, require_multiples
 from vlv.training.examples import Examples, Table, draw_captions, fixed_noise, squeeze, to_unit_range, tokenize
 from vlv.training.stage import Settings, Stage
 
@@ -37,13 +38,17 @@ class TeacherSettings(Settings):
     unet_widths: list[int] = field(
         default_factory=lambda: [64, 96, 96], metadata={"help": "Channels of the UNet's levels, multiples of 16."}
     )
-    text_width: int = field(default=128, metadata={"help": "Width of the text encoder."})
+    text_width: int = field(default=128, metadata={"help": "Width of the text encoder, a multiple of 4."})
     text_layers: int = field(default=3, metadata={"help": "Layers of the text encoder."})
     caption_dropout: float = field(
         default=0.1, metadata={"help": "Share of captions replaced by the empty one, for classifier-free guidance."}
     )
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the moving average of the weights."})
     sample_guidance_scale: float = field(default=2.5, metadata={"help": "Guidance of the sample grid."})
+
+    def __post_init__(self):
+        require_at_least_1(self, "max_length", "text_layers")
+        require_multiples(self, unet_widths=16, text_width=4)
 
 
 def tiny_unet(vae: AutoencoderKL, widths: Sequence[int], text_width: int) -> UNet2DConditionModel:

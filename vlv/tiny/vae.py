@@ -11,16 +11,19 @@ from torch import nn
 from transformers import TrainingArguments
 
 from vlv.training.average import MovingAverage
+from vlv.training.checks import require_at_least_1, require_multiples
 from vlv.training.examples import Table, in_batches, to_unit_range
 from vlv.training.stage import Settings, Stage
 
 
 @dataclass
 class VAESettings(Settings):
-    image_size: int = field(default=32, metadata={"help": "Side of the images in pixels."})
+    image_size: int = field(
+        default=32, metadata={"help": "Side of the images in pixels, which each of `widths` but the first halves."}
+    )
     widths: list[int] = field(
         default_factory=lambda: [16, 32, 64],
-        metadata={"help": "Channels of each level; each but the first halves height and width."},
+        metadata={"help": "Channels of each level, multiples of 8; each but the first halves height and width."},
     )
     latent_channels: int = field(default=4, metadata={"help": "Channels of the latents."})
     foreground_weight: float = field(
@@ -28,6 +31,11 @@ class VAESettings(Settings):
     )
     kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the latents' divergence from N(0, 1)."})
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the moving average of the weights."})
+
+    def __post_init__(self):
+        require_at_least_1(self, "latent_channels")
+        require_multiples(self, widths=8)
+        require_multiples(self, image_size=2 ** (len(self.widths) - 1))
 
 
 def tiny_vae(image_size: int, widths: Sequence[int], latent_channels: int) -> AutoencoderKL:
