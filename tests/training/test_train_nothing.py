@@ -50,6 +50,10 @@ def common(tiny_repo, scenes):
         ({"max_length": -3}, "max_length is -3: give at least 1."),
         ({"max_steps": 0}, "max_steps is 0, which trains nothing"),
         ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs is 0, which trains nothing"),
+        (
+            {"streaming": True, "train_sampling_strategy": "group_by_length"},
+            "group_by_length needs the lengths of all captions, which streaming does not know",
+        ),
         ({"eval_split": "train"}, "The rows to evaluate on are the rows to train on, split 'train' of"),
         ({"eval_split": "train", "streaming": True}, "The rows to evaluate on are the rows to train on"),
     ],

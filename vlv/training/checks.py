@@ -92,6 +92,12 @@ def require_sources(settings: "Settings") -> None:
             raise FileNotFoundError(f"There is no folder {source}, which {name} names; it must be {expected}.")
 
 
+def groups_by_length(args: TrainingArguments) -> bool:
+    """Whether batches shall hold samples of similar length."""
+    strategy = getattr(args, "train_sampling_strategy", None)
+    return strategy == "group_by_length" or getattr(args, "group_by_length", False)  # transformers 5.0's
+
+
 def require_at_least_1(settings: "Settings", *names: str) -> None:
     """Raises ValueError for a setting among `names`, a number or a list of them, that is below 1 or empty."""
     for name in names:

@@ -25,7 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from vlv.files import writing_to
 from vlv.plain import Collate
-from vlv.training.checks import require_finite
+from vlv.training.checks import groups_by_length, require_finite
 from vlv.training.samples import LossBar, write_samples
 from vlv.training.sharding import (
     assign,
@@ -246,8 +246,7 @@ class StageTrainer(Trainer):
         )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        strategy = getattr(self.args, "train_sampling_strategy", None)
-        if strategy != "group_by_length" and not getattr(self.args, "group_by_length", False):  # transformers 5.0's
+        if not groups_by_length(self.args):
             return super()._get_train_sampler(train_dataset)
         # As in Trainer, but with the same result on all processes, and in a resumed run as in an uninterrupted run.
         sampler = DistributedLengthGroupedSampler(

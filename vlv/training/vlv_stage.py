@@ -22,7 +22,7 @@ from vlv.reading import Reader
 from vlv.training.average import MovingAverage
 from vlv.training.cache import Images, as_tensors, cache_files, compute_blank, free_bytes, missing_bytes
 from vlv.training.caching import Cost, choose, times_seen
-from vlv.training.checks import require_a_batch
+from vlv.training.checks import groups_by_length, require_a_batch
 from vlv.training.examples import Examples, Stream, merge
 from vlv.training.sharding import asks_for_fsdp
 from vlv.training.stage import Stage
@@ -96,6 +96,11 @@ class VLVStage(Stage):
         super().__init__(settings, args)
         if settings.average_decay is not None and asks_for_fsdp(args):
             raise ValueError("average_decay needs whole weights, which FSDP shards: leave it out, or train with DDP.")
+        if settings.streaming and groups_by_length(args):
+            raise ValueError(
+                "group_by_length needs the lengths of all captions, which streaming does not know: leave out one of"
+                " the two."
+            )
         if settings.save_dtype is not None and not isinstance(getattr(torch, settings.save_dtype, None), torch.dtype):
             raise ValueError(f"save_dtype is {settings.save_dtype!r}: name a torch dtype, e.g. float16.")
         self.source = settings.model and find_bundled(settings.model)
