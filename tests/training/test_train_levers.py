@@ -125,10 +125,6 @@ def test_stage_2_learns_nested_queries_and_leaves_an_average(levers, scenes, tmp
             " positions reach: choose one of them, such as 16.",
         ),
         ({"muon_learning_rate": 0}, "muon_learning_rate is 0: it must be above 0."),
-        (
-            {"muon_learning_rate": 1e-3, "train_parts": "queries"},
-            "muon_learning_rate is set, but no matrix of a layer trains, only queries.",
-        ),
         ({"encoder_image_size": 72}, "encoder_image_size is 72, but the encoder reads multiples of 8 pixels"),
         ({"encoder_image_size": 0}, "encoder_image_size is 0, but the encoder reads multiples of 8 pixels"),
         ({"crop": "top"}, "crop is 'top': give center, or leave it out."),

@@ -32,6 +32,26 @@ def test_the_overview_is_printed_before_an_image_is_read(recipe, scenes, tiny_re
 
 
 @pytest.mark.parametrize(
+    ("recipe", "settings", "sentence"),
+    [
+        ("tiny/vae", {"train_sampling_strategy": "group_by_length"}, "group_by_length: the samples of stage 'vae'"),
+        (
+            "tiny/autoencode",
+            {"muon_learning_rate": 1e-3, "train_parts": "queries"},
+            "muon_learning_rate is set, but no matrix of a layer trains, only queries.",
+        ),
+    ],
+)
+def test_what_could_not_train_is_refused_before_an_image_is_read(
+    recipe, settings, sentence, scenes, tiny_repo, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("vlv.data.rows.load_image", lambda *_: pytest.fail("An image was read."))
+    model = {"model": tiny_repo} if recipe == "tiny/autoencode" else {}
+    assert main(["train", *arguments(recipe, tmp_path, dataset=scenes, **model, **settings)]) == 2
+    assert f"vlv train: error: {sentence}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("stage", "settings", "sentence"),
     [
         ("encoder", {"image_size": 33}, "image_size is 33: give multiples of 8."),

@@ -23,6 +23,7 @@ def run(stage_type: type[Stage], settings: Settings, args: TrainArguments) -> No
     output_dir = Path(args.output_dir)
     set_seed(args.seed)
     stage = stage_type(settings, args)
+    stage.check()
     stage.tell(overview(stage, args))  # before the long work
     stage.prepare()
     if not isinstance(stage.train_dataset, IterableDataset):

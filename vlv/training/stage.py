@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from vlv.data.rows import captions_of, load_rows, reading, require_column, require_text, row_number
 from vlv.training.cache import as_tensors, compute_once
-from vlv.training.checks import require_separate, require_sources
+from vlv.training.checks import groups_by_length, require_separate, require_sources
 from vlv.training.examples import squeeze
 from vlv.training.failures import LeftOut
 from vlv.training.muon import MuonAndOther, matrices_of, require_muon
@@ -87,6 +87,16 @@ class Stage:
         roots = [folder for folder in (settings.dataset, settings.eval_dataset) if folder and os.path.isdir(folder)]
         self.left_out = LeftOut(Path(args.output_dir), settings.image_column, roots)
 
+    def check(self) -> None:
+        """Raises ValueError, before `prepare`, for settings with which the training could not start after it."""
+        if self.settings.muon_learning_rate is not None and not matrices_of(self.model):
+            parts = ", ".join(sorted({name.partition(".")[0] for name in self.trained()}))
+            raise ValueError(f"muon_learning_rate is set, but no matrix of a layer trains, only {parts}.")
+        if groups_by_length(self.args) and type(self).lengths is Stage.lengths:
+            raise ValueError(
+                f"group_by_length: the samples of stage '{self.settings.stage}' all have the same length."
+            )
+
     def prepare(self) -> None:
         """Reads the data, computes the caches, and sets `train_dataset` and `eval_dataset`."""
         raise NotImplementedError
@@ -109,11 +119,7 @@ class Stage:
         rate = self.settings.muon_learning_rate
         if rate is None:
             return optimizer
-        matrices = matrices_of(self.model)
-        if not matrices:
-            parts = ", ".join(sorted({name.partition(".")[0] for name in self.trained()}))
-            raise ValueError(f"muon_learning_rate is set, but no matrix of a layer trains, only {parts}.")
-        return MuonAndOther(optimizer, matrices, rate)
+        return MuonAndOther(optimizer, matrices_of(self.model), rate)
 
     def load_data(self, streaming: bool = False) -> tuple[Dataset | IterableDataset, Dataset]:
         """The rows to train on and the rows to evaluate on. No row is in both.
@@ -209,8 +215,8 @@ class Stage:
         return [dataset.select(kept) for dataset in datasets]
 
     def lengths(self) -> list[int]:
-        """The length of each sample to train on, for batches of similar length."""
-        raise ValueError(f"group_by_length: the samples of stage '{self.settings.stage}' all have the same length.")
+        """The length of each sample to train on, for batches of similar length. Not where all have the same."""
+        raise NotImplementedError
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts of the model by name, for the overview at the start."""
