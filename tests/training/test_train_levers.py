@@ -164,4 +164,9 @@ def test_an_average_of_sharded_weights_is_refused(tiny_repo, scenes, tmp_path, m
     monkeypatch.setattr(vlv_stage, "asks_for_fsdp", lambda args: True)
     argv = arguments(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, average_decay=0.9)
     assert vlv(["train", *argv]) == 2
-    assert "average_decay needs whole weights, which FSDP shards" in capsys.readouterr().err
+    assert "average_decay needs whole weights, which FSDP and DeepSpeed shard" in capsys.readouterr().err
+    monkeypatch.undo()
+    stage_type, settings, args = read_recipe(argv)
+    args.deepspeed_plugin = object()
+    with pytest.raises(ValueError, match="which FSDP and DeepSpeed shard"):
+        stage_type(settings, args)

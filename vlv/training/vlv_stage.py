@@ -94,8 +94,10 @@ class VLVStage(Stage):
 
     def __init__(self, settings: VLVSettings, args: TrainingArguments):
         super().__init__(settings, args)
-        if settings.average_decay is not None and asks_for_fsdp(args):
-            raise ValueError("average_decay needs whole weights, which FSDP shards: leave it out, or train with DDP.")
+        if settings.average_decay is not None and (asks_for_fsdp(args) or args.deepspeed_plugin is not None):
+            raise ValueError(
+                "average_decay needs whole weights, which FSDP and DeepSpeed shard: leave it out, or train with DDP."
+            )
         if settings.streaming and groups_by_length(args):
             raise ValueError(
                 "group_by_length needs the lengths of all captions, which streaming does not know: leave out one of"
