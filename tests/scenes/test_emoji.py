@@ -260,6 +260,28 @@ def test_wrong_arguments_are_refused_in_one_line(arguments, complaint, tmp_path,
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("names", "arguments", "complaint"),
+    [
+        (["robot"], ["--split", "novel"], "The split 'novel' of this world has no scene with 1 object:"),
+        (
+            ["crab", "bee"],
+            ["--split", "train", "--max_objects", "4"],
+            "no scene with 3 objects: choose another split, at most 2 objects (max_objects), or artwork of more",
+        ),
+    ],
+)
+def test_a_split_without_scenes_is_refused(names, arguments, complaint, tmp_path, capsys):
+    index = {"tile": 8, "columns": 2, "names": [{"text": name} for name in names], "artists": {"ada": "public domain"}}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    Image.new("RGBA", (16, 8)).save(tmp_path / "ada.png")
+    folder = write_scenes(tmp_path / "scenes", 2, world=EMOJI)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    capsys.readouterr()  # the progress of drawing
+    assert complaint in _refusal(capsys, "--artwork", tmp_path, "--output", folder, *arguments)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def _refusal(capsys, *arguments) -> str:
     try:
         status = cli.main(["scenes", *map(str, arguments)])

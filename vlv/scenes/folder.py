@@ -41,7 +41,7 @@ def write_scenes(
         the folder.
 
     Raises:
-        ValueError: when `num` is not positive or the split unknown.
+        ValueError: when `num` is not positive, or the split is unknown or lacks scenes of some number of objects.
         FileExistsError: when the folder holds anything but an earlier output of this function.
     """
     if num < 1:
@@ -49,6 +49,9 @@ def write_scenes(
     world.key(split, 0, seed)
     if prompts and isinstance(world, Doodles):
         raise ValueError("Prompts are drawn for the worlds shapes and emoji, not for doodles.")
+    if isinstance(world, World):  # raises now, before an earlier output is removed
+        for count in range(1, world.max_objects + 1):
+            world.sample_scene(split, 0, seed, count)
     settings = {"num": num, "seed": seed, "split": split, "world": world.name}
     if prompts:
         settings["prompts"] = True

@@ -15,6 +15,8 @@ from vlv.scenes.grammar import PLACES, RGB, GridScene, parse
 
 # The splits' shares of all scenes without a combination of the split "novel".
 SHARES = {"train": 0.90, "validation": 0.05, "test": 0.05}
+# A split without a scene among so many random ones has none: where there are any, they are about 1 in 100 or more.
+MOST_DRAWS = 5_000
 
 
 class World(ABC):
@@ -83,14 +85,19 @@ class World(ABC):
         are equally likely.
 
         Raises:
-            ValueError: for an unknown split.
+            ValueError: for an unknown split, or one without scenes of so many objects, as in a small artwork.
         """
         rng = np.random.default_rng(self.key(split, index, seed))
         count = int(rng.integers(1, self.max_objects + 1)) if count is None else count
-        while True:
+        for _ in range(MOST_DRAWS):
             scene = self._random_scene(rng, count)
             if self.content_split(scene) == self.content_of(split):
                 return scene
+        raise ValueError(
+            f"The split '{split}' of this world has no scene with {count} object{'s' if count > 1 else ''}: choose "
+            f"another split, {f'at most {count - 1} objects (max_objects), ' if count > 1 else ''}or artwork of more "
+            "things."
+        )
 
     def content_of(self, split: str) -> str:
         """The split of `content_split` that a split's scenes come from."""
