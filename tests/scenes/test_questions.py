@@ -9,6 +9,8 @@ import pytest
 
 from vlv.evaluation.questions import read_questions
 from vlv.scenes import world, write_scenes
+from vlv.scenes.artwork import Artwork
+from vlv.scenes.emoji import EmojiScene, EmojiWorld, Thing
 from vlv.scenes.questions import NONE, NOTHING, NUMBERS, STYLES, ask
 
 
@@ -69,6 +71,15 @@ def test_yes_and_no_are_equally_often_right():
         if asked.kind == "yes or no"
     ]
     assert answers.count("yes") == answers.count("no") == 50
+
+
+def test_nothing_is_asked_that_would_be_absent_where_all_there_is_is_shown():
+    drawn = EmojiWorld(Artwork(("robot",), {"ada": "public domain"}, {}))
+    scene = EmojiScene((Thing("small", "robot", "top left"), Thing("large", "robot", "top right")), "mint")
+    asked = ask(scene, drawn, np.random.default_rng(0))
+    assert [it.answer for it in asked if it.kind == "yes or no"] == ["yes"]
+    for it in asked:
+        check(it, scene, drawn)
 
 
 def test_a_folder_with_prompts(tmp_path):

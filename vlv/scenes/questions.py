@@ -119,15 +119,18 @@ def _counts(scene: GridScene, world: World, rng: np.random.Generator) -> Iterato
 
 
 def _yes_or_no(scene: GridScene, world: World, rng: np.random.Generator) -> Iterator[Asked]:
-    """Whether there is an object: one that is there, and one that differs from it in one word."""
+    """Whether there is an object: one that is there, and one that differs from it in one word, if there is any."""
     here = {described(item) for item in scene.objects}
     item = scene.objects[rng.integers(len(scene.objects))]
     yield Asked("yes or no", f"Is there a {described(item)}?", "yes", ("yes", "no"))
+    own = {word: getattr(item, word) for word in _words(item)}
+    # A world of few things may show every other one.
+    if all(" ".join((own | {name: word}).values()) in here for name in own for word in world.words[name]):
+        return
     while True:
         name = _words(item)[rng.integers(len(_words(item)))]
         known = world.words[name]
-        other = {word: getattr(item, word) for word in _words(item)} | {name: known[rng.integers(len(known))]}
-        asked = " ".join(other.values())
+        asked = " ".join((own | {name: known[rng.integers(len(known))]}).values())
         if asked not in here:
             yield Asked("yes or no", f"Is there a {asked}?", "no", ("yes", "no"))
             return
