@@ -46,6 +46,14 @@ def test_demo_runs_again_over_its_own_output(tiny_repo, tmp_path):
     assert rows["train"].num_rows == 12
 
 
+def test_demo_refuses_a_folder_of_other_files(tmp_path, capsys):
+    (tmp_path / "captions.jsonl").write_text("mine")
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert "is not empty and was not written by this command" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["captions.jsonl"]
+    assert (tmp_path / "captions.jsonl").read_text() == "mine"
+
+
 @pytest.mark.slow
 def test_demo_of_the_bundled_checkpoint_is_right(tmp_path):
     result = _run(cwd=tmp_path)

@@ -14,6 +14,7 @@ from vlv import BUNDLED
 from vlv.arguments import CommandParser
 from vlv.files import atomic_writer, locked, writing_to
 from vlv.scenes import World, world_of, write_scenes
+from vlv.scenes.folder import MARK
 from vlv.sheets import Pair, contact_sheet
 
 NUM_SCENES = 12
@@ -23,7 +24,11 @@ UNSEEN_ARTIST = 4  # of them are by an artist that no training saw, in a world t
 @dataclass
 class DemoArguments:
     output: str = field(
-        default="demo", metadata={"help": "Folder for the drawn scenes, captions.jsonl and reconstructions.png."}
+        default="demo",
+        metadata={
+            "help": "Folder for the drawn scenes, captions.jsonl and reconstructions.png: new, empty, or an earlier "
+            "output of this command, which is replaced."
+        },
     )
     model: str | None = field(
         default=None, metadata={"help": f"Folder or Hub id of another VLV (default: the bundled {BUNDLED})."}
@@ -41,9 +46,20 @@ def main(argv: list[str]) -> None:
     )
     (arguments,) = parser.parse(argv)
     folder = Path(arguments.output)
+    _check(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), writing_to(folder):
         _run(arguments, folder)
+
+
+def _check(folder: Path) -> None:
+    """Raises FileExistsError for a folder with other files than an earlier output of this command."""
+    # A killed run may have left its lock file and nothing else.
+    is_used = folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir())
+    if is_used and not (folder / "scenes" / MARK).exists():
+        raise FileExistsError(
+            f"{folder} is not empty and was not written by this command; name a new or empty folder with --output."
+        )
 
 
 def _run(arguments: DemoArguments, folder: Path) -> None:

@@ -16,7 +16,7 @@ from vlv.scenes.questions import STYLES, ask, describes
 from vlv.scenes.shapes import WORLD
 from vlv.scenes.world import World
 
-_MARK = ".vlv-scenes.json"  # hidden from ImageFolder; marks a folder that this command wrote and may replace
+MARK = ".vlv-scenes.json"  # hidden from ImageFolder; marks a folder that this command wrote and may replace
 _CHUNK = 500
 
 
@@ -88,11 +88,11 @@ def _prepare_folder(folder: Path, settings: dict) -> Path:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder to write the scenes to.")
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (folder / _MARK).exists():
+    if any(folder.iterdir()) and not (folder / MARK).exists():
         raise FileExistsError(
             f"{folder} is not empty and was not written by this command; name a new or empty folder."
         )
-    (folder / _MARK).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    (folder / MARK).write_text(json.dumps(settings) + "\n", encoding="utf-8")
     (folder / "metadata.jsonl").unlink(missing_ok=True)
     for name in ("questions.jsonl", "styles.json"):
         (folder / name).unlink(missing_ok=True)
