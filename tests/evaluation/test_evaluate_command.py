@@ -467,6 +467,9 @@ def test_scores_of_scenes():
             assert score.value >= scores["captions/test/objects_right"].value
     ceilings = scorer.ceilings(pictures, "test")
     assert ceilings["reader on drawings/test/exact"].value == 1
+    # One picture has no other image to take the embeddings of.
+    assert {name.split("/")[0] for name in scorer.floors(pictures[:1], "test")} == {"empty context"}
+    assert "another image's context/test/objects_right" in scorer.floors(pictures[:2], "test")
 
 
 def test_scenes_write_their_settings(tmp_path):

@@ -88,15 +88,14 @@ class SceneScorer:
         return ceilings | self._read(pictures, f"teacher from true captions/{name}", taught)
 
     def floors(self, pictures: Pictures, name: str) -> dict[str, Measurement]:
-        """Floors, which are right only by chance: pictures from the empty prompt, and from another image."""
-        from_nothing = self._draw(self._nothing, pictures)
+        """Floors, which are right only by chance: pictures from the empty prompt, and from another image, if any."""
+        floors = self._read(pictures, f"empty context/{name}", self._draw(self._nothing, pictures))
+        if len(pictures) == 1:
+            return floors
         from_another = self._draw(
             lambda batch: self._encode([image for image, _ in batch]), [*pictures[1:], pictures[0]]
         )
-        return {
-            **self._read(pictures, f"empty context/{name}", from_nothing),
-            **self._read(pictures, f"another image's context/{name}", from_another),
-        }
+        return floors | self._read(pictures, f"another image's context/{name}", from_another)
 
     def _draw(self, embed: Callable[[Pictures], torch.Tensor], pictures: Pictures) -> Iterator[Image.Image]:
         """Pictures drawn from the caption embeddings that `embed` returns for batches of `pictures`."""
