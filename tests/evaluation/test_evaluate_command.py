@@ -472,6 +472,24 @@ def test_scores_of_scenes():
     assert "another image's context/test/objects_right" in scorer.floors(pictures[:2], "test")
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--split", "test"), "--split is for --dataset: leave it out,"),
+        (("--num_beams", 4), "--num_beams is for --dataset: leave it out,"),
+        (("--max_new_tokens", 20), "--max_new_tokens is for --dataset: leave it out,"),
+        (("--guidance_scales", 1, 2), "--guidance_scales is for --dataset: leave it out,"),
+        (("--clip", "clip"), "--clip is for --dataset: leave it out,"),
+        (("--metrics", "captions/length", "--dataset", ".", "--world", "emoji"), "--world is for drawn scenes:"),
+    ],
+)
+def test_options_of_the_other_measurement_are_refused(options, sentence, tmp_path, monkeypatch, capsys):
+    _forbid_making(monkeypatch)
+    assert _main(*options, "--output", tmp_path / "results.json") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line
+
+
 def test_scenes_write_their_settings(tmp_path):
     output = tmp_path / "results.json"
     assert _main("--num", 2, "--num_inference_steps", 1, "--seed", 3, "--output", output) == 0

@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -139,13 +139,25 @@ class EvaluateArguments:
                 raise ValueError(
                     f"--metrics scenes draws its own images; for {self.dataset}, choose from {', '.join(FAMILIES)}."
                 )
+            for option in fields(self):
+                if option.name not in _OF_SCENES and getattr(self, option.name) != _default(option):
+                    raise ValueError(
+                        f"--{option.name} is for --dataset: leave it out, or name the images to measure on and choose "
+                        f"--metrics from {', '.join(FAMILIES)}."
+                    )
             return
+        if self.world is not None:
+            raise ValueError("--world is for drawn scenes: leave it out, or leave out --metrics and --dataset.")
         # The model that answers from the image takes the place of the language model.
         given = vars(self) | ({"llm": self.model or ""} if self.answer_from == "image" else {})
         check_options(find_scores(self.metrics), given)
         for name in ("dataset", "output"):
             if getattr(self, name) is None:
                 raise ValueError(f"--metrics {self.metrics} needs --{name}.")
+
+
+def _default(option: Field) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 def main(argv: list[str]) -> None:
@@ -256,6 +268,7 @@ _SETTINGS = {
     ),
     "questions": ("max_new_tokens", "num_beams", "questions", "llm", "shots", "seed", "answer_from"),
 }
+_OF_SCENES = ("model", "metrics", "output", "batch_size", "device", *_SETTINGS[SCENES])  # the options to measure them
 _MODELS = ("clip", "sentence_encoder", "feature_extractor", "text_to_image", "llm")
 _OF_DATA = ("dataset", "split", "image_column", "caption_column", "num")
 _LIBRARIES = ("datasets", "evaluate", "pycocoevalcap", "torchmetrics")
