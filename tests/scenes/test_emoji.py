@@ -210,6 +210,8 @@ def _spoil(folder, what):
         (folder / "ada.png").unlink()
     elif what == "not an image":
         (folder / "ada.png").write_bytes(b"no")
+    elif what == "large sheet":
+        Image.new("1", (20000, 10000)).save(folder / "ada.png")
     elif what == "no name":
         index["names"][1] = {"icon": "loaf"}
     elif what == "and":
@@ -230,6 +232,7 @@ def _spoil(folder, what):
         ("broken", "is not a JSON object"),
         ("small sheet", "ada.png is 16x12 pixels, too small for the 3 things of its index, which need 16x16"),
         ("no sheet", "there is no sheet"),
+        ("large sheet", "ada.png is larger than 179 million pixels"),
         ("not an image", "ada.png cannot be read as an image"),
         ("no name", "the thing number 1 has no name"),
         ("and", "without commas or 'and'"),

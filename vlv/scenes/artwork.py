@@ -85,6 +85,11 @@ def _tiles(folder: Path, artist: str, tile: int, columns: int, count: int) -> np
     try:
         with Image.open(file) as image:
             sheet = np.asarray(image.convert("RGBA"))
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"The sheet {file} is larger than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make its tiles "
+            "smaller, or draw fewer things."
+        ) from None
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"The sheet {file} cannot be read as an image: {error}.") from None
     height, width = -(-count // columns) * tile, min(count, columns) * tile
