@@ -6,6 +6,14 @@ from typing import NoReturn
 
 from transformers import HfArgumentParser
 
+LARGEST_SEED = 2**63 - 1  # PyTorch takes up to 2**64 - 1; an evaluation adds the number of an image
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a --seed that the generators of random numbers do not take."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"--seed is {seed}; it must be between 0 and {LARGEST_SEED}.")
+
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
     """Appends each default to its help, except `None`, which a user cannot give."""

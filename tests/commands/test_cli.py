@@ -71,6 +71,27 @@ def test_misspelt_option_names_the_nearest(capsys):
     assert "--num_bems" in line and "did you mean --num_beams?" in line
 
 
+@pytest.mark.parametrize("seed", [-1, 10**20])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "caption a.png",
+        "reconstruct a.png --output new",
+        "score photos --output new.jsonl",
+        "serve",
+        "evaluate --output new.json",
+        "scenes --output new",
+        "demo --output new",
+    ],
+)
+def test_a_seed_out_of_range_is_refused(command, seed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), "--seed", str(seed)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"error: --seed is {seed}; it must be between 0 and {2**63 - 1}.")
+    assert not list(tmp_path.iterdir())
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"vlv {version('vlv')}\n"

@@ -262,7 +262,7 @@ def test_the_command_draws(tmp_path):
         (["--output", "own/000000.png"], "is a file"),
         (["--output", "new", "--num", "0"], "at least 1"),
         (["--output", "new", "--split", "dev"], "validation"),
-        (["--output", "new", "--seed", "-1"], "start at 0"),
+        (["--output", "new", "--seed", "-1"], "--seed is -1; it must be between 0 and"),
         ([], "--output"),
     ],
 )

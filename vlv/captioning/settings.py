@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlv import BUNDLED
+from vlv.arguments import check_seed
 from wording_vlv import parse_words
 
 # What is asked of captions, in the interface of OpenAI as well.
@@ -92,6 +93,7 @@ class Decoding:
         for name in ("min_new_tokens", "temperature", "no_repeat_ngram_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 0.")
+        check_seed(self.seed)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p is {self.top_p}; it must be above 0 and at most 1.")
         if self.repetition_penalty is not None and self.repetition_penalty <= 0:

@@ -11,7 +11,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from vlv import BUNDLED
-from vlv.arguments import CommandParser
+from vlv.arguments import CommandParser, check_seed
 from vlv.files import atomic_writer, locked, writing_to
 from vlv.scenes import World, world_of, write_scenes
 from vlv.scenes.folder import MARK
@@ -35,6 +35,9 @@ class DemoArguments:
     )
     seed: int = field(default=0, metadata={"help": "Another seed draws other scenes."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the accelerator."})
+
+    def __post_init__(self):
+        check_seed(self.seed)
 
 
 def main(argv: list[str]) -> None:

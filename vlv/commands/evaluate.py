@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlv import BUNDLED, find_bundled
-from vlv.arguments import CommandParser
+from vlv.arguments import CommandParser, check_seed
 from vlv.evaluation.scores import FAMILIES, SCENES, check_options, find_scores
 from vlv.files import check_source, locked, writing_to
 
@@ -128,6 +128,7 @@ class EvaluateArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} is {value}; it must be at least 1.")
+        check_seed(self.seed)
         if self.shots < 0:
             raise ValueError(f"--shots is {self.shots}; it must be at least 0.")
         if self.answer_from == "image":

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from vlv import BUNDLED
-from vlv.arguments import CommandParser
+from vlv.arguments import CommandParser, check_seed
 from vlv.files import locked, writing_to
 from vlv.images import ImageFile, find_images, read_images
 from vlv.sheets import Pair, contact_sheet, side_by_side
@@ -54,6 +54,7 @@ class ReconstructArguments:
         for name in ("num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        check_seed(self.seed)
 
 
 def main(argv: list[str]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vlv.arguments import CommandParser
+from vlv.arguments import CommandParser, check_seed
 from vlv.files import locked, writing_to
 from vlv.scenes import World, world, write_scenes
 from vlv.scenes.doodles import Doodles
@@ -67,6 +67,7 @@ class ScenesArguments:
     )
 
     def __post_init__(self):
+        check_seed(self.seed)
         if self.world != "emoji":
             for name in ("artwork", "artists", "varied"):
                 if getattr(self, name):

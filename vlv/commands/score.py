@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from vlv import BUNDLED
-from vlv.arguments import CommandParser
+from vlv.arguments import CommandParser, check_seed
 from vlv.captioning.settings import model_name, option
 from vlv.files import check_source, locked
 from vlv.judging.scores import CHOICES, NUM_DRAWS, SCORES, value_of
@@ -92,8 +92,7 @@ class ScoreArguments:
                 raise ValueError(f"--{name} is {value}; it must be at least 1.")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"--num_workers is {self.num_workers}; it must be at least 0.")
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}; it must be at least 0.")
+        check_seed(self.seed)
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ValueError(f"--keep is {self.keep}; it is a share, above 0 and at most 1.")
         check_name(self.sheet)
