@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -132,8 +133,9 @@ def check_length(num_queries: int | None, available: int, owner: str) -> int:
     """How many leading queries to read, all of them by default; raises ValueError where there are not so many."""
     if num_queries is None:
         return available
-    if not 1 <= num_queries <= available:
-        raise ValueError(f"num_queries is {num_queries}, but {owner}: choose between 1 and {available}.")
+    is_whole = isinstance(num_queries, Integral) and not isinstance(num_queries, bool)
+    if not is_whole or not 1 <= num_queries <= available:
+        raise ValueError(f"num_queries is {num_queries!r}, but {owner}: choose between 1 and {available}.")
     return num_queries
 
 
