@@ -15,6 +15,7 @@ of 512 images in stage 1, 100,000 batches of 64 captions in stage 2.
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_vlv import VLVConfig
 from modeling_vlv import VLVModel
+from vlv import cli, find_bundled
 from vlv.files import atomic_writer
 from vlv.models.loading import read_config
 from vlv.models.published import CAPTION_HEADS, published_config
@@ -380,7 +382,8 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of one device")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    config = read_config(arguments.model) if arguments.model else published_config(arguments.caption_head)
+    source = arguments.model and find_bundled(arguments.model)
+    config = read_config(source) if source else published_config(arguments.caption_head)
     if config.caption_config is None or config.decoder_config is None:
         raise SystemExit(f"{arguments.model} lacks a caption head or a decoder: count a model that has both.")
     found = record(config, arguments)
@@ -398,4 +401,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run("python -m benchmarks.flops", main, is_process=True))

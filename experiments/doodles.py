@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments.making import Checkpoint, Scenes, Training
 from experiments.report import spread, table
-from vlv import BUNDLED, bundled_checkpoint, load_captioner
+from vlv import BUNDLED, bundled_checkpoint, cli, load_captioner
 from vlv.arguments import CommandParser
 from vlv.captioning.captioner import Captioner
 from vlv.captioning.settings import Decoding
@@ -103,4 +103,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(cli.run("python -m experiments.doodles", lambda: main(sys.argv[1:]), is_process=True))

@@ -1,11 +1,17 @@
 """The count of operations, against counts by hand and against the model run as a whole."""
 
+import subprocess
+import sys
+
 import pytest
 import tiny
 import torch
+from paths import ROOT
 
 from benchmarks import flops
 from benchmarks.flops import Stage1, Stage2
+from vlv import bundled_checkpoint
+from vlv.models.loading import read_config
 
 QUERIES, TOKENS = 10, 7
 
@@ -120,3 +126,19 @@ def test_memory_traffic_of_captions(config):
     assert alone["caption head's cache"] == many["caption head's cache"]
     assert alone["caption head's cache"] == each * sum(QUERIES + step for step in range(TOKENS))
     assert many["caption head's weights"] * 8 == alone["caption head's weights"]
+
+
+def test_a_bundled_model_is_counted(monkeypatch):
+    counted = []
+    monkeypatch.setattr(flops, "record", lambda config, _: counted.append(config) or {"operations": {}})
+    monkeypatch.setattr(sys, "argv", ["flops", "--model", "vlv-tiny"])
+    flops.main()
+    assert counted[0].to_dict() == read_config(bundled_checkpoint("vlv-tiny")).to_dict()
+
+
+@pytest.mark.parametrize("module", ["benchmarks.flops", "experiments.doodles"])
+def test_a_wrong_model_is_refused_in_one_line(module):
+    command = [sys.executable, "-m", module, "--model", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"python -m {module}: error: ") and "nowhere" in line
