@@ -12,7 +12,8 @@ window.vlv = (() => {
   const asked = new URLSearchParams(location.search);
   const before = {};  // as it was before this page: its own fields, still empty, are kept soon
 
-  const fieldsBefore = (tab) => (before[tab] ??= kept.get(`fields.${tab}`) ?? {});
+  // Another model may have fewer queries and other styles, so each has fields of its own.
+  const fieldsBefore = (tab, model) => (before[`${model}.${tab}`] ??= kept.get(`fields.${model}.${tab}`) ?? {});
 
   function element(tag, attributes = {}, ...children) {
     const made = document.createElement(tag);
@@ -254,9 +255,10 @@ window.vlv = (() => {
     document.addEventListener("vlv:picture", ({ detail }) => { if (detail === "image") resolve(); });
   });
 
-  function restore(tab, names, values) {
-    const fields = fieldsBefore(tab);
+  function restore(tab, model, names, values) {
     const here = asked.get("tab") === tab;
+    // A link to a result leaves out what is empty.
+    const fields = here && asked.has("image") ? {} : fieldsBefore(tab, model);
     const samePicture = !asked.has("image") && kept.get("image");
     return values.map((value, place) => {
       const name = names[place];
@@ -266,9 +268,9 @@ window.vlv = (() => {
     });
   }
 
-  function keep(tab, names, values) {
-    fieldsBefore(tab);
-    kept.set(`fields.${tab}`, Object.fromEntries(names.map((name, place) => [name, values[place]])));
+  function keep(tab, model, names, values) {
+    fieldsBefore(tab, model);
+    kept.set(`fields.${model}.${tab}`, Object.fromEntries(names.map((name, place) => [name, values[place]])));
   }
 
   function tabSelected(name) {

@@ -90,19 +90,19 @@ def build_app(
                     with gr.Tab(each.name) as tab:
                         kept = each.build(page)
                     tab.select(None, None, None, js=f"() => vlv.tabSelected({json.dumps(each.name)})")
-                    _keep(app, each.name, kept)
+                    _keep(app, each.name, studio.name, kept)
         app.load(None, None, None, js="() => vlv.loaded()")
         add_endpoints(studio, on_gpu)
     app.temp_file_sets.append(studio.files.made)
     return app.queue(default_concurrency_limit=CONCURRENCY)
 
 
-def _keep(app: gr.Blocks, tab: str, fields: Fields) -> None:
+def _keep(app: gr.Blocks, tab: str, model: str, fields: Fields) -> None:
     """Keep what is in the fields of a tab when the page is loaded again in the same window of the browser."""
     if not fields:
         return
     names, components = json.dumps(list(fields)), list(fields.values())
-    arguments = f"{json.dumps(tab)}, {names}, values"
+    arguments = f"{json.dumps(tab)}, {json.dumps(model)}, {names}, values"
     restored = app.load(None, components, components, js=f"(...values) => vlv.restore({arguments})")
     restored.then(None, None, None, js=f"() => vlv.restored({json.dumps(tab)})")
     changes = [component.change for component in components]

@@ -17,7 +17,10 @@ FLAGS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 # What the page keeps of a field, by its tab and its name.
-KEPT = "([tab, name]) => JSON.parse(sessionStorage.getItem(`vlv.fields.${tab}`) ?? '{}')[name]"
+KEPT = """([tab, name]) => {
+    const key = Object.keys(sessionStorage).find((key) => key.startsWith("vlv.fields.") && key.endsWith(`.${tab}`));
+    return JSON.parse(sessionStorage.getItem(key) ?? "{}")[name];
+}"""
 
 
 def new_page(browser, **settings):

@@ -400,6 +400,22 @@ def test_an_edited_caption_is_downloaded_and_a_link_opens_the_result(page, brows
         visitor.wait_for_function(is_there, arg=expected)
         visitor.context.close()
 
+    # In a window with other settings, those of the link hold; the link does not name what is empty.
+    tab.get_by_label("Before the caption").fill("mine: ")
+    tab.get_by_label("Before the caption").blur()
+    page.goto(address)
+    page.wait_for_function(is_there, arg=expected)
+
+
+@pytest.mark.slow
+def test_fields_are_kept_for_the_model_that_they_were_set_for(page, repo):
+    set_number(open_tab(page, "Caption"), "Queries", 2)
+    page.reload()
+    open_tab(page, "Caption")
+    kept = "model => vlv.restore('Caption', model, ['num_queries'], [10])[0]"
+    assert page.evaluate(kept, repo.name) == 2
+    assert page.evaluate(kept, "another") == 10
+
 
 @pytest.mark.slow
 def test_a_smaller_number_of_queries(page, client, captioner, pictures):

@@ -100,8 +100,8 @@ class VLVStage(Stage):
             )
         if settings.streaming and groups_by_length(args):
             raise ValueError(
-                "group_by_length needs the lengths of all captions, which streaming does not know: leave out streaming,"
-                " or set train_sampling_strategy to random."
+                "group_by_length needs the lengths of all captions, which streaming does not know: leave out"
+                " streaming, or set train_sampling_strategy to random."
             )
         if settings.save_dtype is not None and not isinstance(getattr(torch, settings.save_dtype, None), torch.dtype):
             raise ValueError(f"save_dtype is {settings.save_dtype!r}: name a torch dtype, e.g. float16.")
