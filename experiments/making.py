@@ -76,8 +76,8 @@ class Checkpoint:
 
     name: str
 
-    def __repr__(self) -> str:
-        return f"Checkpoint({self.name!r}, {weights_of(self.name)})"
+    def __repr__(self) -> str:  # what `digest` reads
+        return f"{type(self).__name__}({self.name!r}, {weights_of(self.name)})"
 
     def make(self, work: Path) -> Path:
         return Path(self.name)
@@ -87,16 +87,13 @@ ENCODER = Checkpoint("experiments/parts/encoder")  # the result of tiny/encoder,
 
 
 @dataclass(frozen=True, repr=False)
-class Bundled:
+class Bundled(Checkpoint):
     """A bundled checkpoint without its caption head: a finished stage 1."""
 
     name: str = "vlv-tiny"
 
-    def __repr__(self) -> str:
-        return f"Bundled({self.name!r}, {weights_of(self.name)})"
-
     def make(self, work: Path) -> Path:
-        folder = work / f"{self.name}-{weights_of(self.name)}-without-head"
+        folder = work / f"{self.name}-without-head-{digest(self)}"
         return once(folder, "config.json", lambda: self._write(folder))
 
     def _write(self, folder):
@@ -204,21 +201,19 @@ class Training:
         yield {name: value for name, value in record.items() if name != "log"}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class TinysPart:
     """The folder of one part of vlv-tiny, as `vlv export` writes it. No stage changes its teacher, `decoder`."""
 
     name: str = "decoder"
-
-    def __repr__(self) -> str:
-        return f"TinysPart({self.name!r}, {weights_of('vlv-tiny')})"
+    tiny: Checkpoint = Checkpoint("vlv-tiny")
 
     def make(self, work: Path) -> Path:
-        folder = work / f"vlv-tiny-{weights_of('vlv-tiny')}"
+        folder = work / f"{self.tiny.name}-{digest(self.tiny)}"
 
         def export():
             with atomic_folder(folder) as unfinished:
-                export_parts(*load_whole("vlv-tiny"), unfinished)
+                export_parts(*load_whole(self.tiny.name), unfinished)
 
         return once(folder, "decoder", export) / self.name
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
 from vlv.cli import main as vlv
-from vlv.training import muon
+from vlv.training import muon, vlv_stage
 from vlv.training.recipe import read_recipe
 
 AUTOENCODE, CAPTION = "tiny/autoencode", "tiny/caption"
@@ -152,16 +152,14 @@ def test_a_model_takes_the_sizes_and_the_crop_and_replaces_the_parts(tiny_repo, 
 
 
 def test_muon_is_refused_where_weights_are_sharded(tiny_repo, scenes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(muon, "asks_for_fsdp", lambda args: True)
+    monkeypatch.setattr(muon, "asks_to_shard", lambda args: True)
     argv = arguments(AUTOENCODE, tmp_path, dataset=scenes, model=tiny_repo, muon_learning_rate=1e-3)
     assert vlv(["train", *argv]) == 2
     assert "muon_learning_rate needs whole matrices, which FSDP and DeepSpeed shard" in capsys.readouterr().err
 
 
 def test_an_average_of_sharded_weights_is_refused(tiny_repo, scenes, tmp_path, monkeypatch, capsys):
-    from vlv.training import vlv_stage
-
-    monkeypatch.setattr(vlv_stage, "asks_for_fsdp", lambda args: True)
+    monkeypatch.setattr(vlv_stage, "asks_to_shard", lambda args: True)
     argv = arguments(CAPTION, tmp_path, dataset=scenes, model=tiny_repo, average_decay=0.9)
     assert vlv(["train", *argv]) == 2
     assert "average_decay needs whole weights, which FSDP and DeepSpeed shard" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
-from vlv.training.sharding import asks_for_fsdp
+from vlv.training.sharding import asks_to_shard
 
 MOMENTUM = 0.95
 
@@ -107,7 +107,7 @@ def require_muon(rate: float, args: TrainingArguments) -> None:
     """Raises ValueError where Muon cannot train."""
     if rate <= 0:
         raise ValueError(f"muon_learning_rate is {rate:g}: it must be above 0.")
-    if asks_for_fsdp(args) or args.deepspeed_plugin is not None:
+    if asks_to_shard(args):
         raise ValueError("muon_learning_rate needs whole matrices, which FSDP and DeepSpeed shard: train with DDP.")
 
 

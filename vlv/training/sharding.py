@@ -19,6 +19,11 @@ def asks_for_fsdp(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def asks_to_shard(args: TrainingArguments) -> bool:
+    """Whether the arguments ask for FSDP or DeepSpeed. A process then does not hold whole weights in fp32."""
+    return asks_for_fsdp(args) or args.deepspeed_plugin is not None
+
+
 def check_fsdp(args: TrainingArguments) -> None:
     """Raises ValueError when accelerate would train with DDP although FSDP was requested."""
     asked = asks_for_fsdp(args)

@@ -24,7 +24,7 @@ from vlv.training.cache import Images, as_tensors, cache_files, compute_blank, f
 from vlv.training.caching import Cost, choose, times_seen
 from vlv.training.checks import groups_by_length, require_a_batch
 from vlv.training.examples import Examples, Stream, merge
-from vlv.training.sharding import asks_for_fsdp
+from vlv.training.sharding import asks_to_shard
 from vlv.training.stage import Stage
 from vlv.training.vlv_settings import VLVSettings
 
@@ -94,7 +94,7 @@ class VLVStage(Stage):
 
     def __init__(self, settings: VLVSettings, args: TrainingArguments):
         super().__init__(settings, args)
-        if settings.average_decay is not None and (asks_for_fsdp(args) or args.deepspeed_plugin is not None):
+        if settings.average_decay is not None and asks_to_shard(args):
             raise ValueError(
                 "average_decay needs whole weights, which FSDP and DeepSpeed shard: leave it out, or train with DDP."
             )
