@@ -69,8 +69,11 @@ def find_device(size: str) -> torch.device:
 # ---- sizes -------------------------------------------------------------------------------------------------
 
 
-def checkpoint(size: str, folder: Path) -> str:
-    """The folder of a complete model of this size. It is written into `folder`, unless the model is bundled."""
+def checkpoint(size: str, folder: Path, caption_head: str = "0.5B") -> str:
+    """
+    The folder of a complete model of this size. It is written into `folder`, unless the model is bundled. The
+    published size has a `caption_head` of "0.5B", "1.5B" or "3B".
+    """
     bundled = str(bundled_checkpoint("vlv-tiny"))
     if size == "tiny":
         return bundled
@@ -79,7 +82,7 @@ def checkpoint(size: str, folder: Path) -> str:
         config, side, processor.decoder_image_size = mid_config(read_config(bundled)), 224, 128
     else:
         # The bundled prompt ids replace those of tokenizers that are not installed; they are in its vocabulary.
-        config, side, processor.decoder_image_size = published_config("0.5B"), 768, 384
+        config, side, processor.decoder_image_size = published_config(caption_head), 768, 384
     torch.manual_seed(0)
     with find_device(size):
         model = VLVModel(config)
@@ -137,17 +140,18 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def take_turns(sides: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+def take_turns(sides: Mapping[str, Callable[[], float]], repeats: int = REPEATS) -> dict[str, list[float]]:
     """
     Runs the sides one after the other, in rounds, so that other work on the machine affects all sides equally.
 
     Args:
         sides: by name, a function that runs a side and returns its seconds per image.
+        repeats: rounds that are measured.
 
     Returns:
         By name, the seconds per image of each round. The first round is a warm-up and is left out.
     """
-    rounds = [{name: side() for name, side in sides.items()} for _ in range(REPEATS + 1)]
+    rounds = [{name: side() for name, side in sides.items()} for _ in range(repeats + 1)]
     return {name: [measured[name] for measured in rounds[1:]] for name in sides}
 
 
