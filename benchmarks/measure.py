@@ -69,10 +69,10 @@ def find_device(size: str) -> torch.device:
 # ---- sizes -------------------------------------------------------------------------------------------------
 
 
-def checkpoint(size: str, folder: Path, caption_head: str = "0.5B") -> str:
+def checkpoint(size: str, folder: Path, caption_head: str | None = "0.5B") -> str:
     """
     The folder of a complete model of this size. It is written into `folder`, unless the model is bundled. The
-    published size has a `caption_head` of "0.5B", "1.5B" or "3B".
+    published size has a `caption_head` of "0.5B", "1.5B" or "3B", or none, as after stage 1.
     """
     bundled = str(bundled_checkpoint("vlv-tiny"))
     if size == "tiny":
@@ -82,7 +82,9 @@ def checkpoint(size: str, folder: Path, caption_head: str = "0.5B") -> str:
         config, side, processor.decoder_image_size = mid_config(read_config(bundled)), 224, 128
     else:
         # The bundled prompt ids replace those of tokenizers that are not installed; they are in its vocabulary.
-        config, side, processor.decoder_image_size = published_config(caption_head), 768, 384
+        config, side, processor.decoder_image_size = published_config(caption_head or "0.5B"), 768, 384
+    if caption_head is None:
+        config.caption_config = None
     torch.manual_seed(0)
     with find_device(size):
         model = VLVModel(config)

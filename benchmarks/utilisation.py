@@ -1,7 +1,7 @@
 """
 The speed of the recipes for the published parts on a GPU, and how much of the GPU they use.
 
-    python benchmarks/utilisation.py [SIDE ...] [--size published] [--folder DIR] [--peak 989] [--price 2.5]
+    python benchmarks/utilisation.py [SIDE ...] [--size tiny|published] [--folder DIR] [--peak 989] [--price 2.5]
         [--output FILE]
 
 A side is a recipe of `vlv train`, with its own batch size unless the side says otherwise, on one GPU. It takes a few
@@ -126,8 +126,17 @@ def kernels(profiler: torch.profiler.profile) -> dict[str, Any]:
     }
 
 
-def measured(side: str, model: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def start(stage: str, size: str, models: Path) -> str:
+    """The folder of the model that a stage starts from: stage 1 has no caption head yet."""
+    folder = models / stage
+    if (folder / "config.json").is_file():
+        return str(folder)
+    return measure.checkpoint(size, folder, None if stage == "autoencode" else "3B")
+
+
+def measured(side: str, models: Path, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     recipe, changes = SIDES[side]
+    model = start(read_recipe_file(find_recipe(recipe))["stage"], arguments.size, models)
     words = VLVProcessor.from_pretrained(model)
     written = read_recipe_file(find_recipe(recipe)) | changes
     images = written["per_device_train_batch_size"] * written.get("gradient_accumulation_steps", 1)
@@ -170,8 +179,8 @@ def measured(side: str, model: str, arguments: argparse.Namespace, folder: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sides", nargs="*", metavar="SIDE", help=f"of: {'; '.join(SIDES)} (default: all)")
-    parser.add_argument("--size", choices=measure.SIZES, default="published")
-    parser.add_argument("--folder", type=Path, help="folder to keep the model in, or an earlier one to use")
+    parser.add_argument("--size", choices=("tiny", "published"), default="published")
+    parser.add_argument("--folder", type=Path, help="folder to keep the models in, or an earlier one to use")
     parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of the GPU")
     parser.add_argument("--price", type=float, default=2.5, help="dollars for an hour of the GPU")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -183,15 +192,11 @@ def main() -> None:
     if arguments.output is not None and arguments.output.is_file():
         found = json.loads(arguments.output.read_text(encoding="utf-8"))["sides"]
     with tempfile.TemporaryDirectory() as temporary:
-        model = str(arguments.folder)
-        if arguments.folder is None or not (arguments.folder / "config.json").is_file():
-            model = measure.checkpoint(
-                arguments.size, arguments.folder or Path(temporary) / "model", caption_head="3B"
-            )
+        models = arguments.folder or Path(temporary) / "models"
         for number, side in enumerate(arguments.sides or SIDES):
             folder = Path(temporary) / str(number)
             folder.mkdir()
-            found[side] = one = measured(side, model, arguments, folder)
+            found[side] = one = measured(side, models, arguments, folder)
             print(
                 f"{side:32} {one['samples_per_second']:8.2f} samples/s {one['utilisation']:6.1%} "
                 f"{(one['peak_device_bytes'] or 0) / 2**30:6.1f} GiB {one['dollars']:8.0f} $",
