@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # as when one of them is run as a 
 import cost  # noqa: E402
 import measure  # noqa: E402
 import refill  # noqa: E402
+import utilisation  # noqa: E402
 
 from benchmarks import report  # noqa: E402
 
@@ -73,6 +74,28 @@ def test_cost_of_the_recipe(tmp_path, monkeypatch, capsys):
     (tmp_path / "stage-2-published.json").unlink()
     with pytest.raises(SystemExit, match="There is no .*stage-2-published.json"):
         cost.main()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_utilisation_of_a_recipe_is_operations_by_time_and_peak(tmp_path, monkeypatch):
+    monkeypatch.setattr(utilisation, "WARM_UP", 1)
+    monkeypatch.setattr(utilisation, "STEPS", 1)
+    changes = {"bf16": False, "dataloader_num_workers": 0, "per_device_train_batch_size": 2}
+    monkeypatch.setitem(utilisation.SIDES, "stage 1", ("stage1", changes))
+    monkeypatch.setitem(utilisation.SIDES, "stage 2", ("stage2", changes))
+    output, argv = tmp_path / "utilisation.json", ["utilisation.py", "--size", "tiny", "--peak", "0.5"]
+    for side in ("stage 1", "stage 2"):  # the second command keeps what the first one measured
+        monkeypatch.setattr(sys, "argv", [*argv, side, "--output", str(output)])
+        utilisation.main()
+    record = json.loads(output.read_text())
+    stage_1, stage_2 = record["sides"]["stage 1"], record["sides"]["stage 2"]
+    assert stage_1["samples_of_a_step"] == 2 * 2 * 8  # images, accumulated twice, noise levels
+    assert stage_2["samples_of_a_step"] == 2 and stage_2["tokens"] > 1
+    for one, units in ((stage_1, 102_400_000), (stage_2, 6_400_000)):
+        per_second = one["operations_of_a_sample"] * one["samples_per_second"]
+        assert one["utilisation"] == pytest.approx(per_second / 0.5e12) and 0 < one["utilisation"] < 1
+        assert one["dollars"] == pytest.approx(2.5 * units / one["samples_per_second"] / 3600)
 
 
 def test_the_pages_show_what_was_measured():
