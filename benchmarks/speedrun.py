@@ -23,7 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
+from PIL.Image import Image
 from transformers import TrainerCallback, TrainingArguments
 
 from benchmarks import flops
@@ -31,11 +33,14 @@ from experiments.making import Assembled, Scenes, Training, claimed
 from experiments.scoring import encode, rebuild, scores
 from modeling_vlv import VLVModel
 from processing_vlv import VLVProcessor
+from vlv import bundled_checkpoint
+from vlv.evaluation.pictures import embed_captions
 from vlv.files import atomic_writer
 from vlv.models.loading import load_autoencoder, read_config
 from vlv.models.published import published_config
 from vlv.provenance import git_commit
-from vlv.scenes import sample_picture
+from vlv.scenes import Scene, compare, sample_picture
+from vlv.scenes.reader import scene_reader
 from vlv.training.autoencode import AutoencodeStage
 from vlv.training.recipe import read_recipe
 from vlv.training.vlv_settings import VLVSettings
@@ -153,7 +158,7 @@ class Measure(TrainerCallback):
             average.take()
         line = {
             "step": state.global_step,
-            "objects right": objects_right(self.stage.model, self.stage.processor, MEASURED_SCENES),
+            "objects right": objects_right(*rebuilt(self.stage.model, self.stage.processor, MEASURED_SCENES)),
         }
         for weight, before in zip(average.trained if average is not None else (), trained, strict=True):
             weight.data.copy_(before)
@@ -168,25 +173,56 @@ class MeasuredStage(AutoencodeStage):
         return [*super().callbacks(), Measure(self)]
 
 
-def objects_right(
+def rebuilt(
     model: VLVModel, processor: VLVProcessor, scenes: int, num_queries: int | None = None
-) -> dict[str, float]:
-    """Of validation scenes, the share of objects that the reader finds right in what the model rebuilds of them."""
-    images, truths = zip(*(sample_picture("validation", index) for index in range(scenes)), strict=True)
+) -> tuple[list[Image], list[Scene]]:
+    """What the model rebuilds of the first validation scenes, and the scenes."""
+    images, truths = validation(scenes)
     training = model.training
     embeds = encode(model.eval(), processor, images)
     pictures = rebuild(model, embeds, num_queries=num_queries)
     model.train(training)
+    return pictures, truths
+
+
+def drawn_from_captions(scenes: int) -> tuple[list[Image], list[Scene]]:
+    """What the frozen teacher draws from the true captions of the first validation scenes, and the scenes."""
+    model, processor = load_autoencoder(str(bundled_checkpoint("vlv-tiny")))
+    _, truths = validation(scenes)
+    with torch.inference_mode():
+        embeds = embed_captions(model, processor, [truth.caption for truth in truths])
+    return rebuild(model, embeds), truths
+
+
+def validation(scenes: int) -> tuple[list[Image], list[Scene]]:
+    images, truths = zip(*(sample_picture("validation", index) for index in range(scenes)), strict=True)
+    return list(images), list(truths)
+
+
+def objects_right(pictures: list[Image], truths: list[Scene]) -> dict[str, float]:
+    """The share of objects that the reader finds right in the pictures."""
     return scores(pictures, truths)["objects right"]
 
 
-def finished(run: Run, folder: Path) -> dict[str, dict[str, float]]:
-    """Objects right of the finished model with all queries; of a nested one also with half and a quarter of them."""
+def wrong(pictures: list[Image], truths: list[Scene]) -> list[str]:
+    """The captions of the scenes in which the reader finds an object wrong."""
+    found = zip(scene_reader().read(pictures), truths, strict=True)
+    counts = [(compare(read, truth), truth.caption) for read, truth in found]
+    return [caption for count, caption in counts if count["objects_right"] < count["objects"]]
+
+
+def finished(run: Run, folder: Path) -> dict[str, Any]:
+    """
+    Objects right of the finished model with all queries; of a nested one also with half and a quarter of them. Of a
+    long run also which scenes are wrong.
+    """
     model, processor = load_autoencoder(str(folder))
     every = model.config.num_queries
     numbers = [every // 4, every // 2, every] if "nested_queries" in run.settings else [every]
     scenes = FINISHED_SCENES if run.long else MEASURED_SCENES
-    return {str(number): objects_right(model, processor, scenes, number) for number in numbers}
+    pictures = {number: rebuilt(model, processor, scenes, number) for number in numbers}
+    right = {str(number): objects_right(*drawn) for number, drawn in pictures.items()}
+    return {"objects_right": right} | ({"wrong": wrong(*pictures[every])} if run.long else {})
 
 
 # ---- the record --------------------------------------------------------------------------------------------
@@ -259,7 +295,7 @@ def measure(name: str, run: Run, seed: int, work: Path) -> dict[str, Any]:
         "operations_to_target": reached and reached * samples * each,
         "published_operations_to_target": reached and reached * samples * published,
         "seconds_to_target": reached and record["seconds"] * reached / run.steps,
-        "objects_right": finished(run, folder),
+        **finished(run, folder),
         "denoising_loss": record["evaluation"]["denoising_loss"],
         "commit": git_commit(),
     }
@@ -284,15 +320,28 @@ def draw(records: list[dict[str, Any]], picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
-def recorded(output: Path) -> list[dict[str, Any]]:
-    return json.loads(output.read_text(encoding="utf-8"))["speedrun"] if output.is_file() else []
+def measure_teacher() -> dict[str, Any]:
+    """What no stage 1 is expected to exceed: the teacher's own drawings from the true captions."""
+    drawn = drawn_from_captions(FINISHED_SCENES)
+    return {"objects_right": objects_right(*drawn), "wrong": wrong(*drawn)}
+
+
+def recorded(output: Path) -> dict[str, Any]:
+    if output.is_file():
+        return json.loads(output.read_text(encoding="utf-8"))
+    return {"speedrun": []}
+
+
+def save(output: Path, record: dict[str, Any]) -> None:
+    with atomic_writer(output) as file:
+        file.write(json.dumps(record, indent=1) + "\n")
 
 
 def write(name: str, seed: int, work: Path, output: Path, picture: Path) -> bool:
     """Writes the record of a run, unless there is one. False if another command is working on it."""
 
     def is_there() -> bool:
-        return any((record["run"], record["seed"]) == (name, seed) for record in recorded(output))
+        return any((record["run"], record["seed"]) == (name, seed) for record in recorded(output)["speedrun"])
 
     if is_there():
         return True
@@ -302,9 +351,9 @@ def write(name: str, seed: int, work: Path, output: Path, picture: Path) -> bool
         return False
     with claimed(output, wait=True):
         if not is_there():
-            records = [*recorded(output), record]
-            with atomic_writer(output) as file:
-                file.write(json.dumps({"speedrun": records}, indent=1) + "\n")
+            before = recorded(output)
+            records = [*before["speedrun"], record]
+            save(output, {**before, "speedrun": records})
             draw(records, picture)
     return True
 
@@ -320,6 +369,10 @@ def main() -> None:
     if unknown := set(arguments.runs) - set(RUNS):
         parser.error(f"there is no run {unknown.pop()!r}, but {'; '.join(RUNS)}")
     work = arguments.work.absolute()
+    if "teacher" not in recorded(arguments.output):
+        teacher = measure_teacher()
+        with claimed(arguments.output, wait=True):
+            save(arguments.output, {"teacher": teacher, **recorded(arguments.output)})
     planned = [(name, seed) for seed in arguments.seeds for name in arguments.runs or RUNS]
     while planned:
         planned = [one for one in planned if not write(*one, work, arguments.output, arguments.picture)]

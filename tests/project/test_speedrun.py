@@ -58,13 +58,19 @@ def test_a_run_leaves_its_curve_and_its_operations(tmp_path, monkeypatch):
     argv = ["speedrun", "--seeds", "0", "--work", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", [*argv, "--output", str(output), "--picture", str(picture)])
     speedrun.main()
-    paper, ours = json.loads(output.read_text())["speedrun"]
+    record = json.loads(output.read_text())
+    paper, ours = record["speedrun"]
     assert [line["step"] for line in ours["curve"]] == [2, 4]
     # The finished model is the one whose weights the last point of the curve was measured with.
     assert ours["curve"][-1]["objects right"] == ours["objects_right"]["8"]
     assert list(ours["objects_right"]) == ["2", "4", "8"]
     (right,) = paper["objects_right"].values()
     assert right["n"] > paper["curve"][-1]["objects right"]["n"]
+    # Captions of the scenes that are wrong: each has at least one wrong object. Those of short runs are not kept.
+    assert len(paper["wrong"]) <= right["n"] - round(right["value"] * right["n"]) and "wrong" not in ours
+    teacher = record["teacher"]
+    assert teacher["objects_right"]["n"] == right["n"]
+    assert bool(teacher["wrong"]) == (teacher["objects_right"]["value"] < 1)
     # At four noise levels an image costs more, but less than four times as much.
     for size in ("", "published_"):
         each, own = paper[f"{size}operations_of_a_sample"], ours[f"{size}operations_of_a_sample"]
