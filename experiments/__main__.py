@@ -13,6 +13,7 @@ from typing import Any
 from experiments import MEASURED
 from experiments.making import claimed
 from experiments.trained import Plan
+from vlv import cli
 from vlv.arguments import CommandParser
 from vlv.files import atomic_writer
 from vlv.models.loading import load_whole
@@ -86,4 +87,4 @@ def ask(name: str, model: str, num: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(cli.run("python -m experiments", lambda: main(sys.argv[1:]), is_process=True))

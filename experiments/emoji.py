@@ -15,6 +15,7 @@ from experiments import __main__ as command
 from experiments.making import Bundled, Checkpoint, Scenes, Training
 from experiments.report import gather, table
 from experiments.trained import Experiment, Row, Run
+from vlv import cli
 from vlv.scenes.emoji import EmojiWorld
 
 COLUMNS = {
@@ -97,4 +98,4 @@ def main(argv: list[str], plan: EmojiPlan | None = None, output: Path = Path("do
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(cli.run("python -m experiments.emoji", lambda: main(sys.argv[1:]), is_process=True))

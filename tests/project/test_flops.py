@@ -136,9 +136,11 @@ def test_a_bundled_model_is_counted(monkeypatch):
     assert counted[0].to_dict() == read_config(bundled_checkpoint("vlv-tiny")).to_dict()
 
 
-@pytest.mark.parametrize("module", ["benchmarks.flops", "experiments.doodles"])
-def test_a_wrong_model_is_refused_in_one_line(module):
+@pytest.mark.parametrize("module", ["benchmarks.flops", "experiments.doodles", "experiments"])
+def test_a_wrong_model_is_refused_in_one_line(module, tmp_path):
     command = [sys.executable, "-m", module, "--model", "nowhere"]
+    if module == "experiments":
+        command += ["spatial", "--output", str(tmp_path), "--work", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith(f"python -m {module}: error: ") and "nowhere" in line
