@@ -51,8 +51,8 @@ class EmojiPlan:
 
     def experiments(self) -> list[Experiment]:
         arms = {
-            "vlv": ("VLV", self.vlv),
-            "vlv-language-model": ("VLV, Florence's language model trains too", self.vlv_with_language_model),
+            "vlv": ("VLV, encoder frozen", self.vlv),
+            "vlv-encoder-trained": ("VLV, encoder trained", self.vlv_with_language_model),
             "florence-2": ("Florence-2", self.florence),
             "llava": ("LLaVA", self.llava),
         }
