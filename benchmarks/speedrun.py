@@ -10,9 +10,10 @@ Florence-2 is trained on; its learning rate is tuned, by the runs `paper at ...`
 does not scale up. The other runs change one thing of it.
 
 A run measures itself while it trains, with the weights that it would save, and leaves a curve of objects right against
-steps. flops.py counts the operations of a denoising sample for the same settings; what measuring takes is left out. An
-interrupted command continues where it was, and a run that is in the output is not repeated. The command can run
-several times at once: each then takes runs that no other does.
+steps. flops.py counts the operations of a denoising sample for the same settings; what measuring takes is left out.
+The record names the scenes that a finished long run rebuilds wrong, beside those that the teacher draws wrong from the
+true captions. An interrupted command continues where it was, and a run that is in the output is not repeated. The
+command can run several times at once: each then takes runs that no other does.
 """
 
 import argparse

@@ -24,7 +24,7 @@ import flops
 import measure
 import torch
 import yaml
-from steps import PADDED, Stopwatch, make_data, pad_to_max_length
+from steps import PADDED, Stopwatch, common_settings, make_data, pad_to_max_length
 
 from processing_vlv import VLVProcessor
 from vlv.models.loading import read_config
@@ -43,13 +43,13 @@ SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "ours, stage 2, compiled": ("stage2", COMPILED),
 }
 # The model, which holds random parts, replaces these. Images of one size need no crop.
-REPLACED = ("encoder", "decoder", "caption_head", "image_size", "crop", "save_steps", "warmup_steps")
+REPLACED = ("encoder", "decoder", "caption_head", "image_size", "crop")
 WARM_UP, STEPS = 3, 8
 UNITS = {"autoencode": flops.STAGE_1_SAMPLES, "caption": flops.STAGE_2_CAPTIONS}
 
 
 class Watch(Stopwatch):
-    """The time and the peak memory of the steps after the warm-up. One more step is profiled."""
+    """The time of the steps after the warm-up, and the peak memory of all steps. One more step is profiled."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == WARM_UP:
@@ -76,17 +76,17 @@ class Trainer(StageTrainer):
         return super().training_step(model, inputs, *rest)
 
 
-def run(recipe: str, changes: dict[str, Any], common: dict[str, Any], folder: Path) -> tuple[Any, Trainer, Watch]:
-    """Trains a recipe for a few steps."""
-    written = {name: value for name, value in read_recipe_file(find_recipe(recipe)).items() if name not in REPLACED}
-    settings = written | common | {name: value for name, value in changes.items() if name != PADDED}
+def run(settings: dict[str, Any], folder: Path) -> tuple[Any, Trainer, Watch]:
+    """Trains a recipe of these settings for a few steps."""
     folder.mkdir()
     file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    padded = plain.pop(PADDED, False)
+    file.write_text(yaml.safe_dump(plain), encoding="utf-8")
     stage_class, stage_settings, args = read_recipe([str(file), "--output_dir", str(folder / "output")])
     stage = stage_class(stage_settings, args)
     stage.prepare()
-    if PADDED in changes:
+    if padded:
         pad_to_max_length(stage)
     trainer, watch = Trainer(stage, args), Watch(args.device)
     trainer.tokens = []
@@ -136,28 +136,20 @@ def start(stage: str, size: str, models: Path) -> str:
 
 def measured(side: str, models: Path, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     recipe, changes = SIDES[side]
-    model = start(read_recipe_file(find_recipe(recipe))["stage"], arguments.size, models)
-    words = VLVProcessor.from_pretrained(model)
     written = read_recipe_file(find_recipe(recipe)) | changes
-    images = written["per_device_train_batch_size"] * written.get("gradient_accumulation_steps", 1)
-    evaluated = written["per_device_train_batch_size"]
-    dataset = make_data(folder / "scenes", (WARM_UP + STEPS + 1) * images + evaluated, words)
-    common = {
-        "dataset": str(dataset),
-        "model": model,
-        "eval_size": evaluated,
-        "max_steps": WARM_UP + STEPS + 1,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        # Each image of the whole training is new.
-        "cache_features": False,
-        **({"cache_latents": False} if written["stage"] == "autoencode" else {}),
-        "cache_dir": str(folder / "cache"),
-    }
+    model = start(written["stage"], arguments.size, models)
+    words = VLVProcessor.from_pretrained(model)
+    batch = written["per_device_train_batch_size"]
+    images, steps = batch * written.get("gradient_accumulation_steps", 1), WARM_UP + STEPS + 1
+    dataset = make_data(folder / "scenes", steps * images + batch, words)
+    settings = {name: value for name, value in written.items() if name not in REPLACED}
+    settings |= common_settings(model, dataset, batch, steps)
+    settings["cache_features"] = False  # each image of the whole training is new
+    if written["stage"] == "autoencode":
+        settings["cache_latents"] = False
     if "encoder_image_size" in written:  # half of Florence-2's own size, as the recipe has it
-        common["encoder_image_size"] = words.image_height // 2
-    stage, trainer, watch = run(recipe, changes, common, folder / "run")
+        settings["encoder_image_size"] = words.image_height // 2
+    stage, trainer, watch = run(settings, folder / "run")
     samples = images * written.get("noise_draws", 1)
     each, speed = operations(stage, trainer, read_config(model)), samples / watch.seconds_per_step
     hours = UNITS[written["stage"]] / speed / 3600
@@ -207,7 +199,6 @@ def main() -> None:
             gc.collect()  # frees what Trainer's reference cycles hold
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":
