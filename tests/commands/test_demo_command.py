@@ -60,4 +60,9 @@ def test_demo_of_the_bundled_checkpoint_is_right(tmp_path):
     assert result.returncode == 0, result.stderr
     right = int(result.stdout.split(" of 12 captions are exactly right")[0].split()[-1])
     assert right >= 10  # eight are by artists that it knows, four by one that it never saw
+    folder = tmp_path / "demo"
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    truths = [json.loads(line) for line in (folder / "scenes" / "metadata.jsonl").read_text().splitlines()]
+    known = {row["file_name"]: row["text"] for row in rows if row["file_name"].startswith("scenes/")}
+    assert known == {f"scenes/{truth['file_name']}": truth["text"] for truth in truths} and len(known) == 8
     assert result.stdout.count("✓") == right
