@@ -28,6 +28,7 @@ from pathlib import Path
 import gradio_client
 import numpy as np
 import psutil
+from measure import at_least_one
 from PIL import Image
 
 from vlv import bundled_checkpoint
@@ -165,8 +166,8 @@ def measure(script: Path, arguments: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--visitors", type=int, default=20)
-    parser.add_argument("--photos", type=int, default=500)
+    parser.add_argument("--visitors", type=at_least_one, default=20)
+    parser.add_argument("--photos", type=at_least_one, default=500)
     parser.add_argument("--baseline", type=Path)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()

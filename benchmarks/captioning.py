@@ -85,7 +85,9 @@ class Side:
 
 def main() -> None:
     parser = measure.parser(__doc__, default_images=64, sides=MODES)
-    parser.add_argument("--repeats", type=int, default=measure.REPEATS, help="turns of each side, after a warm-up")
+    parser.add_argument(
+        "--repeats", type=measure.at_least_one, default=measure.REPEATS, help="turns of a side, after a warm-up"
+    )
     arguments = parser.parse_args()
     device = measure.find_device(arguments.size)
     with tempfile.TemporaryDirectory() as temporary:

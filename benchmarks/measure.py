@@ -36,11 +36,19 @@ PUBLISHED_GIB = 70  # GPU memory for the paper's own settings
 LEAST, LONGEST, MEDIAN, SIGMA = 1, 300, 90, 0.4  # of the captions' lengths, in tokens
 
 
+def at_least_one(text: str) -> int:
+    """A whole number of things to measure, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few: it must be 1 or more")
+    return number
+
+
 def parser(description: str, default_images: int, sides: Collection[str] = ()) -> argparse.ArgumentParser:
     """The arguments of every benchmark. With `sides`, an option chooses among them; the first is always measured."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--size", choices=SIZES, default="tiny")
-    made.add_argument("--images", type=int, default=default_images, help="images of each turn")
+    made.add_argument("--images", type=at_least_one, default=default_images, help="images of each turn")
     made.add_argument("--output", type=Path, help="JSON file to write")
     if sides:
         made.add_argument(

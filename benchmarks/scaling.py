@@ -109,7 +109,7 @@ def growing(settings: list[tuple[int, int]]) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs="*", default=[100, 1000, 10_000])
+    parser.add_argument("--images", type=measure.at_least_one, nargs="*", default=[100, 1000, 10_000])
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--caption", type=int, nargs=2, metavar=("BATCH", "LENGTH"), help="(of a row) what to caption")
     arguments = parser.parse_args()

@@ -100,7 +100,7 @@ def start_server(model: str, decoding: Decoding, device: str, dtype: str) -> tup
 
 def main() -> None:
     parser = measure.parser(__doc__, default_images=500)
-    parser.add_argument("--at_once", type=int, default=32, help="requests at the same time")
+    parser.add_argument("--at_once", type=measure.at_least_one, default=32, help="requests at the same time")
     arguments = parser.parse_args()
     device = measure.find_device(arguments.size)
     dtype = "bfloat16" if device.type == "cuda" else "float32"

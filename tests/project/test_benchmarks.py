@@ -53,6 +53,12 @@ def test_a_refilled_batch_is_full_until_no_image_waits():
     assert refill.between({1: 0.0, 2: 1.0, 4: 3.0}, 3) == 2.0
 
 
+def test_a_benchmark_of_nothing_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        measure.parser("", default_images=1).parse_args(["--images", "0"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("argument --images: 0 is too few: it must be 1 or more")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_published_size_needs_a_gpu():
     with pytest.raises(SystemExit, match="needs a GPU with 70 GiB of memory, and there is none here"):
