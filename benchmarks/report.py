@@ -129,62 +129,84 @@ def refilling(record: dict) -> str:
 
 
 def speed_run(record: dict) -> str:
-    """Work until the target is reached, for the long runs; then what every run reaches."""
+    """The long runs; what one thing is worth, in short runs; and what is right with fewer queries."""
     runs: dict[str, list[dict]] = {}
     for one in record["speedrun"]:
         runs.setdefault(one["run"], []).append(one)
+    every = list(runs["ours"][0]["objects_right"])[-1]
+    long = {name: found for name, found in runs.items() if "wrong" in found[0]}
+    compared = {name: found for name, found in long.items() if list(found[0]["objects_right"]) == [every]}
+    teacher = record["teacher"]["objects_right"]
+    return (
+        f"{long_runs(compared)}\n"
+        f"The teacher itself, given the true captions of these scenes, draws {teacher['value']:.3f} of the "
+        f"{teacher['n']:,} objects right.\n\n"
+        f"{short_runs({name: found for name, found in runs.items() if name not in long})}\n"
+        f"{fewer_queries(long, every)}"
+    )
 
-    def cell(found: list[dict], read: Callable[[dict], float | None], form: str) -> str:
-        values = [read(one) for one in found]
-        if None in values:
-            return "not reached"
-        mean = form.format(sum(values) / len(values))
-        return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
 
-    def at_the_end(found: list[dict]) -> str:
-        return cell(found, lambda one: list(one["objects_right"].values())[-1]["value"], "{:.3f}")
+def over_seeds(values: list[float | None], form: str = "{:.3f}") -> str:
+    """The mean of a number over seeds, its least and its greatest."""
+    if None in values:
+        return "not reached"
+    mean = form.format(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
 
+
+def in_units(found: list[dict], name: str, unit: float = 1) -> list[float | None]:
+    return [one[name] and one[name] / unit for one in found]
+
+
+def right(found: list[dict], queries: str | None = None) -> str:
+    """Objects right at the end, with so many queries or with all."""
+    shares = [one["objects_right"] for one in found]
+    return over_seeds([share[queries or list(share)[-1]]["value"] for share in shares])
+
+
+def long_runs(runs: dict[str, list[dict]]) -> str:
+    header = ["run", "seeds", "samples", "steps to 0.90", "TFLOP to 0.90", "at the published size, PFLOP"]
     rows = [
         [
             name,
             str(len(found)),
-            cell(found, lambda one: one["steps_to_target"], "{:.0f}"),
-            cell(found, lambda one: one["operations_to_target"] and one["operations_to_target"] / 1e12, "{:.1f}"),
-            cell(
-                found,
-                lambda one: one["published_operations_to_target"] and one["published_operations_to_target"] / 1e15,
-                "{:.0f}",
-            ),
-            at_the_end(found),
+            f"{found[0]['steps'] * found[0]['samples_of_a_step']:,}",
+            over_seeds(in_units(found, "steps_to_target"), "{:.0f}"),
+            over_seeds(in_units(found, "operations_to_target", 1e12), "{:.1f}"),
+            over_seeds(in_units(found, "published_operations_to_target", 1e15), "{:.0f}"),
+            right(found),
         ]
         for name, found in runs.items()
-        if found[0]["steps_to_target"] is not None or name.startswith("paper")
     ]
-    reached = [
-        "run",
-        "seeds",
-        "steps to 0.90",
-        "TFLOP to 0.90",
-        "at the published size, PFLOP",
-        "objects right at the end",
-    ]
-    every = [
+    return as_table([*header, "objects right at the end"], rows)
+
+
+def short_runs(runs: dict[str, list[dict]]) -> str:
+    header = ["run", "seeds", "samples", "GFLOP a sample", "at the published size, TFLOP", "objects right"]
+    rows = [
         [
             name,
             str(len(found)),
             f"{found[0]['steps'] * found[0]['samples_of_a_step']:,}",
             f"{found[0]['operations_of_a_sample'] / 1e9:.3f}",
             f"{found[0]['published_operations_of_a_sample'] / 1e12:.3f}",
-            at_the_end(found),
+            right(found),
         ]
         for name, found in runs.items()
     ]
-    header = ["run", "seeds", "samples", "GFLOP a sample", "at the published size, TFLOP", "objects right at the end"]
-    teacher = record["teacher"]["objects_right"]
-    return (
-        f"{as_table(reached, rows)}\n{as_table(header, every)}\nThe teacher itself, given the true captions "
-        f"of these scenes, draws {teacher['value']:.3f} of the {teacher['n']:,} objects right.\n"
-    )
+    return as_table(header, rows) if rows else ""
+
+
+def fewer_queries(runs: dict[str, list[dict]], every: str) -> str:
+    """Objects right of a model with nested queries, beside models that are trained for each number."""
+    if "nested queries" not in runs:
+        return ""
+    nested = runs["nested queries"]
+    trained = {list(found[0]["objects_right"])[0]: found for found in runs.values() if found is not nested}
+    trained[every] = runs["ours"]
+    numbers = list(nested[0]["objects_right"])
+    rows = [[queries, right(nested, queries), right(trained[queries])] for queries in numbers if queries in trained]
+    return as_table(["queries", "nested queries", "trained for this number"], rows)
 
 
 def table(record: dict) -> str:
