@@ -6,7 +6,6 @@ Redraws the tables of docs/speed.md, training.md, serving.md and convert.md from
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from experiments.report import fill
@@ -137,13 +136,14 @@ def speed_run(record: dict) -> str:
     long = {name: found for name, found in runs.items() if "wrong" in found[0]}
     compared = {name: found for name, found in long.items() if list(found[0]["objects_right"]) == [every]}
     teacher = record["teacher"]["objects_right"]
-    return (
-        f"{long_runs(compared)}\n"
+    parts = [
+        long_runs(compared),
         f"The teacher itself, given the true captions of these scenes, draws {teacher['value']:.3f} of the "
-        f"{teacher['n']:,} objects right.\n\n"
-        f"{short_runs({name: found for name, found in runs.items() if name not in long})}\n"
-        f"{fewer_queries(long, every)}"
-    )
+        f"{teacher['n']:,} objects right.\n",
+        short_runs({name: found for name, found in runs.items() if name not in long}),
+        fewer_queries(long, every),
+    ]
+    return "\n".join(filter(None, parts))
 
 
 def over_seeds(values: list[float | None], form: str = "{:.3f}") -> str:
@@ -166,6 +166,7 @@ def right(found: list[dict], queries: str | None = None) -> str:
 
 def long_runs(runs: dict[str, list[dict]]) -> str:
     header = ["run", "seeds", "samples", "steps to 0.90", "TFLOP to 0.90", "at the published size, PFLOP"]
+    header += ["objects right at the end", "scenes wrong", "different captions among them"]
     rows = [
         [
             name,
@@ -175,10 +176,12 @@ def long_runs(runs: dict[str, list[dict]]) -> str:
             over_seeds(in_units(found, "operations_to_target", 1e12), "{:.1f}"),
             over_seeds(in_units(found, "published_operations_to_target", 1e15), "{:.0f}"),
             right(found),
+            over_seeds([len(one["wrong"]) for one in found], "{:.0f}"),
+            over_seeds([len(set(one["wrong"])) for one in found], "{:.0f}"),
         ]
         for name, found in runs.items()
     ]
-    return as_table([*header, "objects right at the end"], rows)
+    return as_table(header, rows)
 
 
 def short_runs(runs: dict[str, list[dict]]) -> str:
