@@ -119,6 +119,7 @@ def lever(steps: int = LEVER_STEPS, model: dict[str, Any] | None = None, **setti
 RUNS = {
     "ours": ours(),
     "paper": paper(),
+    "paper at 8.75e-5": paper(learning_rate=8.75e-5),
     "paper at 1.75e-4": paper(learning_rate=1.75e-4),
     "paper at 7e-4": paper(learning_rate=7e-4),
     # What one thing is worth, in short runs: `base` is our recipe in these.
