@@ -134,16 +134,15 @@ def speed_run(record: dict) -> str:
     runs: dict[str, list[dict]] = {}
     for one in record["speedrun"]:
         runs.setdefault(one["run"], []).append(one)
-    every = list(runs["ours"][0]["objects_right"])[-1]
-    long = {name: found for name, found in runs.items() if "wrong" in found[0]}
-    compared = {name: found for name, found in long.items() if list(found[0]["objects_right"]) == [every]}
+    queries = {name: found for name, found in runs.items() if name.endswith("queries")}
+    long = {name: found for name, found in runs.items() if "wrong" in found[0] and name not in queries}
     teacher = record["teacher"]["objects_right"]
     parts = [
-        long_runs(compared),
+        long_runs(long),
         f"The teacher itself, given the true captions of these scenes, draws {teacher['value']:.3f} of the "
         f"{teacher['n']:,} objects right. {more_wrong(long['ours'], long['paper'])}\n",
-        short_runs({name: found for name, found in runs.items() if name not in long}),
-        fewer_queries(long, every),
+        short_runs({name: found for name, found in runs.items() if name not in long | queries}),
+        fewer_queries(queries),
     ]
     return "\n".join(filter(None, parts))
 
@@ -217,15 +216,13 @@ def short_runs(runs: dict[str, list[dict]]) -> str:
     return as_table(header, rows) if rows else ""
 
 
-def fewer_queries(runs: dict[str, list[dict]], every: str) -> str:
+def fewer_queries(runs: dict[str, list[dict]]) -> str:
     """Objects right of a model with nested queries, beside models that are trained for each number."""
     if "nested queries" not in runs:
         return ""
     nested = runs["nested queries"]
-    trained = {list(found[0]["objects_right"])[0]: found for found in runs.values() if found is not nested}
-    trained[every] = runs["ours"]
-    numbers = list(nested[0]["objects_right"])
-    rows = [[queries, right(nested, queries), right(trained[queries])] for queries in numbers if queries in trained]
+    numbers = [number for number in nested[0]["objects_right"] if f"{number} queries" in runs]
+    rows = [[number, right(nested, number), right(runs[f"{number} queries"])] for number in numbers]
     return as_table(["queries", "nested queries", "trained for this number"], rows)
 
 
