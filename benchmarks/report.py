@@ -131,20 +131,26 @@ def refilling(record: dict) -> str:
 
 def speed_run(record: dict) -> str:
     """The long runs; what one thing is worth, in short runs; and what is right with fewer queries."""
-    runs: dict[str, list[dict]] = {}
-    for one in record["speedrun"]:
-        runs.setdefault(one["run"], []).append(one)
+    runs = by_name(record["speedrun"])
     queries = {name: found for name, found in runs.items() if name.endswith("queries")}
     long = {name: found for name, found in runs.items() if "wrong" in found[0] and name not in queries}
     teacher = record["teacher"]["objects_right"]
     parts = [
-        long_runs(long),
+        long_runs(long, by_name(record.get("stopped", []))),
         f"The teacher itself, given the true captions of these scenes, draws {teacher['value']:.3f} of the "
         f"{teacher['n']:,} objects right. {more_wrong(long['ours'], long['paper'])}\n",
         short_runs({name: found for name, found in runs.items() if name not in long | queries}),
         fewer_queries(queries),
     ]
     return "\n".join(filter(None, parts))
+
+
+def by_name(runs: list[dict]) -> dict[str, list[dict]]:
+    """Runs of the same name, which differ in their seeds."""
+    names: dict[str, list[dict]] = {}
+    for one in runs:
+        names.setdefault(one["run"], []).append(one)
+    return names
 
 
 def over_seeds(values: list[float | None], form: str = "{:.3f}") -> str:
@@ -165,23 +171,27 @@ def right(found: list[dict], queries: str | None = None) -> str:
     return over_seeds([share[queries or list(share)[-1]]["value"] for share in shares])
 
 
-def long_runs(runs: dict[str, list[dict]]) -> str:
+def long_runs(runs: dict[str, list[dict]], stopped: dict[str, list[dict]]) -> str:
+    """Runs to the end, and those that were stopped after they had reached 0.90 or had learned nothing."""
     header = ["run", "seeds", "samples", "steps to 0.90", "TFLOP to 0.90", "at the published size, PFLOP"]
     header += ["objects right at the end", "scenes wrong", "different captions among them"]
-    rows = [
-        [
-            name,
-            str(len(found)),
-            f"{found[0]['steps'] * found[0]['samples_of_a_step']:,}",
-            over_seeds(in_units(found, "steps_to_target"), "{:.0f}"),
-            over_seeds(in_units(found, "operations_to_target", 1e12), "{:.1f}"),
-            over_seeds(in_units(found, "published_operations_to_target", 1e15), "{:.0f}"),
-            right(found),
-            over_seeds([len(one["wrong"]) for one in found], "{:.0f}"),
-            over_seeds([len(set(one["wrong"])) for one in found], "{:.0f}"),
-        ]
-        for name, found in runs.items()
-    ]
+    rows = []
+    for name in dict.fromkeys([*runs, *stopped]):
+        ended = runs.get(name, [])
+        found = [*ended, *stopped.get(name, [])]
+        rows.append(
+            [
+                name,
+                str(len(found)) if len(ended) == len(found) else f"{len(found)}, {len(ended) or 'none'} to the end",
+                f"{found[0]['steps'] * found[0]['samples_of_a_step']:,}",
+                over_seeds(in_units(found, "steps_to_target"), "{:.0f}"),
+                over_seeds(in_units(found, "operations_to_target", 1e12), "{:.1f}"),
+                over_seeds(in_units(found, "published_operations_to_target", 1e15), "{:.0f}"),
+                right(ended) if ended else "",
+                over_seeds([len(one["wrong"]) for one in ended], "{:.0f}") if ended else "",
+                over_seeds([len(set(one["wrong"])) for one in ended], "{:.0f}") if ended else "",
+            ]
+        )
     return as_table(header, rows)
 
 

@@ -123,6 +123,7 @@ def lever(steps: int = LEVER_STEPS, model: dict[str, Any] | None = None, **setti
 
 RUNS = {
     "ours": ours(),
+    "ours, as long as the paper": ours(4800),
     "paper": paper(),
     "paper at 8.75e-5": paper(learning_rate=8.75e-5),
     "paper at 1.75e-4": paper(learning_rate=1.75e-4),
