@@ -138,7 +138,8 @@ def speed_run(record: dict) -> str:
     parts = [
         long_runs(long, by_name(record.get("stopped", []))),
         f"The teacher itself, given the true captions of these scenes, draws {teacher['value']:.3f} of the "
-        f"{teacher['n']:,} objects right. {more_wrong(long['ours'], long['paper'])}\n",
+        f"{teacher['n']:,} objects right.\n",
+        more_wrong(long),
         short_runs({name: found for name, found in runs.items() if name not in long | queries}),
         fewer_queries(queries),
     ]
@@ -195,19 +196,28 @@ def long_runs(runs: dict[str, list[dict]], stopped: dict[str, list[dict]]) -> st
     return as_table(header, rows)
 
 
-def more_wrong(ours: list[dict], paper: list[dict]) -> str:
+def more_wrong(runs: dict[str, list[dict]]) -> str:
+    """How many more scenes are wrong with our recipe than with the paper's, of those that were measured at the end."""
+    papers = [name for name in runs if name.startswith("paper")]
+    rows = [
+        [f"`{name}`", *(difference(found, runs[paper]) for paper in papers)]
+        for name, found in runs.items()
+        if name not in papers
+    ]
+    return as_table(["scenes wrong, more than with", *(f"`{paper}`" for paper in papers)], rows)
+
+
+def difference(ours: list[dict], theirs: list[dict]) -> str:
     """
-    How many more scenes are wrong with our recipe. A caption returns in many scenes, and these are wrong together, so
-    the standard error is over captions.
+    How many more scenes are wrong on average over seeds. A caption returns in many scenes, and these are wrong
+    together, so the standard error is over captions.
     """
     by_caption: Counter[str] = Counter()
-    for found, sign in ((ours, 1), (paper, -1)):
+    for found, sign in ((ours, 1), (theirs, -1)):
         for one in found:
             for caption in one["wrong"]:
                 by_caption[caption] += sign / len(found)
-    error = math.sqrt(sum(number**2 for number in by_caption.values()))
-    more = sum(by_caption.values())
-    return f"Ours has {more:.1f} more scenes wrong than the paper's recipe (standard error over captions {error:.1f})."
+    return f"{sum(by_caption.values()):.1f} ± {math.sqrt(sum(number**2 for number in by_caption.values())):.1f}"
 
 
 def short_runs(runs: dict[str, list[dict]]) -> str:

@@ -53,6 +53,11 @@ def test_a_refilled_batch_is_full_until_no_image_waits():
     assert refill.between({1: 0.0, 2: 1.0, 4: 3.0}, 3) == 2.0
 
 
+def test_scenes_of_one_caption_are_wrong_together():
+    ours = [{"wrong": ["a", "a", "b"]}, {"wrong": ["a", "a", "b", "c", "c"]}]
+    assert report.difference(ours, [{"wrong": ["b"]}]) == "3.0 ± 2.2"  # 2 of a, none of b, 1 of c: the root of 5
+
+
 def test_a_benchmark_of_nothing_is_refused_in_one_line(capsys):
     with pytest.raises(SystemExit):
         measure.parser("", default_images=1).parse_args(["--images", "0"])
