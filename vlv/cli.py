@@ -1,5 +1,6 @@
 """The `vlv` command: finds the requested command, runs it, and turns its errors into one line."""
 
+import logging
 import os
 import signal
 import sys
@@ -73,6 +74,9 @@ def run(name: str, command: Callable[[], int | None], is_process: bool) -> int:
         name: the beginning of the line.
         is_process: the process ends after the command, so Ctrl-C may be handled for the whole process.
     """
+    # transformers' Trainer imports bitsandbytes where it is installed. On some processors, bitsandbytes then warns
+    # that it lacks an optional package, which no command needs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if is_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
         # A terminal sends Ctrl-C to all processes. Processes that the command forks ignore it; the command handles it.

@@ -142,6 +142,6 @@ def test_a_wrong_model_is_refused_in_one_line(module, tmp_path):
     if module == "experiments":
         command += ["spatial", "--output", str(tmp_path), "--work", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    # On some processors an installed library warns at its import that it lacks an optional package.
+    # On some processors bitsandbytes warns at its import, which comes before `vlv.cli.run` here.
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("Failed to load CPU gemm_4bit")]
     assert done.returncode == 2 and line.startswith(f"python -m {module}: error: ") and "nowhere" in line
