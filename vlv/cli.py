@@ -36,6 +36,11 @@ COMMANDS = {
 }
 
 
+# Modules that warn, when they are imported, about optional packages that no command needs: bitsandbytes, which Trainer
+# imports, about kernels on some processors; transformers about torchvision, when diffusers imports it.
+UNASKED = ("bitsandbytes.backends.cpu.ops", "transformers.utils.import_utils")
+
+
 def overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
@@ -74,9 +79,8 @@ def run(name: str, command: Callable[[], int | None], is_process: bool) -> int:
         name: the beginning of the line.
         is_process: the process ends after the command, so Ctrl-C may be handled for the whole process.
     """
-    # transformers' Trainer imports bitsandbytes where it is installed. On some processors, bitsandbytes then warns
-    # that it lacks an optional package, which no command needs.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for name in UNASKED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if is_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
         # A terminal sends Ctrl-C to all processes. Processes that the command forks ignore it; the command handles it.
