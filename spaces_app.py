@@ -10,6 +10,7 @@ import sys
 from argparse import HelpFormatter
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 
 from huggingface_hub import metadata_load
@@ -80,6 +81,8 @@ def main(argv: list[str] | None = None, prog: str = "spaces_app.py") -> None:
         epilog="GRADIO_SERVER_NAME and GRADIO_SERVER_PORT set the address (default: 127.0.0.1, from port 7860 on).",
     )
     Image.core.set_block_size(IMAGE_BLOCK)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a pipe or a file shows the address that Gradio prints at once
     try:
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         studio = Studio(find_model(arguments.model))

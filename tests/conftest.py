@@ -6,6 +6,7 @@ import re
 
 # Set before any library reads them: no test may access the Hub, and workers must not compete for the cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("PYTHONUNBUFFERED", None)  # a user's shell does not set it, and it hides that output comes late
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
+from io import TextIOWrapper
 from typing import NamedTuple
 
 
@@ -79,8 +80,10 @@ def run(name: str, command: Callable[[], int | None], is_process: bool) -> int:
         name: the beginning of the line.
         is_process: the process ends after the command, so Ctrl-C may be handled for the whole process.
     """
-    for name in UNASKED:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in UNASKED:
+        logging.getLogger(module).setLevel(logging.ERROR)
+    if is_process and isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a pipe or a file shows the losses of a training while it runs
     if is_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
         # A terminal sends Ctrl-C to all processes. Processes that the command forks ignore it; the command handles it.

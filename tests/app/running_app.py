@@ -34,7 +34,7 @@ class App:
         }
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-u", str(script), *map(str, arguments)],
+                [sys.executable, str(script), *map(str, arguments)],
                 stdout=output,
                 stderr=output,
                 env=environment,

@@ -159,6 +159,17 @@ def test_ctrl_c_ends_cleanly(tmp_path):
     assert error == "\nvlv sample: interrupted\n"
 
 
+def _sample(folder, **options):
+    """Starts `vlv sample`, the command in the folder's `sample_command.py`, as a shell does."""
+    code = (
+        "import sys; from vlv.cli import COMMANDS, Command, main;"
+        "COMMANDS['sample'] = Command('sample_command', ''); sys.argv = ['vlv', 'sample']; sys.exit(main())"
+    )
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, **options)
+
+
 def test_ctrl_c_leaves_no_traceback_of_threads_and_child_processes(tmp_path):
     """A terminal sends Ctrl-C to every process of the command, and a user may send it again while the command ends."""
     (tmp_path / "sample_command.py").write_text(
@@ -183,16 +194,9 @@ def test_ctrl_c_leaves_no_traceback_of_threads_and_child_processes(tmp_path):
         "        finally:\n"
         "            ending.set()\n"
     )
-    code = (
-        "import sys; from vlv.cli import COMMANDS, Command, main;"
-        "COMMANDS['sample'] = Command('sample_command', ''); sys.argv = ['vlv', 'sample']; sys.exit(main())"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
-        stdout=subprocess.PIPE,
+    process = _sample(
+        tmp_path,
         stderr=subprocess.PIPE,
-        text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -202,6 +206,15 @@ def test_ctrl_c_leaves_no_traceback_of_threads_and_child_processes(tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error == "\nvlv sample: interrupted\n"
+
+
+def test_a_pipe_shows_at_once_what_a_command_prints(tmp_path):
+    (tmp_path / "sample_command.py").write_text(
+        "import sys\ndef main(argv):\n    print('started')\n    sys.stdin.read()\n"
+    )
+    with _sample(tmp_path, stdin=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "started\n"  # it goes on until stdin is closed
+    assert process.returncode == 0
 
 
 def test_a_closed_output_ends_the_command_quietly(tmp_path):
