@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
+import transformers
 from hub_server import WRITE_TOKEN, running_hub
 from installed_wheel import Installed, build_wheel
 from transformers.utils import logging
@@ -133,6 +134,8 @@ def hub(monkeypatch, tmp_path):
         }.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
         monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        # transformers keeps a client, which would go on asking the Hub of an earlier test, for minutes.
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         huggingface_hub.close_session()
         yield hub
         huggingface_hub.close_session()
