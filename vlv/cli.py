@@ -36,7 +36,6 @@ COMMANDS = {
     "demo": Command("vlv.commands.demo", "caption and rebuild a dozen drawn scenes with the bundled checkpoint"),
 }
 
-
 # Modules that warn, when they are imported, about optional packages that no command needs: bitsandbytes, which Trainer
 # imports, about kernels on some processors; transformers about torchvision, when diffusers imports it.
 UNASKED = ("bitsandbytes.backends.cpu.ops", "transformers.utils.import_utils")
@@ -78,12 +77,13 @@ def run(name: str, command: Callable[[], int | None], is_process: bool) -> int:
 
     Args:
         name: the beginning of the line.
-        is_process: the process ends after the command, so Ctrl-C may be handled for the whole process.
+        is_process: the process ends after the command, so Ctrl-C, loggers and stdout may be set for the whole process.
     """
-    for module in UNASKED:
-        logging.getLogger(module).setLevel(logging.ERROR)
-    if is_process and isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a pipe or a file shows the losses of a training while it runs
+    if is_process:
+        for module in UNASKED:
+            logging.getLogger(module).setLevel(logging.ERROR)
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)  # a pipe or a file shows a training's losses while it runs
     if is_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
         # A terminal sends Ctrl-C to all processes. Processes that the command forks ignore it; the command handles it.
